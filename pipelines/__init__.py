@@ -1,0 +1,30 @@
+"""The Wan models: torch and diffusers, and nothing of jobs, HTTP or buckets.
+
+    from pipelines import load_pipeline, Sampling, Adapter
+    pipeline = load_pipeline("wan21_1b", checkpoints=Path("/checkpoints"), device="cuda")
+    pipeline.apply_loras([Adapter(LoraFile.read(path), scale=1.0)])
+    for frames in pipeline.generate(Sampling(prompt="a boat", seed=42)):  # uint8 [n, height, width, 3]
+        ...
+
+`catalog`, `errors` and `lora_file` import no torch, so that the worker can check a job before anything heavy is loaded.
+The names above are imported on first use, for the same reason.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.adapters import Adapter
+    from pipelines.base import Sampling, WanModel
+    from pipelines.load import load_pipeline
+
+__all__ = ["Adapter", "Sampling", "WanModel", "load_pipeline"]
+
+_HOME = {"Adapter": "adapters", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,198 @@
+"""The seven models as data. Adding a model starts here. No torch in this file.
+
+Sources: the model pages of the ids, and for the trainer's own sampling ai-toolkit 0.12.26.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+OffloadMode = Literal["none", "model", "sequential"]
+Sampler = Literal["unipc", "flowmatch"]
+
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE_SCALE = 4.0
+DEFAULT_NUM_FRAMES = 41
+DEFAULT_FPS = 16
+DEFAULT_SIZE = 1024
+DEFAULT_SEED = 42
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one part of a pipeline is read from: a Hub repo id and a sub-folder ("" is the repo's root)."""
+
+    repo: str
+    subfolder: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.subfolder}".rstrip("/")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that differs between the models by a name or a number."""
+
+    id: str
+    title: str
+    sources: Mapping[str, Source]
+    """Pipeline component (as diffusers names it) to where it is read from."""
+    size_divisor: int
+    """Width and height are floored to a multiple of this, in pixels."""
+    control_image: Literal["none", "optional", "required"]
+    moe: bool
+    """Two transformers, a LoRA for each: `high` on `transformer`, `low` on `transformer_2`."""
+    trainer_shift: float
+    """The shift of the trainer's FlowMatch Euler scheduler: the `flowmatch` sampler."""
+    lora_base_version: str
+    """What ai-toolkit writes as `ss_base_model_version` into a LoRA of this model."""
+    hidden_size: int
+    num_blocks: int
+    needs_toolkit: bool = False
+    flow_shift: float | None = None
+    """UniPC's flow_shift where it is set by hand; None: the scheduler as the checkpoint says."""
+    boundary_ratio: float | None = None
+    """Set by hand for the toolkit's pipeline; elsewhere it is what the checkpoint says."""
+    expand_timesteps: bool = False
+    drops_incomplete_frames: bool = False
+    """How a frame count becomes 4n+1: see `effective_frames`."""
+    offload_modes: tuple[OffloadMode, ...] = ("none", "model", "sequential")
+
+    def effective_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels, each floored to a multiple of `size_divisor`."""
+        return width - width % self.size_divisor, height - height % self.size_divisor
+
+    def effective_frames(self, num_frames: int) -> int:
+        """The frame count that is made: 4n+1, since the VAE packs four frames into one latent frame after the first.
+
+        diffusers keeps a count of the form 4n+1 and turns any other into `num_frames // 4 * 4 + 1` (40 becomes 41);
+        ai-toolkit's 14B I2V and 5B code always takes `(num_frames - 1) // 4 * 4 + 1` (40 becomes 37).
+        """
+        if self.drops_incomplete_frames:
+            return (num_frames - 1) // 4 * 4 + 1
+        return num_frames if num_frames % 4 == 1 else num_frames // 4 * 4 + 1
+
+
+def _all_from(repo: str, *parts: str) -> dict[str, Source]:
+    return {part: Source(repo, part) for part in parts}
+
+
+_TEXT_PARTS = ("text_encoder", "tokenizer")
+_IMAGE_PARTS = ("image_encoder", "image_processor")
+
+_WAN22_I2V_14B = ModelSpec(
+    id="wan22_14b_i2v",
+    title="Wan 2.2 I2V A14B",
+    sources={
+        "vae": Source("ai-toolkit/wan2.1-vae", ""),
+        **_all_from("ai-toolkit/umt5_xxl_encoder", *_TEXT_PARTS),
+        **_all_from("ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16", "transformer", "transformer_2"),
+    },
+    size_divisor=16,
+    control_image="required",
+    moe=True,
+    trainer_shift=5.0,
+    lora_base_version="wan_2.2_14b",
+    hidden_size=5120,
+    num_blocks=40,
+    needs_toolkit=True,
+    flow_shift=3.0,
+    boundary_ratio=0.9,
+    drops_incomplete_frames=True,
+    offload_modes=("none",),
+)
+
+_WAN22_T2V_14B = ModelSpec(
+    id="wan22_14b_t2v",
+    title="Wan 2.2 T2V A14B",
+    sources={
+        **_all_from("Wan-AI/Wan2.2-T2V-A14B-Diffusers", *_TEXT_PARTS, "scheduler", "vae"),
+        **_all_from("ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16", "transformer", "transformer_2"),
+    },
+    size_divisor=32,
+    control_image="none",
+    moe=True,
+    trainer_shift=5.0,
+    lora_base_version="wan_2.2_14b",
+    hidden_size=5120,
+    num_blocks=40,
+)
+
+_WAN22_5B = ModelSpec(
+    id="wan22_5b",
+    title="Wan 2.2 TI2V 5B",
+    sources=_all_from("Wan-AI/Wan2.2-TI2V-5B-Diffusers", *_TEXT_PARTS, "vae", "transformer"),
+    size_divisor=32,
+    control_image="optional",
+    moe=False,
+    trainer_shift=5.0,
+    lora_base_version="wan_2.2_5b",
+    hidden_size=3072,
+    num_blocks=30,
+    needs_toolkit=True,
+    flow_shift=5.0,
+    expand_timesteps=True,
+    drops_incomplete_frames=True,
+    offload_modes=("none",),
+)
+
+_WAN21_I2V_14B = ModelSpec(
+    id="wan21_i2v_14b",
+    title="Wan 2.1 I2V 14B 720P",
+    sources=_all_from("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", *_TEXT_PARTS, *_IMAGE_PARTS, "scheduler", "vae", "transformer"),
+    size_divisor=16,
+    control_image="required",
+    moe=False,
+    trainer_shift=3.0,
+    lora_base_version="wan_2.1",
+    hidden_size=5120,
+    num_blocks=40,
+)
+
+_WAN21_I2V_14B_480P = replace(
+    _WAN21_I2V_14B,
+    id="wan21_i2v_14b480p",
+    title="Wan 2.1 I2V 14B 480P",
+    sources=_all_from("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", *_WAN21_I2V_14B.sources),
+)
+
+_WAN21_14B = ModelSpec(
+    id="wan21_14b",
+    title="Wan 2.1 T2V 14B",
+    sources=_all_from("Wan-AI/Wan2.1-T2V-14B-Diffusers", *_TEXT_PARTS, "scheduler", "vae", "transformer"),
+    size_divisor=16,
+    control_image="none",
+    moe=False,
+    trainer_shift=3.0,
+    lora_base_version="wan_2.1",
+    hidden_size=5120,
+    num_blocks=40,
+)
+
+_WAN21_1B = replace(
+    _WAN21_14B,
+    id="wan21_1b",
+    title="Wan 2.1 T2V 1.3B",
+    sources=_all_from("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", *_WAN21_14B.sources),
+    hidden_size=1536,
+    num_blocks=30,
+)
+
+MODELS: Mapping[str, ModelSpec] = MappingProxyType(
+    {
+        spec.id: spec
+        for spec in (
+            _WAN22_I2V_14B,
+            _WAN22_T2V_14B,
+            _WAN22_5B,
+            _WAN21_I2V_14B,
+            _WAN21_I2V_14B_480P,
+            _WAN21_14B,
+            _WAN21_1B,
+        )
+    }
+)
+"""Model id to its spec, in the order of the documentation."""

@@ -1,0 +1,29 @@
+"""What can go wrong in a pipeline, without a word about jobs: the worker gives each its code and the field."""
+
+
+class PipelineError(Exception):
+    """Base of all of them; the text is for the person who sent the request or started the worker."""
+
+
+class CheckpointNotFound(PipelineError):
+    """A folder or file that the model needs is not below the checkpoint folder."""
+
+
+class ToolkitRequired(PipelineError):
+    """The model runs on an ai-toolkit checkout, and there is none that can be used."""
+
+
+class DeviceUnavailable(PipelineError):
+    """The device asked for is not there, or cannot do what the settings ask of it."""
+
+
+class LoraInvalid(PipelineError):
+    """The file is not a safetensors file that can be read to its end, or its numbers are no numbers."""
+
+
+class LoraIncompatible(PipelineError):
+    """The file is fine, but its keys or shapes do not fit the loaded transformer."""
+
+
+class OutOfMemory(PipelineError):
+    """The device ran out of memory; caches were freed and the pipeline can be used again."""

@@ -1,0 +1,106 @@
+"""From a model id and folders on disk to a loaded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from pipelines.base import WanModel
+from pipelines.catalog import MODELS, ModelSpec, OffloadMode
+from pipelines.errors import CheckpointNotFound, DeviceUnavailable
+from pipelines.toolkit import load_toolkit
+from pipelines.wan21 import Wan21
+from pipelines.wan22_5b import Wan22TextImageToVideo
+from pipelines.wan22_i2v import Wan22ImageToVideo
+from pipelines.wan22_t2v import Wan22TextToVideo
+from pipelines.wan22_toolkit import Wan22Toolkit
+
+_WEIGHTS = {"transformer", "transformer_2", "vae", "text_encoder", "image_encoder"}
+
+
+def load_pipeline(
+    model_id: str,
+    checkpoints: Path,
+    device: str = "cuda",
+    offload_mode: OffloadMode = "none",
+    toolkit_path: Path | None = None,
+) -> WanModel:
+    """Load one model of the catalog: bf16 on CUDA, float32 on a CPU.
+
+    `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
+    Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
+    """
+    _quiet_libraries()
+    spec = MODELS[model_id]
+    target = _check_device(spec, device, offload_mode)
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    toolkit = load_toolkit(toolkit_path) if spec.needs_toolkit else None
+    _check_checkpoints(spec, checkpoints)
+
+    if toolkit is not None:
+        toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
+        pipe = toolkit_class.load(spec, checkpoints, dtype, target, toolkit)
+        _place(pipe, target, offload_mode)
+        return toolkit_class(spec, pipe, target, toolkit)
+    model_class: type[Wan21] | type[Wan22TextToVideo] = Wan22TextToVideo if spec.moe else Wan21
+    pipe = model_class.load(spec, checkpoints, dtype)
+    _place(pipe, target, offload_mode)
+    return model_class(spec, pipe, target)
+
+
+def _quiet_libraries() -> None:
+    """Their loading bars and hints would fill a worker's log; what matters comes as an error."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _check_device(spec: ModelSpec, device: str, offload_mode: OffloadMode) -> torch.device:
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailable("DEVICE is cuda, but no CUDA device can be used here; use DEVICE=cpu or a GPU machine")
+    if offload_mode not in spec.offload_modes:
+        raise DeviceUnavailable(f"{spec.id} runs with OFFLOAD_MODE {' or '.join(spec.offload_modes)}, not {offload_mode}")
+    if offload_mode != "none" and target.type != "cuda":
+        raise DeviceUnavailable(f"OFFLOAD_MODE={offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
+    return target
+
+
+def _place(pipe: Any, device: torch.device, offload_mode: OffloadMode) -> None:
+    if offload_mode == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload_mode == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+
+
+def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
+    missing = []
+    for part, source in spec.sources.items():
+        folder = checkpoints / source.repo / source.subfolder
+        if not folder.is_dir() or not any(folder.iterdir()):
+            missing.append(f"{source}/")
+        elif part in _WEIGHTS:
+            missing += [f"{source}/{name}" for name in _missing_weights(folder)]
+    if missing:
+        raise CheckpointNotFound(
+            f"{spec.id} needs files that are not below CHECKPOINT_DIR: {', '.join(missing)}; "
+            "download these repos there, each into a folder ORG/NAME"
+        )
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Names of files that a model's folder lacks: its config, its weights, or a shard that the index lists."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    shards: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        shards.update(json.loads(index.read_text())["weight_map"].values())
+    if shards:
+        return missing + sorted(name for name in shards if not (folder / name).is_file())
+    return missing if any(folder.glob("*.safetensors")) else [*missing, "*.safetensors"]

@@ -1,0 +1,132 @@
+"""What a LoRA file's header tells: keys, shapes, metadata, and the model it looks trained for. No torch in this file.
+
+Only the header is read. Whether the LoRA fits a loaded transformer is decided in `adapters`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pipelines.catalog import MODELS
+from pipelines.errors import LoraInvalid
+
+_Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
+_BLOCK = re.compile(r"blocks[._](\d+)[._]")
+_IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A local LoRA file and its header."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+    identity: tuple[int, int, int, int]
+    """Device, inode, size and mtime: a file that is replaced under the same name is another LoRA."""
+
+    @classmethod
+    def read(cls, path: Path) -> LoraFile:
+        """Read the header of `path`.
+
+        Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor.
+        """
+        try:
+            stat = path.stat()
+            with safe_open(path, framework="numpy") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise LoraInvalid(_why_unreadable(path, error)) from error
+        if not shapes:
+            raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
+        return cls(path, shapes, metadata, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    @property
+    def base_version(self) -> str:
+        """`ss_base_model_version` as the trainer wrote it (`wan_2.1`, `wan_2.2_14b`, …), or ""."""
+        return self.metadata.get("ss_base_model_version", "")
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Input width of the first block's query projection; None when there is no such key."""
+        for key, shape in self.shapes.items():
+            if _Q_DOWN.search(key) and len(shape) == 2:
+                return shape[1]
+        return None
+
+    @property
+    def num_blocks(self) -> int:
+        """One more than the highest block number among the keys."""
+        return 1 + max((int(match[1]) for key in self.shapes if (match := _BLOCK.search(key))), default=-1)
+
+    @property
+    def has_image_keys(self) -> bool:
+        """Keys of the image cross-attention, which only Wan 2.1 I2V has."""
+        return any(_IMAGE_KEY.search(key) for key in self.shapes)
+
+    @property
+    def trigger_word(self) -> str:
+        """The trigger word the trainer wrote into `ss_tag_frequency`, or ""."""
+        tags = _json_object(self.metadata.get("ss_tag_frequency", ""))
+        for counts in tags.values():
+            if isinstance(counts, dict) and counts:
+                return str(next(iter(counts)))
+        return ""
+
+    def looks_trained_for(self) -> str:
+        """The model ids this LoRA fits, in words, from its sizes, image keys and base model version."""
+        facts = []
+        if self.hidden_size:
+            facts.append(f"hidden size {self.hidden_size}, {self.num_blocks} blocks")
+        if self.has_image_keys:
+            facts.append("image keys")
+        if self.base_version:
+            facts.append(f"base model {self.base_version}")
+        models = " or ".join(self._fitting_models()) or self.base_version or "a model this worker does not know"
+        return f"{models} ({', '.join(facts)})" if facts else models
+
+    def _fitting_models(self) -> list[str]:
+        if self.hidden_size is None:
+            return []
+        fits = [spec for spec in MODELS.values() if self.base_version in ("", spec.lora_base_version)]
+        known_sizes = {spec.hidden_size for spec in MODELS.values()}
+        if self.hidden_size in known_sizes:
+            fits = [spec for spec in fits if spec.hidden_size == self.hidden_size]
+        if self.has_image_keys:
+            fits = [spec for spec in fits if "image_encoder" in spec.sources]
+        else:
+            fits = [spec for spec in fits if "image_encoder" not in spec.sources]
+        return [spec.id for spec in fits] if self.base_version or self.hidden_size in known_sizes else []
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(256).lstrip()
+    except OSError:
+        return "the file could not be read"
+    if head[:1] == b"<":
+        return "the file is a web page, not a LoRA; use the file's download link (on the Hub: /resolve/, not /blob/)"
+    if head.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the weights; fetch the file itself"
+    if head.startswith((b"PK", b"\x80")):
+        return "the file is a pickle (.pt, .ckpt, .bin), which is never loaded; export the LoRA as safetensors"
+    if isinstance(error, SafetensorError) and "Incomplete" in str(error):
+        return "the file is cut short: its header promises more data than there is; upload or download it again"
+    return "the file is not in safetensors format; export the LoRA as safetensors"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

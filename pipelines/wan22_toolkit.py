@@ -1,0 +1,89 @@
+"""What the two models on ai-toolkit's own `Wan22Pipeline` share: how it is put together and where its noise comes from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from PIL import Image
+
+from pipelines.base import Sampling, WanModel, load_part
+from pipelines.catalog import ModelSpec
+from pipelines.toolkit import Toolkit
+
+
+class Wan22Toolkit(WanModel):
+    """A model whose conditioning is made by the toolkit's functions before its pipeline is called."""
+
+    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, toolkit: Toolkit) -> None:
+        super().__init__(spec, pipe, device)
+        self._toolkit = toolkit
+
+    @staticmethod
+    def load(spec: ModelSpec, checkpoints: Path, dtype: torch.dtype, device: torch.device, toolkit: Toolkit) -> Any:
+        parts = {name: load_part(spec, name, checkpoints, dtype) for name in spec.sources}
+        # 5B has one transformer, which the toolkit puts in both slots.
+        parts.setdefault("transformer_2", parts["transformer"])
+        return toolkit.Wan22Pipeline(
+            **parts,
+            scheduler=UniPCMultistepScheduler(
+                num_train_timesteps=1000,
+                beta_start=0.0001,
+                beta_end=0.02,
+                beta_schedule="linear",
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=spec.flow_shift,
+                solver_order=2,
+                solver_type="bh2",
+                predict_x0=True,
+                lower_order_final=True,
+                final_sigmas_type="zero",
+                timestep_spacing="linspace",
+                time_shift_type="exponential",
+                use_dynamic_shifting=False,
+            ),
+            boundary_ratio=spec.boundary_ratio,
+            expand_timesteps=spec.expand_timesteps,
+            device=device,
+            aggressive_offload=False,
+        )
+
+    @abstractmethod
+    def _conditioning(self, sampling: Sampling, generator: torch.Generator) -> dict[str, Any]:
+        """The pipeline arguments that carry the control image; {} without one."""
+
+    def _denoise(self, sampling: Sampling, generator: torch.Generator, on_step_end: Any) -> torch.Tensor:
+        arguments = self._call_arguments(sampling, generator, on_step_end)
+        latents: torch.Tensor = self._pipe(**arguments, **self._conditioning(sampling, generator)).frames
+        return latents
+
+    def _noise_and_first_frame(self, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise [1, z, T, H/s, W/s], first frame [1, 3, H, W] in -1..1), both in the model's dtype.
+
+        The noise is drawn first: the toolkit's functions then draw the VAE's posterior from the same generators.
+        """
+        dtype = self._pipe.transformer.dtype
+        noise = self._pipe.prepare_latents(
+            1,
+            self._pipe.vae.config.z_dim,
+            sampling.height,
+            sampling.width,
+            sampling.num_frames,
+            torch.float32,
+            self.device,
+            generator,
+            None,
+        )
+        assert sampling.control_image is not None  # `_fit` has checked it
+        return noise.to(dtype), _image_to_tensor(sampling.control_image, self.device, dtype)
+
+
+def _image_to_tensor(image: Image.Image, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """RGB image → [1, 3, H, W] in -1..1, cast before it is scaled, as the trainer does."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return (pixels.float() / 255).to(device, dtype) * 2.0 - 1.0
