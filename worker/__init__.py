@@ -1,0 +1,1 @@
+"""Everything around the model: jobs, files and networks. Knows nothing of diffusers."""

@@ -1,0 +1,74 @@
+"""`ctrl_img` → RGB image: from an http(s) URL, base64 or a data URL."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import threading
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image, ImageOps
+
+from worker.download import DownloadError, fetch_bytes
+from worker.errors import Code, Problem, WorkerError
+from worker.request import is_url
+
+MAX_PIXELS = 64_000_000
+"""A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
+
+
+def load_control_image(source: str, where: str, max_bytes: int, stop: threading.Event) -> Image.Image:
+    """The image as the model takes it: upright by its EXIF, without alpha, the first frame of an animation.
+
+    Transparency is flattened on black, the trainer's default (`control_transparent_color`). Raises WorkerError with
+    CONTROL_IMAGE_INVALID, naming the field `where`.
+    """
+    try:
+        return decode(_read(source, max_bytes, stop))
+    except (DownloadError, ValueError) as error:
+        raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error))]) from error
+
+
+def _read(source: str, max_bytes: int, stop: threading.Event) -> bytes:
+    if is_url(source):
+        try:
+            return fetch_bytes(source, max_bytes, stop)
+        except DownloadError as error:
+            raise DownloadError(f"the image could not be downloaded: {error}; check the URL") from error
+    text = source.strip()
+    if text[:5].lower() == "data:":
+        header, comma, text = text.partition(",")
+        if not comma:
+            raise ValueError("the data URL has no comma; use data:image/png;base64,…")
+        if not header.lower().endswith(";base64"):
+            return unquote_to_bytes(text)
+        text = unquote_to_bytes(text).decode("latin-1")
+    text = re.sub(r"\s", "", text).translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("it is neither an http(s) URL nor base64 nor a data URL; send one of them") from None
+
+
+def decode(data: bytes) -> Image.Image:
+    """Raises ValueError with what is wrong in words."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"the image has {width}x{height} pixels, more than {MAX_PIXELS / 1e6:.0f} million; shrink it")
+            image.seek(0)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                rgba = upright.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
+            return upright.convert("RGB")
+    except Image.DecompressionBombError:
+        raise ValueError(f"the image has more than {MAX_PIXELS / 1e6:.0f} million pixels; shrink it") from None
+    except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError) as error:
+        if data.lstrip()[:1] == b"<":
+            raise ValueError("it is a web page or SVG, not an image; use the image's own URL (PNG, JPEG or WebP)") from error
+        raise ValueError("it is no image that can be read, or it is cut short; send PNG, JPEG or WebP") from error

@@ -1,0 +1,324 @@
+"""One job, in order: parse → fetch → generate → encode → upload → result.
+
+The only module that touches both sides: the worker's files and networks, and the pipelines. Blocking work runs in threads;
+a lock keeps the GPU to one job, and fetching and uploading lie outside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from PIL import Image
+
+from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines import errors as pipeline_errors
+from pipelines.base import Frames
+from worker.download import Stopped
+from worker.errors import Code, Problem, WorkerError
+from worker.images import load_control_image
+from worker.logs import log, stage
+from worker.loras import fetch_lora
+from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.request import Request, Shot, parse, shots_of
+from worker.settings import Settings
+from worker.storage import Storage, Stored, storage_of, storage_of_job
+from worker.video import IMAGE, VIDEO, Encoding, encode
+
+T = TypeVar("T")
+Job = dict[str, Any]
+Result = dict[str, Any]
+
+_CODE_OF: dict[type[Exception], Code] = {
+    pipeline_errors.CheckpointNotFound: Code.CHECKPOINT_NOT_FOUND,
+    pipeline_errors.ToolkitRequired: Code.AI_TOOLKIT_REQUIRED,
+    pipeline_errors.DeviceUnavailable: Code.INVALID_INPUT,
+    pipeline_errors.LoraInvalid: Code.LORA_INVALID,
+    pipeline_errors.LoraIncompatible: Code.LORA_INCOMPATIBLE,
+    pipeline_errors.OutOfMemory: Code.OUT_OF_MEMORY,
+}
+
+
+def cold_start(settings: Settings) -> JobRunner:
+    """Load the model of `settings`. Raises WorkerError: AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, INVALID_INPUT."""
+    storage = storage_of(settings)
+    try:
+        with stage("cold start", model=settings.model_id, device=settings.device):
+            model = load_pipeline(
+                settings.model_id,
+                settings.checkpoint_dir,
+                settings.device,
+                settings.offload_mode,
+                settings.ai_toolkit_path,
+            )
+    except pipeline_errors.PipelineError as error:
+        raise _worker_error(error) from error
+    return JobRunner(settings, model, storage)
+
+
+class JobRunner:
+    """Runs jobs on one loaded model. Jobs may overlap; the GPU does one at a time."""
+
+    def __init__(self, settings: Settings, model: WanModel, storage: Storage) -> None:
+        self._settings = settings
+        self._model = model
+        self._storage = storage
+        self._gpu = asyncio.Lock()
+
+    async def run(self, job: Job) -> Result:
+        """The handler. Takes `{"id", "input", "s3Config"?}` and returns the documented result, or `{"error": "CODE: …"}`.
+
+        An error is a result: nothing but a cancellation is raised.
+        """
+        job_id = _safe_id(job.get("id"))
+        try:
+            with stage("job", job=job_id):
+                return await self._run(job, job_id)
+        except WorkerError as error:
+            log.warning("%s", error, extra={"fields": {"job": job_id}})
+            return {"error": str(error)}
+        except Exception:
+            log.exception("the job failed", extra={"fields": {"job": job_id}})
+            return {"error": str(WorkerError(Code.INTERNAL, f"a fault of the worker; its log says more under {job_id}"))}
+
+    async def _run(self, job: Job, job_id: str) -> Result:
+        request = parse(job.get("input"), self._model.spec)
+        storage = self._storage
+        if job.get("s3Config"):
+            storage = storage_of_job(job["s3Config"], self._settings)
+        shots = shots_of(request, self._model.spec)
+        with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
+            run = _Run(job_id, request, shots, storage, Path(folder), Progress([shot.sample_steps for shot in shots]))
+            if self._settings.job_timeout is not None:
+                run.deadline = time.monotonic() + self._settings.job_timeout
+            async with self._sender(job) as send, run.progress.sent_by(send):
+                adapters, images = await self._fetch(run)
+                stored = await self._make_and_store(run, adapters, images)
+        return self._result(run, stored)
+
+    def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
+        return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
+
+    async def _fetch(self, run: _Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
+        """LoRAs, checked against the model, and the control images by their source. One error tells all that is wrong."""
+        sources: dict[str, int] = {}
+        for shot in run.shots:
+            if shot.control_image:
+                sources.setdefault(shot.control_image, shot.index)
+        with stage("fetch", run.timings, job=run.id):
+            loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
+            images = [
+                run.in_thread(
+                    load_control_image, source, f"prompts[{index}].ctrl_img", self._settings.max_image_bytes, run.stop
+                )
+                for source, index in sources.items()
+            ]
+            fetched = await asyncio.gather(*loras, *images, return_exceptions=True)
+        problems: list[Problem] = []
+        for outcome in fetched:
+            if isinstance(outcome, WorkerError) and outcome.problems:
+                problems += outcome.problems
+            elif isinstance(outcome, BaseException):
+                raise _worker_error(outcome)
+        if problems:
+            raise WorkerError.of(problems)
+        adapters = cast("list[Adapter]", fetched[: len(loras)])
+        return adapters, dict(zip(sources, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
+
+    def _fetch_lora(self, run: _Run, index: int) -> Adapter:
+        lora = run.request.loras[index]
+        hf_token = run.request.hf_token or _secret(self._settings.hf_token)
+        file = fetch_lora(lora, index, hf_token, self._settings, run.stop)
+        adapter = Adapter(file, lora.network_multiplier, lora.transformer)
+        try:
+            run.warn(f"loras[{index}]", self._model.check_lora(adapter))
+        except pipeline_errors.PipelineError as error:
+            raise WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))]) from error
+        return adapter
+
+    async def _make_and_store(
+        self, run: _Run, adapters: list[Adapter], images: dict[str, Image.Image]
+    ) -> list[tuple[Stored, int]]:
+        """(where it is, bytes) for every shot. A file is uploaded while the GPU makes the next one."""
+        uploads: list[asyncio.Task[tuple[Stored, int]]] = []
+        try:
+            run.progress.stage("wait")
+            with ExitStack() as waiting:
+                waiting.enter_context(stage("wait", run.timings, job=run.id))
+                async with self._gpu:
+                    waiting.close()
+                    run.progress.stage("load")
+                    with stage("load", run.timings, job=run.id):
+                        run.warn("loras", await run.in_thread(self._apply_loras, adapters))
+                    for shot in run.shots:
+                        image = images.get(shot.control_image or "")
+                        file = await run.in_thread(self._render, run, shot, image)
+                        uploads.append(asyncio.create_task(self._upload(run, shot, file)))
+            run.progress.stage("upload", len(run.shots) - 1, run.shots[-1].sample_steps)
+            return list(await asyncio.gather(*uploads))
+        finally:
+            for upload in uploads:
+                upload.cancel()
+            await asyncio.gather(*uploads, return_exceptions=True)
+
+    def _apply_loras(self, adapters: list[Adapter]) -> list[str]:
+        try:
+            return self._model.apply_loras(adapters)
+        except pipeline_errors.PipelineError as error:
+            raise _worker_error(error) from error
+
+    def _render(self, run: _Run, shot: Shot, image: Image.Image | None) -> Path:
+        """Generate and encode one video."""
+        sampling = Sampling(
+            prompt=shot.prompt,
+            negative_prompt=shot.neg,
+            width=shot.width,
+            height=shot.height,
+            num_frames=shot.num_frames,
+            num_inference_steps=shot.sample_steps,
+            guidance_scale=shot.guidance_scale,
+            seed=shot.seed,
+            control_image=image,
+            sampler=shot.sampler,
+        )
+
+        def on_step(step: int) -> None:
+            run.check()
+            run.progress.step(shot.index, step)
+
+        run.check()
+        run.progress.step(shot.index, 0)
+        encoding = run.encoding(shot)
+        target = run.folder / f"{shot.index}{encoding.suffix}"
+        start, generating = time.monotonic(), run.timings.get("generate", 0.0)
+        try:
+            with stage("render", job=run.id, prompt_index=shot.index):
+                encode(self._timed_frames(run, shot, self._model.generate(sampling, on_step)), target, encoding, shot.fps)
+        except pipeline_errors.PipelineError as error:
+            raise _worker_error(error) from error
+        encoding_seconds = time.monotonic() - start - (run.timings["generate"] - generating)
+        run.timings["encode"] = round(run.timings.get("encode", 0.0) + encoding_seconds, 3)
+        return target
+
+    @staticmethod
+    def _timed_frames(run: _Run, shot: Shot, frames: Iterator[Frames]) -> Iterator[Frames]:
+        """Frames as they come, with the seconds that the pipeline took for them."""
+        while True:
+            start = time.monotonic()
+            chunk = next(frames, None)
+            run.timings["generate"] = round(run.timings.get("generate", 0.0) + time.monotonic() - start, 3)
+            if chunk is None:
+                return
+            run.check()
+            run.progress.stage("encode", shot.index, shot.sample_steps)
+            yield chunk
+
+    async def _upload(self, run: _Run, shot: Shot, file: Path) -> tuple[Stored, int]:
+        encoding, size = run.encoding(shot), file.stat().st_size
+        with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=size):
+            stored = await run.in_thread(run.storage.put, file, f"{run.id}/{file.name}", encoding.content_type)
+        file.unlink()
+        return stored, size
+
+    def _result(self, run: _Run, stored: list[tuple[Stored, int]]) -> Result:
+        outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
+        for shot, (where, size) in zip(run.shots, stored, strict=True):
+            still = shot.num_frames == 1
+            outputs["images" if still else "videos"].append(
+                {
+                    "prompt_index": shot.index,
+                    "url": where.url,
+                    "expires_at": where.expires_at,
+                    "key": where.key,
+                    "format": "png" if still else run.request.output_format,
+                    "width": shot.width,
+                    "height": shot.height,
+                    "num_frames": shot.num_frames,
+                    "fps": shot.fps,
+                    "seed": shot.seed,
+                    "bytes": size,
+                }
+            )
+        warnings = [*(warning for shot in run.shots for warning in shot.warnings), *run.warnings]
+        timings = {**run.timings, "total": round(time.monotonic() - run.started, 3)}
+        return {"model": self._model.spec.id, "outputs": outputs, "warnings": warnings, "timings": timings}
+
+
+@dataclass
+class _Run:
+    """What belongs to one job while it runs."""
+
+    id: str
+    request: Request
+    shots: list[Shot]
+    storage: Storage
+    folder: Path
+    progress: Progress
+    deadline: float | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the job is cancelled; its threads look at it and leave."""
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def encoding(self, shot: Shot) -> Encoding:
+        return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
+
+    def warn(self, where: str, warnings: list[str]) -> None:
+        self.warnings += [f"{where}: {warning}" for warning in warnings]
+
+    def check(self) -> None:
+        """Raises WorkerError with CANCELLED or TIMEOUT when the job must not go on."""
+        if self.stop.is_set():
+            raise WorkerError(Code.CANCELLED, "the job was stopped")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise WorkerError(
+                Code.TIMEOUT,
+                f"the job passed its limit of {self.deadline - self.started:.0f} s; ask for fewer steps, frames or pixels, "
+                "or raise JOB_TIMEOUT",
+            )
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left."""
+        work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.stop.set()
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    continue
+            if not work.cancelled():
+                work.exception()  # seen: asyncio complains about errors that nobody looks at
+            raise
+
+
+Handler = Callable[[Job], Coroutine[Any, Any, Result]]
+
+
+def _worker_error(error: BaseException) -> BaseException:
+    """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
+    if isinstance(error, Stopped):
+        return WorkerError(Code.CANCELLED, "the job was stopped")
+    code = _CODE_OF.get(type(error))  # type: ignore[arg-type]
+    return WorkerError(code, str(error)) if code else error
+
+
+def _safe_id(job_id: Any) -> str:
+    """The job's id as a part of a key or a file name."""
+    text = re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
+    return text or "job"
+
+
+def _secret(value: Any) -> str | None:
+    return value.get_secret_value() if value is not None else None

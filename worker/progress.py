@@ -1,0 +1,133 @@
+"""How far a job is: step callbacks from the GPU's thread → updates that go out throttled, in order, and before the result.
+
+The SDK's `progress_update` starts a thread per call: updates overtake each other, and the result too. Here one task sends
+them, through the SDK's own call that the final result goes through as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from worker.logs import log
+
+Update = dict[str, Any]
+"""stage, prompt_index, prompts, step, steps, percent, seconds_left (None while it is not known)."""
+
+Send = Callable[[Update], Awaitable[None]]
+
+_SECONDS_BETWEEN_UPDATES = 1.0
+_SECONDS_TO_SEND = 5.0
+
+
+class Progress:
+    """The state of one job. `stage` and `step` may be called from any thread."""
+
+    def __init__(self, step_counts: list[int]) -> None:
+        """`step_counts`: the denoising steps of every prompt."""
+        self._step_counts = step_counts
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._first_step_at: float | None = None
+        self._steps_at_first = 0
+        self.latest: Update = {}
+        self.stage("fetch")
+
+    def stage(self, name: str, prompt_index: int = 0, step: int = 0) -> None:
+        """A new stage begins: fetch, wait, load, denoise, encode, upload."""
+        total = sum(self._step_counts)
+        done = total if name == "upload" else sum(self._step_counts[:prompt_index]) + step
+        self.latest = {
+            "stage": name,
+            "prompt_index": prompt_index,
+            "prompts": len(self._step_counts),
+            "step": step,
+            "steps": self._step_counts[prompt_index],
+            "percent": round(100 * done / total),
+            "seconds_left": self._seconds_left(done, total),
+        }
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def step(self, prompt_index: int, step: int) -> None:
+        """`step` denoising steps of this prompt are done."""
+        self.stage("denoise", prompt_index, step)
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        """From the mean time of the steps so far; the first one, which warms up, only starts the clock."""
+        now = time.monotonic()
+        if done == 0:
+            return None
+        if self._first_step_at is None:
+            self._first_step_at, self._steps_at_first = now, done
+            return None
+        steps = done - self._steps_at_first
+        return round((total - done) * (now - self._first_step_at) / steps, 1) if steps else None
+
+    @asynccontextmanager
+    async def sent_by(self, send: Send) -> AsyncIterator[None]:
+        """While the block runs, send the latest state whenever it changed, at most once a second.
+
+        When the block ends, the last state has been sent and no update is on its way.
+        """
+        sending = asyncio.create_task(self._send_changes(send))
+        try:
+            yield
+        finally:
+            sending.cancel()
+            await asyncio.wait([sending])
+        if self._changed.is_set():
+            await self._send_latest(send)
+
+    async def _send_changes(self, send: Send) -> None:
+        while True:
+            await self._changed.wait()
+            # Shielded: an update that has left is waited for, so that it cannot arrive behind the result.
+            on_its_way = asyncio.ensure_future(self._send_latest(send))
+            try:
+                await asyncio.shield(on_its_way)
+                await asyncio.sleep(_SECONDS_BETWEEN_UPDATES)
+            except asyncio.CancelledError:
+                await asyncio.wait([on_its_way])
+                raise
+
+    async def _send_latest(self, send: Send) -> None:
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(send(self.latest), _SECONDS_TO_SEND)
+        except Exception as error:  # a lost update is no reason to lose the job
+            log.warning("a progress update was not sent (%s)", type(error).__name__)
+
+
+@asynccontextmanager
+async def cloud_sender(job: dict[str, Any]) -> AsyncIterator[Send]:
+    """Sends updates of a job that came from RunPod's queue."""
+    from runpod.http_client import AsyncClientSession
+    from runpod.serverless.modules.rp_http import send_result
+
+    async with AsyncClientSession() as session:
+
+        async def send(update: Update) -> None:
+            await send_result(session, {"status": "IN_PROGRESS", "output": update}, job)
+
+        yield send
+
+
+@asynccontextmanager
+async def terminal_bar() -> AsyncIterator[Send]:
+    """Shows updates as a bar in the terminal, and nothing where stderr is none."""
+    with tqdm(total=100, file=sys.stderr, bar_format="{desc} {bar} {percentage:3.0f}%{postfix}", disable=None) as bar:
+
+        async def send(update: Update) -> None:
+            bar.set_description_str(f"{update['stage']} {update['prompt_index'] + 1}/{update['prompts']}", refresh=False)
+            left = update["seconds_left"]
+            bar.set_postfix_str("" if left is None else f"{left:.0f} s left", refresh=False)
+            bar.n = update["percent"]
+            bar.refresh()
+
+        yield send

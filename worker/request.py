@@ -1,0 +1,433 @@
+"""The documented request, and how a job's `input` becomes one.
+
+The pydantic models are the schema; `docs/request.schema.json` is generated from them. `parse` returns a Request or raises
+one error that lists every problem. It looks at nothing but the input: no file, no network, no GPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines.catalog import (
+    DEFAULT_FPS,
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_NUM_FRAMES,
+    DEFAULT_SEED,
+    DEFAULT_SIZE,
+    DEFAULT_STEPS,
+    MODELS,
+    ModelSpec,
+    Sampler,
+)
+from worker.errors import Code, Problem, WorkerError
+
+OutputFormat = Literal["mp4", "webp", "gif", "png"]
+
+MAX_SEED = 2**64 - 1
+"""The largest seed that torch takes."""
+
+
+class _Strict(BaseModel):
+    """No coercion (`"25"` and `true` are no integers), no unknown fields, and null means "not given"."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
+        return {name: item for name, item in value.items() if item is not None or name not in optional}
+
+
+class Lora(_Strict):
+    """One LoRA file."""
+
+    path: str = Field(
+        min_length=1,
+        description="File below LORA_DIR (`job/name.safetensors`), or an http(s) URL; a Hugging Face `/blob/` URL is "
+        "taken as `/resolve/`.",
+        examples=["my_lora_job/my_lora.safetensors"],
+    )
+    transformer: Literal["high", "low"] | None = Field(
+        default=None, description="Side of a Wan 2.2 14B LoRA; only these models take it.", examples=["high"]
+    )
+    network_multiplier: float = Field(default=1.0, ge=-2, le=2, description="LoRA scale.", examples=[1.0])
+
+
+class Prompt(_Strict):
+    """One video to make."""
+
+    prompt: str = Field(description="What to show; `[trigger]` is replaced by the trigger word.", examples=["a boat"])
+    trigger_word: str | None = Field(default=None, description="Overrides the request's.", examples=["sks"])
+    neg: str = Field(default="", description="Negative prompt.", examples=[""])
+    width: int = Field(
+        default=DEFAULT_SIZE,
+        ge=64,
+        le=4096,
+        description="Pixels; floored to a multiple of the model's.",
+        examples=[832],
+    )
+    height: int = Field(
+        default=DEFAULT_SIZE,
+        ge=64,
+        le=4096,
+        description="Pixels; floored to a multiple of the model's.",
+        examples=[480],
+    )
+    sample_steps: int = Field(default=DEFAULT_STEPS, ge=1, le=150, description="Denoising steps.", examples=[25])
+    guidance_scale: float = Field(
+        default=DEFAULT_GUIDANCE_SCALE, ge=0, le=20, description="Above 1: classifier-free guidance.", examples=[4.0]
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=-1,
+        le=MAX_SEED,
+        description=f"-1: random, the drawn seed is in the result. Default: {DEFAULT_SEED} plus the prompt's index.",
+        examples=[42],
+    )
+    num_frames: int = Field(
+        default=DEFAULT_NUM_FRAMES, ge=1, le=1000, description="Brought to 4n+1; 1 gives a PNG image.", examples=[41]
+    )
+    fps: int = Field(default=DEFAULT_FPS, ge=1, le=120, description="Frames per second of the file.", examples=[16])
+    ctrl_img: str | None = Field(
+        default=None,
+        description="Control image (first frame): http(s) URL, base64 or data URL.",
+        examples=["https://example.com/first_frame.png"],
+    )
+    ctrl_img_1: str | None = Field(
+        default=None, description="The same as `ctrl_img`.", examples=["https://example.com/first_frame.png"]
+    )
+    sampler: Sampler = Field(
+        default="unipc",
+        description="`unipc`: the documented scheduler. `flowmatch`: FlowMatch Euler with the trainer's shift.",
+        examples=["unipc"],
+    )
+
+    @property
+    def control_image(self) -> str | None:
+        """The one control image, whichever name it came under; "" counts as none."""
+        return self.ctrl_img or self.ctrl_img_1 or None
+
+
+class Request(_Strict):
+    """`input` of a job for worker-wan-lora."""
+
+    model: str = Field(description="Model id; the one this worker serves.", examples=["wan22_14b_t2v"])
+    loras: list[Lora] = Field(
+        min_length=1,
+        description="One item without `transformer`; for Wan 2.2 14B one or two with `transformer` high or low.",
+    )
+    trigger_word: str | None = Field(default=None, description="Replaces `[trigger]` in every prompt.", examples=["sks"])
+    hf_token: str | None = Field(
+        default=None, repr=False, description="Bearer token for LoRAs on the Hugging Face Hub.", examples=["hf_…"]
+    )
+    prompts: list[Prompt] = Field(min_length=1, description="One video each.")
+    output_format: OutputFormat = Field(default="mp4", description="`png` gives a zip of lossless frames.", examples=["mp4"])
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A prompt with everything decided: what will really be made."""
+
+    index: int
+    prompt: str
+    neg: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    sample_steps: int
+    guidance_scale: float
+    seed: int
+    sampler: Sampler
+    control_image: str | None = field(repr=False)
+    warnings: tuple[str, ...]
+
+
+def shots_of(request: Request, spec: ModelSpec) -> list[Shot]:
+    """Resolve trigger words, sizes, frame counts and seeds; draws the random ones."""
+    return [_shot(request, spec, index, prompt) for index, prompt in enumerate(request.prompts)]
+
+
+def _shot(request: Request, spec: ModelSpec, index: int, prompt: Prompt) -> Shot:
+    warnings = []
+    width, height = spec.effective_size(prompt.width, prompt.height)
+    if (width, height) != (prompt.width, prompt.height):
+        warnings.append(
+            f"prompts[{index}]: {prompt.width}x{prompt.height} became {width}x{height}, "
+            f"since {spec.id} makes multiples of {spec.size_divisor}"
+        )
+    num_frames = spec.effective_frames(prompt.num_frames)
+    if num_frames != prompt.num_frames:
+        warnings.append(f"prompts[{index}]: {prompt.num_frames} frames became {num_frames}, since Wan makes 4n+1 frames")
+    trigger_word = prompt.trigger_word or request.trigger_word
+    if "[trigger]" in prompt.prompt and not trigger_word:
+        warnings.append(f"prompts[{index}]: the prompt has [trigger], but there is no trigger_word to put in its place")
+    seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
+    return Shot(
+        index=index,
+        prompt=prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt,
+        neg=prompt.neg,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=prompt.fps,
+        sample_steps=prompt.sample_steps,
+        guidance_scale=prompt.guidance_scale,
+        seed=secrets.randbelow(2**31) if seed == -1 else seed,
+        sampler=prompt.sampler,
+        control_image=prompt.control_image,
+        warnings=tuple(warnings),
+    )
+
+
+def parse(raw: Any, served: ModelSpec) -> Request:
+    """Check a job's `input` against the schema and against the rules of the model it names.
+
+    Raises WorkerError: INVALID_INPUT, MODEL_NOT_FOUND, MODEL_NOT_SERVED, LORA_FILE_REQUIRED, SINGLE_LORA_ONLY,
+    MOE_FORMAT_REQUIRED, MOE_FORMAT_NOT_SUPPORTED, SINGLE_MOE_CONFIG_ONLY, CONTROL_IMAGE_REQUIRED.
+    """
+    if not isinstance(raw, dict):
+        raise WorkerError(Code.INVALID_INPUT, "`input` must be an object with the fields model, loras and prompts")
+    if problems := list(_unicode_problems(raw)):
+        raise WorkerError.of(problems)
+    request, problems = None, list(_model_problems(raw, served))
+    try:
+        request = Request.model_validate(raw)
+    except ValidationError as error:
+        problems += _schema_problems(error, raw)
+    spec = MODELS.get(raw["model"], served) if isinstance(raw.get("model"), str) else served
+    problems += _lora_problems(raw, spec)
+    problems += _prompt_problems(raw, spec)
+    if problems or request is None:
+        raise WorkerError.of(problems)
+    return request
+
+
+def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Problem]:
+    model = raw.get("model")
+    if not isinstance(model, str) or model == served.id:
+        return
+    if model in MODELS:
+        text = f"this worker serves {served.id}, not {model}; send the request to an endpoint of {model}"
+        yield Problem(Code.MODEL_NOT_SERVED, "model", text)
+    else:
+        named = f"{model!r} is" if re.fullmatch(r"[\w.-]{1,64}", model, re.ASCII) else "this is"
+        text = f"{named} no model id; the known ones are {', '.join(MODELS)}"
+        yield Problem(Code.MODEL_NOT_FOUND, "model", text)
+
+
+def _lora_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    """The rules between the items and the model; what one item may look like is the schema's."""
+    loras = raw.get("loras")
+    if loras is None or loras == []:
+        example = '{"path": "job/name.safetensors"' + (', "transformer": "high"}' if spec.moe else "}")
+        yield Problem(Code.LORA_FILE_REQUIRED, "loras", f"at least one LoRA is required, such as [{example}]")
+    if not isinstance(loras, list):
+        return
+    sides = [item.get("transformer") if isinstance(item, dict) else None for item in loras]
+    for index, item in enumerate(loras):
+        yield from _path_problems(index, item)
+        if spec.moe and isinstance(item, dict) and sides[index] is None:
+            text = f'{spec.id} has two transformers: say which one this LoRA is for, "high" or "low"'
+            yield Problem(Code.MOE_FORMAT_REQUIRED, f"loras[{index}].transformer", text)
+        if not spec.moe and sides[index] is not None:
+            text = f"{spec.id} has one transformer and takes a single LoRA; leave `transformer` out"
+            yield Problem(Code.MOE_FORMAT_NOT_SUPPORTED, f"loras[{index}].transformer", text)
+    if not spec.moe and len(loras) > 1:
+        yield Problem(Code.SINGLE_LORA_ONLY, "loras", f"{spec.id} takes exactly one LoRA, not {len(loras)}; send one item")
+    given = [side for side in sides if side in ("high", "low")]
+    if spec.moe and (len(loras) > 2 or len(set(given)) < len(given)):
+        text = f"{spec.id} takes one high and one low LoRA at most; send each side once"
+        yield Problem(Code.SINGLE_MOE_CONFIG_ONLY, "loras", text)
+
+
+def _path_problems(index: int, item: Any) -> Iterator[Problem]:
+    path = item.get("path") if isinstance(item, dict) else None
+    if not isinstance(path, str):
+        return
+    where = f"loras[{index}].path"
+    if not path.strip():
+        yield Problem(Code.LORA_FILE_REQUIRED, where, "the path is empty; name a file such as job/name.safetensors")
+    elif is_url(path):
+        url = urlsplit(path)
+        if not url.hostname:
+            yield Problem(Code.INVALID_INPUT, where, "the URL has no host; use https://host/name.safetensors")
+        elif "/tree/" in url.path and is_hub(url.hostname):
+            text = "this URL shows a folder; use the file's own URL, with /resolve/ and the file's name"
+            yield Problem(Code.INVALID_INPUT, where, text)
+    elif "://" in path:
+        yield Problem(Code.INVALID_INPUT, where, "only http and https URLs are fetched; use one, or a file below LORA_DIR")
+    elif path.startswith(("/", "~", "\\")) or ".." in re.split(r"[/\\]", path) or "\0" in path:
+        text = "must be relative to the LoRA folder, without `..`, such as job/name.safetensors"
+        yield Problem(Code.INVALID_INPUT, where, text)
+
+
+def _prompt_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    prompts = raw.get("prompts")
+    for index, prompt in enumerate(prompts if isinstance(prompts, list) else []):
+        if not isinstance(prompt, dict):
+            continue
+        images = [prompt.get(name) for name in ("ctrl_img", "ctrl_img_1")]
+        given = {image for image in images if isinstance(image, str) and image}
+        where = f"prompts[{index}].ctrl_img"
+        if len(given) == 2:
+            text = "`ctrl_img` and `ctrl_img_1` are two different images, and this model takes one; leave one out"
+            yield Problem(Code.INVALID_INPUT, where, text)
+        elif not given and spec.control_image == "required" and all(image in (None, "") for image in images):
+            text = f"{spec.id} needs a control image: give an http(s) URL, base64 or a data URL"
+            yield Problem(Code.CONTROL_IMAGE_REQUIRED, where, text)
+        elif given and spec.control_image == "none":
+            takers = ", ".join(other.id for other in MODELS.values() if other.control_image != "none")
+            text = f"{spec.id} takes no control image; leave it out, or use one of {takers}"
+            yield Problem(Code.INVALID_INPUT, where, text)
+
+
+def _unicode_problems(raw: Any) -> Iterator[Problem]:
+    """Texts and field names with lone surrogates, which JSON can carry and nothing behind it can."""
+    waiting: list[tuple[tuple[int | str, ...], Any]] = [((), raw)]
+    while waiting:
+        location, value = waiting.pop()
+        if isinstance(value, str) and not _is_unicode(value):
+            text = "contains a lone surrogate, which is no character; send valid Unicode"
+            yield Problem(Code.INVALID_INPUT, _path_of(location), text)
+        elif isinstance(value, dict):
+            waiting += [((*location, key), item if _is_unicode(key) else key) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*location, index), item) for index, item in enumerate(value)]
+
+
+def _is_unicode(text: str) -> bool:
+    return not re.search(r"[\ud800-\udfff]", text)
+
+
+def is_url(text: str) -> bool:
+    """Whether a path or image is meant as a URL to fetch."""
+    return text.lower().startswith(("http://", "https://"))
+
+
+def is_hub(host: str) -> bool:
+    """Whether a host is the Hugging Face Hub."""
+    return host in ("huggingface.co", "hf.co") or host.endswith((".huggingface.co", ".hf.co"))
+
+
+# From here on: pydantic's findings in words.
+
+_ELSEWHERE = {
+    "steps": "sample_steps",
+    "num_inference_steps": "sample_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "negative_prompt": "neg",
+    "image": "ctrl_img",
+    "image_url": "ctrl_img",
+    "control_image": "ctrl_img",
+    "length": "num_frames",
+    "frames": "num_frames",
+    "frame_rate": "fps",
+    "scheduler": "sampler",
+    "strength": "network_multiplier",
+    "weight": "network_multiplier",
+    "scale": "network_multiplier",
+    "lora_scale": "network_multiplier",
+    "lora": "loras",
+    "model_id": "model",
+    "format": "output_format",
+}
+"""What other servers call these fields."""
+
+_SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
+"""Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
+
+
+def _schema_problems(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    for problem in error.errors(include_url=False):
+        location = problem["loc"]
+        where = _path_of(location)
+        if where == "loras" and raw.get("loras") in (None, []):
+            continue  # `_lora_problems` has the better code for it
+        if problem["type"] == "string_too_short":
+            continue  # `_path_problems` says it
+        if problem["type"] == "extra_forbidden":
+            yield Problem(Code.INVALID_INPUT, where, _unknown_field(location))
+        elif problem["type"] == "missing":
+            yield Problem(Code.INVALID_INPUT, where, f"is required: {_rule(location)}")
+        else:
+            yield Problem(Code.INVALID_INPUT, where, f"must be {_rule(location)}{_instead_of(problem)}")
+
+
+def _path_of(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
+    return path
+
+
+def _shown(name: str) -> str:
+    """A field's name as far as it can be one; a client's own text is cut short."""
+    return re.sub(r"[^\w -]", "?", name)[:40]
+
+
+_MODELS_BY_PREFIX: dict[str, type[_Strict]] = {"": Request, "prompts[].": Prompt, "loras[].": Lora}
+
+
+def _home_of(location: tuple[int | str, ...]) -> str:
+    """Which of the three objects a location lies in, as a key of _MODELS_BY_PREFIX."""
+    return f"{location[0]}[]." if len(location) > 1 else ""
+
+
+def _unknown_field(location: tuple[int | str, ...]) -> str:
+    name, here = str(location[-1]).lower(), _home_of(location)
+    fields = _MODELS_BY_PREFIX[here].model_fields
+    prefix_of = {known: prefix for prefix, model in _MODELS_BY_PREFIX.items() for known in model.model_fields}
+    prefix_of |= dict.fromkeys(fields, "")
+    meant = _ELSEWHERE.get(name, name)
+    if meant not in prefix_of:
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+        close += difflib.get_close_matches(name, prefix_of, n=1, cutoff=0.8)
+        if not close:
+            return f"is not a field; the fields here are {', '.join(fields)}"
+        meant = close[0]
+    place = " of the request itself" if here and meant not in fields and not prefix_of[meant] else ""
+    return f"is not a field here; did you mean `{prefix_of[meant]}{meant}`{place}?"
+
+
+def _rule(location: tuple[int | str, ...]) -> str:
+    """The rule of the field, in words, with a value that would do."""
+    home = _MODELS_BY_PREFIX[_home_of(location)]
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    if isinstance(location[-1], int):
+        return f"an object with the fields {', '.join(home.model_fields)}"
+    schema = home.model_json_schema()["properties"][name]
+    schema = {**schema, **next((kind for kind in schema.get("anyOf", []) if kind.get("type") != "null"), {})}
+    if "enum" in schema:
+        return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
+    if schema["type"] == "array":
+        return "a list with at least one item"
+    kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
+    if "maximum" in schema:
+        kind += f" from {schema['minimum']} to {schema['maximum']}"
+    return kind + (f", such as {schema['examples'][0]!r}" if "examples" in schema else "")
+
+
+def _instead_of(problem: Any) -> str:
+    """What was sent, when it is short and can be no secret."""
+    value, name = problem["input"], problem["loc"][-1]
+    if name in _SECRET_FIELDS:
+        return ""
+    if value is None or isinstance(value, (bool, int, float)):
+        return f"; not {str(value)[:40]}"
+    if isinstance(value, str):
+        return f"; not {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; not this text"
+    kind = "list" if isinstance(value, list) else "object"
+    return f"; not {f'a filled {kind}' if value else f'an empty {kind}'}"

@@ -1,0 +1,124 @@
+"""The environment, read once at start into a frozen Settings. Nothing else in the worker reads the environment."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pipelines.catalog import MODELS, OffloadMode
+from worker.errors import Code, WorkerError
+
+SEVEN_DAYS = 7 * 24 * 3600
+"""The longest time a SigV4 presigned URL can be valid, in seconds."""
+
+
+class SettingsError(Exception):
+    """One line that names every environment variable that is missing or wrong."""
+
+
+class Settings(BaseSettings):
+    """Every environment variable the worker knows. A variable that is set but empty counts as not set."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, validate_default=False)
+
+    model_id: str = Field(description="The one model this worker serves.")
+    checkpoint_dir: Path = Field(
+        default=Path("/checkpoints"), description="One folder per Hub repo id, `ORG/NAME`, in diffusers layout."
+    )
+    ai_toolkit_path: Path | None = Field(
+        default=None, description="Checkout of ostris/ai-toolkit; needed by `wan22_14b_i2v` and `wan22_5b`."
+    )
+    lora_dir: Path = Field(default=Path("/runpod-volume/loras"), description="Where relative `loras[].path` are looked for.")
+    lora_cache_dir: Path = Field(
+        default=Path(tempfile.gettempdir()) / "lora-cache", description="Where LoRAs from URLs are kept."
+    )
+    device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` (bf16) or `cpu` (float32).")
+    offload_mode: OffloadMode = Field(
+        default="none",
+        description="`none`, `model` (one component on the GPU at a time) or `sequential` (one layer at a time).",
+    )
+    output_dir: Path = Field(default=Path("output"), description="Where results go when no bucket is configured.")
+    bucket_name: str | None = Field(default=None, description="The bucket; setting it turns uploads on.")
+    bucket_endpoint_url: str | None = Field(
+        default=None, description="Endpoint of an S3-compatible store; not set: AWS S3 in `BUCKET_REGION`."
+    )
+    bucket_access_key_id: SecretStr | None = Field(default=None, description="Access key id of the bucket.")
+    bucket_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the bucket.")
+    bucket_region: str | None = Field(
+        default=None, description="Signing region; not set: read off the endpoint, else `us-east-1`."
+    )
+    bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="`auto`: virtual-hosted on AWS, path elsewhere."
+    )
+    bucket_key_prefix: str = Field(default="", description="Put before every object key, such as `videos/`.")
+    presigned_url_ttl: int = Field(
+        default=86400, ge=60, le=SEVEN_DAYS, description="How long result URLs are valid, in seconds; 7 days at most."
+    )
+    hf_token: SecretStr | None = Field(
+        default=None, description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`."
+    )
+    job_timeout: float | None = Field(
+        default=None, gt=0, description="Seconds after which a job stops with `TIMEOUT`; not set: no limit of its own."
+    )
+    max_lora_bytes: int = Field(default=8 * 1024**3, gt=0, description="Largest LoRA file to download, in bytes.")
+    max_image_bytes: int = Field(default=64 * 1024**2, gt=0, description="Largest control image to download, in bytes.")
+    runpod_webhook_get_job: str | None = Field(
+        default=None, description="Set by RunPod: the worker runs in the cloud, where a bucket is required."
+    )
+
+    @property
+    def in_cloud(self) -> bool:
+        return self.runpod_webhook_get_job is not None
+
+    @field_validator("model_id")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        if value not in MODELS:
+            raise ValueError(f"{value!r} is no model id; set it to one of {', '.join(MODELS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_bucket(self) -> Settings:
+        needed = {
+            "BUCKET_ACCESS_KEY_ID": self.bucket_access_key_id,
+            "BUCKET_SECRET_ACCESS_KEY": self.bucket_secret_access_key,
+        }
+        given = [self.bucket_name, self.bucket_endpoint_url, *needed.values()]
+        if any(given):
+            missing = [name for name, value in {"BUCKET_NAME": self.bucket_name, **needed}.items() if not value]
+            if missing:
+                raise ValueError(f"the bucket is configured in part; set {' and '.join(missing)} too")
+        return self
+
+
+def load_settings() -> Settings:
+    """Read and check the environment.
+
+    Raises SettingsError (a variable is missing or wrong), WorkerError with STORAGE_NOT_CONFIGURED (in the cloud without a
+    bucket: results would be lost after the GPU time was spent).
+    """
+    try:
+        settings = Settings()  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SettingsError("; ".join(_problem(problem) for problem in error.errors())) from None
+    if settings.in_cloud and not settings.bucket_name:
+        raise WorkerError(
+            Code.STORAGE_NOT_CONFIGURED,
+            "a worker in the cloud needs a bucket, or its results would be lost: set BUCKET_NAME, BUCKET_ACCESS_KEY_ID and "
+            "BUCKET_SECRET_ACCESS_KEY, and BUCKET_ENDPOINT_URL unless it is AWS S3",
+        )
+    return settings
+
+
+def _problem(problem: object) -> str:
+    """`NAME: what is wrong`. The value is not repeated: it may be a secret."""
+    assert isinstance(problem, dict)
+    name = ".".join(str(part) for part in problem["loc"]).upper()
+    if problem["type"] == "missing":
+        return f"{name} is not set; set it to one of {', '.join(MODELS)}"
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {text}" if name else text

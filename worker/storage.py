@@ -1,0 +1,183 @@
+"""A finished file → a URL: in the worker's bucket, in the bucket a job brings along, or in a local folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from worker.download import atomic_write
+from worker.errors import Code, Problem, WorkerError
+from worker.settings import Settings
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a file can be fetched. `expires_at` is UTC in ISO 8601; None for a local file."""
+
+    url: str
+    key: str
+    expires_at: str | None
+
+
+class Storage(Protocol):
+    def put(self, file: Path, key: str, content_type: str) -> Stored:
+        """Store `file` under `key`. Raises WorkerError with UPLOAD_FAILED."""
+
+
+class LocalFolder:
+    """Files below OUTPUT_DIR, as file:// URLs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+
+    def put(self, file: Path, key: str, content_type: str) -> Stored:
+        target = self._folder / key
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as temporary:
+                shutil.copyfile(file, temporary)
+        except OSError as error:
+            raise WorkerError(Code.UPLOAD_FAILED, f"`{key}` could not be written to OUTPUT_DIR; check it") from error
+        return Stored(target.as_uri(), key, None)
+
+
+class Bucket:
+    """An S3-compatible bucket; results are presigned with SigV4."""
+
+    def __init__(
+        self,
+        name: str,
+        access_key_id: str,
+        secret_access_key: str,
+        endpoint_url: str | None,
+        region: str | None,
+        addressing_style: str,
+        key_prefix: str,
+        ttl_seconds: int,
+    ) -> None:
+        self._name = name
+        self._key_prefix = key_prefix
+        self._ttl_seconds = ttl_seconds
+        endpoint_url = _without_bucket(endpoint_url, name)
+        on_aws = endpoint_url is None or (urlsplit(endpoint_url).hostname or "").endswith("amazonaws.com")
+        if addressing_style == "auto":
+            addressing_style = "virtual" if on_aws else "path"
+        self._client = boto3.client(
+            "s3",
+            aws_access_key_id=access_key_id,
+            aws_secret_access_key=secret_access_key,
+            endpoint_url=endpoint_url,
+            region_name=region or _region_of(endpoint_url),
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": addressing_style},  # type: ignore[arg-type]
+                retries={"mode": "standard", "max_attempts": 5},
+                connect_timeout=10,
+                read_timeout=60,
+                # Several S3-compatible stores refuse the checksums that boto3 adds by default.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def put(self, file: Path, key: str, content_type: str) -> Stored:
+        key = self._key_prefix + key
+        try:
+            self._client.upload_file(str(file), self._name, key, ExtraArgs={"ContentType": content_type})
+            expires = datetime.now(UTC) + timedelta(seconds=self._ttl_seconds)
+            url = self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=self._ttl_seconds
+            )
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise WorkerError(
+                Code.UPLOAD_FAILED,
+                f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, keys and permissions",
+            ) from error
+        return Stored(url, key, expires.strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
+class S3Config(BaseModel):
+    """The `s3Config` that a job can carry beside its `input`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    access_id: SecretStr = Field(alias="accessId", min_length=1)
+    access_secret: SecretStr = Field(alias="accessSecret", min_length=1)
+    bucket_name: str = Field(alias="bucketName", min_length=3)
+    endpoint_url: str = Field(alias="endpointUrl", pattern=r"^https?://[^/]+")
+    region: str | None = None
+
+
+def storage_of(settings: Settings) -> Storage:
+    """The bucket when one is configured, else the local folder."""
+    if not settings.bucket_name:
+        return LocalFolder(settings.output_dir)
+    assert settings.bucket_access_key_id and settings.bucket_secret_access_key  # Settings has checked it
+    return Bucket(
+        name=settings.bucket_name,
+        access_key_id=settings.bucket_access_key_id.get_secret_value(),
+        secret_access_key=settings.bucket_secret_access_key.get_secret_value(),
+        endpoint_url=settings.bucket_endpoint_url,
+        region=settings.bucket_region,
+        addressing_style=settings.bucket_addressing_style,
+        key_prefix=settings.bucket_key_prefix,
+        ttl_seconds=settings.presigned_url_ttl,
+    )
+
+
+def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
+    """The bucket that the job brings along. Raises WorkerError with INVALID_INPUT."""
+    try:
+        config = S3Config.model_validate(s3_config)
+    except ValidationError as error:
+        fields = sorted({str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()})
+        text = "must have accessId, accessSecret, bucketName and endpointUrl (http or https), all strings"
+        raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}".rstrip("."), text) for name in fields]) from None
+    return Bucket(
+        name=config.bucket_name,
+        access_key_id=config.access_id.get_secret_value(),
+        secret_access_key=config.access_secret.get_secret_value(),
+        endpoint_url=config.endpoint_url,
+        region=config.region,
+        addressing_style="auto",
+        key_prefix=settings.bucket_key_prefix,
+        ttl_seconds=settings.presigned_url_ttl,
+    )
+
+
+def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:
+    """Other workers want the bucket in the endpoint; boto3 would then put it in twice."""
+    if endpoint_url is None:
+        return None
+    endpoint_url = re.sub(rf"^(https?://){re.escape(bucket)}\.", r"\1", endpoint_url.rstrip("/"))
+    return endpoint_url.removesuffix(f"/{bucket}")
+
+
+def _region_of(endpoint_url: str | None) -> str:
+    """`s3.eu-central-1.amazonaws.com` and its kin name their region; R2 wants `auto`; MinIO-like stores take any."""
+    host = urlsplit(endpoint_url or "").hostname or ""
+    if host.endswith(".r2.cloudflarestorage.com"):
+        return "auto"
+    named = re.match(r"s3[.-]([a-z]{2,}-[a-z0-9-]+)\.", host)
+    return named[1] if named else "us-east-1"
+
+
+def _reason(error: Exception) -> str:
+    """A few words without hosts or keys: the store's own error code, or the kind of failure."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ClientError):
+            return str(cause.response.get("Error", {}).get("Code", "refused"))
+        cause = cause.__cause__ or cause.__context__
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
