@@ -1,13 +1,15 @@
 # make run    sets up, builds tiny checkpoints and runs test_input.json to a playable MP4
 # make test   sets up and runs the tests
+# make serve  the local RunPod API on port 8000, with the same tiny model
 # make lint   ruff and mypy
+# make docs   rewrites the generated parts of the documentation
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 TINY := .tiny
 
-.PHONY: setup run test lint format schema clean
+.PHONY: setup run serve test lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -22,9 +24,14 @@ $(TINY)/.ready: builder/tiny_checkpoints.py $(VENV)/.ready
 	$(PY) builder/tiny_checkpoints.py $(TINY)
 	touch $@
 
+TINY_WORKER := MODEL_ID=wan22_14b_t2v CHECKPOINT_DIR=$(TINY) LORA_DIR=$(TINY)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py
+
 run: $(TINY)/.ready
-	MODEL_ID=wan22_14b_t2v CHECKPOINT_DIR=$(TINY) LORA_DIR=$(TINY)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py
+	$(TINY_WORKER)
 	@echo "the video: $(CURDIR)/output/local_test/0.mp4"
+
+serve: $(TINY)/.ready
+	$(TINY_WORKER) --rp_serve_api
 
 test: setup
 	$(PY) -m pytest
@@ -38,7 +45,7 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-schema: setup
+docs: setup
 	$(PY) -m docs.generate
 
 clean:

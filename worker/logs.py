@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class _AroundProgressBars(logging.StreamHandler[TextIO]):
 
 
 def configure() -> None:
-    """Set up the root logger. Call it before runpod is imported: whoever is first wins."""
+    """Set up the root logger. Call it before runpod or transformers is imported: they look at what is set up already."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = _AroundProgressBars(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

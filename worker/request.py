@@ -426,8 +426,8 @@ def _instead_of(problem: Any) -> str:
     if name in _SECRET_FIELDS:
         return ""
     if value is None or isinstance(value, (bool, int, float)):
-        return f"; not {str(value)[:40]}"
+        return f"; got {str(value)[:40]}"
     if isinstance(value, str):
-        return f"; not {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; not this text"
+        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; got another text"
     kind = "list" if isinstance(value, list) else "object"
-    return f"; not {f'a filled {kind}' if value else f'an empty {kind}'}"
+    return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

@@ -1,0 +1,149 @@
+"""Write what the documentation says about fields, errors, models and the environment from the code that decides it.
+
+    python -m docs.generate           rewrites docs/request.schema.json and the generated parts of the Markdown files
+    python -m docs.generate --check   exits with 1 when one of them is not current
+
+A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.catalog import MODELS, ModelSpec
+from worker.errors import MEANING
+from worker.request import Lora, Prompt, Request
+from worker.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "docs/request.schema.json"
+
+
+def main() -> int:
+    wanted = {SCHEMA: schema()} | {path: filled(path) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not current; run `make docs`")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path])
+    return 0
+
+
+def schema() -> str:
+    """The JSON Schema of a job's `input`."""
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Request.model_json_schema()}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def filled(path: Path) -> str:
+    """The file's text with its generated parts current."""
+    parts: dict[str, Callable[[], str]] = {
+        "models": models,
+        "fields": fields,
+        "errors": errors,
+        "environment": environment,
+    }
+    parts |= {f"model {spec.id}": lambda spec=spec: model(spec) for spec in MODELS.values()}
+
+    def part(match: re.Match[str]) -> str:
+        return f"<!-- begin: {match[1]} -->\n{parts[match[1]]()}\n<!-- end: {match[1]} -->"
+
+    return re.sub(r"<!-- begin: ([\w ]+) -->\n.*?<!-- end: \1 -->", part, path.read_text(), flags=re.DOTALL)
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *body))
+
+
+def models() -> str:
+    rows = [
+        (
+            f"[`{spec.id}`](docs/models/{spec.id}.md)",
+            spec.title,
+            {"none": "no", "optional": "optional", "required": "required"}[spec.control_image],
+            "high and/or low" if spec.moe else "one",
+            f"{spec.size_divisor} px",
+            "yes" if spec.needs_toolkit else "no",
+        )
+        for spec in MODELS.values()
+    ]
+    return table(("model id", "model", "`ctrl_img`", "LoRAs", "sizes floor to", "needs ai-toolkit"), *rows)
+
+
+def fields() -> str:
+    rows = []
+    for prefix, owner in (("", Request), ("loras[].", Lora), ("prompts[].", Prompt)):
+        document = owner.model_json_schema()
+        for name, info in owner.model_fields.items():
+            default = "**required**" if info.is_required() else "" if info.default is None else f"`{json.dumps(info.default)}`"
+            rows.append((f"`{prefix}{name}`", _kind(document["properties"][name]), default, info.description or ""))
+    return table(("field", "type", "default", "meaning"), *rows)
+
+
+def _kind(field: dict[str, Any]) -> str:
+    field = field | next((kind for kind in field.get("anyOf", []) if kind.get("type") != "null"), {})
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    kind = {"array": "list", "integer": "int"}.get(field["type"], field["type"])
+    if field.get("maximum") == 2**64 - 1:
+        return f"{kind}, {field['minimum']} or more"
+    return f"{kind}, {field['minimum']} to {field['maximum']}" if "maximum" in field else kind
+
+
+def errors() -> str:
+    return table(("code", "meaning"), *((f"`{code}`", meaning) for code, meaning in MEANING.items()))
+
+
+def environment() -> str:
+    rows = []
+    for name, info in Settings.model_fields.items():
+        if name == "lora_cache_dir":
+            default = "a folder in the system's temp folder"
+        elif info.is_required():
+            default = "**required**"
+        else:
+            default = "" if info.default in (None, "") else f"`{info.default}`"
+        rows.append((f"`{name.upper()}`", default, info.description or ""))
+    return table(("variable", "default", "meaning"), *rows)
+
+
+def model(spec: ModelSpec) -> str:
+    by_source: dict[str, list[str]] = {}
+    for part, source in spec.sources.items():
+        by_source.setdefault(source.repo, []).append(part)
+    read_from = "; ".join(f"`{repo}` ({', '.join(parts)})" for repo, parts in by_source.items())
+    frames = "`(n - 1) // 4 * 4 + 1`" if spec.drops_incomplete_frames else "`n` when it is 4n+1, else `n // 4 * 4 + 1`"
+    scheduler = "as the checkpoint says" if spec.flow_shift is None else f"UniPC, flow_shift {spec.flow_shift}"
+    boundary = f"boundary_ratio {spec.boundary_ratio}" if spec.boundary_ratio else "as the checkpoint says"
+    rows = [
+        ("weights", read_from),
+        ("pipeline", _pipeline(spec)),
+        ("control image", {"none": "none", "optional": "optional", "required": "required"}[spec.control_image]),
+        ("LoRAs", "one file per side, `high` and/or `low`" if spec.moe else "one file"),
+        ("width and height", f"floored to a multiple of {spec.size_divisor}"),
+        ("frame count `n` becomes", frames),
+        ("scheduler (`unipc`)", scheduler),
+        ("scheduler (`flowmatch`)", f"FlowMatch Euler, shift {spec.trainer_shift}"),
+        *([("switch between the transformers", boundary)] if spec.moe else []),
+        ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in spec.offload_modes)),
+    ]
+    return table(("", ""), *rows)
+
+
+def _pipeline(spec: ModelSpec) -> str:
+    if spec.needs_toolkit:
+        helper = "add_first_frame_conditioning" + ("" if spec.moe else "_v22")
+        return f"ai-toolkit's `Wan22Pipeline` and `{helper}`"
+    return "`diffusers.WanImageToVideoPipeline`" if spec.control_image == "required" else "`diffusers.WanPipeline`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
