@@ -1,0 +1,43 @@
+"""Tiny checkpoints, written once per run, and the toolkit checkouts that the tests can use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from builder import tiny_checkpoints
+
+# The tensors are tiny: a second thread only waits, and on a busy machine waits long. Worker subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+STAND_IN = Path(__file__).parent / "ai_toolkit_stand_in"
+REAL_TOOLKIT = Path(os.environ["AI_TOOLKIT_PATH"]) if os.environ.get("AI_TOOLKIT_PATH") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("toolkit") and REAL_TOOLKIT is None:
+            item.add_marker(pytest.mark.skip(reason="AI_TOOLKIT_PATH points to no ai-toolkit checkout"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `builder/tiny_checkpoints.py` writes: `ORG/NAME` for every repo, and `loras`."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoints.write_checkpoints(root)
+    tiny_checkpoints.write_loras(root / "loras")
+    return root
+
+
+@pytest.fixture(
+    scope="session", params=[STAND_IN, pytest.param(REAL_TOOLKIT, marks=pytest.mark.toolkit)], ids=["stand-in", "real"]
+)
+def toolkit_path(request: pytest.FixtureRequest) -> Path:
+    """An ai-toolkit checkout: the stand-in, and a real one when there is one."""
+    return request.param

@@ -1,0 +1,247 @@
+"""LoRAs on loaded transformers: what is refused before a weight is touched, and that a switch leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from builder.tiny_checkpoints import SIZE_1B, SIZE_14B, lora_metadata, lora_tensors
+from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines.errors import LoraIncompatible, LoraInvalid
+from pipelines.lora_file import LoraFile
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path) -> WanModel:
+    return load_pipeline("wan21_1b", tiny, "cpu")
+
+
+@pytest.fixture(scope="module")
+def moe(tiny: Path) -> WanModel:
+    return load_pipeline("wan22_14b_t2v", tiny, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def plain_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in ("small", "moe"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).apply_loras([])
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., LoraFile]:
+    """Write tensors as a LoRA file."""
+
+    def write(tensors: dict[str, torch.Tensor], name: str = "lora", base: str = "wan_2.1") -> LoraFile:
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path, metadata=lora_metadata(name, base))
+        return LoraFile.read(path)
+
+    return write
+
+
+def frames(model: WanModel) -> np.ndarray:
+    return np.concatenate(list(model.generate(Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2))))
+
+
+def rank(tiny: Path, number: int) -> LoraFile:
+    return LoraFile.read(tiny / f"loras/wan21_1b/rank{number}.safetensors")
+
+
+def side(tiny: Path, name: str, job: str = "wan22_14b_t2v") -> Adapter:
+    return Adapter(LoraFile.read(tiny / f"loras/{job}/{job}_{name}_noise.safetensors"), 1.0, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [(4, 64), (64, 4), (16, 64, 4)])
+def test_any_rank_can_follow_any_other(small: WanModel, tiny: Path, order: tuple[int, ...]) -> None:
+    small.apply_loras([Adapter(rank(tiny, order[-1]))])
+    alone = frames(small)
+    small.apply_loras([])
+    for number in order:
+        small.apply_loras([Adapter(rank(tiny, number))])
+    assert np.array_equal(frames(small), alone)
+
+
+@pytest.mark.parametrize("number", [1, 256])
+def test_ranks_from_1_to_256_load(small: WanModel, write: Callable[..., LoraFile], number: int) -> None:
+    plain = frames(small)
+    small.apply_loras([Adapter(write(lora_tensors(SIZE_1B, number, seed=number)))])
+    assert not np.array_equal(frames(small), plain)
+
+
+def test_without_loras_the_base_model_is_back_to_the_bit(small: WanModel, tiny: Path) -> None:
+    before = {name: value.clone() for name, value in small._pipe.transformer.state_dict().items()}
+    plain = frames(small)
+    small.apply_loras([Adapter(rank(tiny, 16), scale=2.0)])
+    small.apply_loras([])
+    after = small._pipe.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert np.array_equal(frames(small), plain)
+
+
+def test_a_changed_scale_keeps_the_loaded_weights(small: WanModel, tiny: Path) -> None:
+    small.apply_loras([Adapter(rank(tiny, 16), scale=1.0)])
+    loaded = [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()]
+    strong = frames(small)
+    small.apply_loras([Adapter(rank(tiny, 16), scale=0.25)])
+    assert [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()] == loaded
+    assert not np.array_equal(frames(small), strong)
+
+
+def test_scale_0_is_the_base_model_and_says_so(small: WanModel, tiny: Path) -> None:
+    plain = frames(small)
+    adapter = Adapter(rank(tiny, 16), scale=0.0)
+    assert "no effect" in " ".join(small.check_lora(adapter))
+    small.apply_loras([adapter])
+    assert np.array_equal(frames(small), plain)
+
+
+def test_a_file_replaced_under_the_same_name_is_another_lora(small: WanModel, write: Callable[..., LoraFile]) -> None:
+    small.apply_loras([Adapter(write(lora_tensors(SIZE_1B, 4, seed=1)))])
+    first = frames(small)
+    small.apply_loras([Adapter(write(lora_tensors(SIZE_1B, 8, seed=2)))])
+    assert not np.array_equal(frames(small), first)
+
+
+def test_a_missing_side_leaves_its_transformer_untouched(moe: WanModel, tiny: Path) -> None:
+    plain = frames(moe)
+    for given, other in (("high", "transformer_2"), ("low", "transformer")):
+        moe.apply_loras([side(tiny, "high"), side(tiny, "low")])
+        moe.apply_loras([side(tiny, given)])
+        assert not any("lora" in name for name, _ in getattr(moe._pipe, other).named_parameters())
+        assert not np.array_equal(frames(moe), plain)
+
+
+def test_the_sides_are_not_interchangeable(moe: WanModel, tiny: Path) -> None:
+    high, low = side(tiny, "high"), side(tiny, "low")
+    moe.apply_loras([high, low])
+    right = frames(moe)
+    swapped = [Adapter(low.file, 1.0, "high"), Adapter(high.file, 1.0, "low")]
+    assert "sent as the high side" in " ".join(moe.check_lora(swapped[0]))
+    moe.apply_loras(swapped)
+    assert not np.array_equal(frames(moe), right)
+
+
+def test_after_a_failed_load_every_transformer_is_plain_and_the_next_job_is_right(
+    moe: WanModel, tiny: Path, write: Callable[..., LoraFile]
+) -> None:
+    plain = frames(moe)
+    moe.apply_loras([side(tiny, "high"), side(tiny, "low")])
+    good = frames(moe)
+    tensors = lora_tensors(SIZE_14B, 4, seed=1)
+    tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"][0, 0] = torch.nan
+    broken = write(tensors, base="wan_2.2_14b")
+    with pytest.raises(LoraInvalid, match="NaN"):
+        moe.apply_loras([side(tiny, "high"), Adapter(broken, 1.0, "low")])
+    assert np.array_equal(frames(moe), plain)
+    moe.apply_loras([side(tiny, "high"), side(tiny, "low")])
+    assert np.array_equal(frames(moe), good)
+
+
+@pytest.mark.parametrize(
+    ("path", "looks_like"),
+    [
+        ("wan21_14b/rank8", "wan21_14b or wan21_1b (hidden size 48, 3 blocks, base model wan_2.1)"),
+        ("wan21_i2v/rank8", "wan21_i2v_14b or wan21_i2v_14b480p"),
+        ("wan22_5b/rank8", "wan22_5b (hidden size 36, 2 blocks, base model wan_2.2_5b)"),
+        ("wan22_14b_t2v/wan22_14b_t2v_low_noise", "wan22_14b_i2v or wan22_14b_t2v"),
+    ],
+)
+def test_a_lora_of_another_model_is_refused_and_told_where_it_belongs(
+    small: WanModel, tiny: Path, path: str, looks_like: str
+) -> None:
+    file = LoraFile.read(tiny / f"loras/{path}.safetensors")
+    with pytest.raises(LoraIncompatible) as refusal:
+        small.check_lora(Adapter(file))
+    assert f"looks trained for {looks_like}" in str(refusal.value)
+    assert "do not fit wan21_1b" in str(refusal.value)
+
+
+def test_checking_touches_no_weight(small: WanModel, tiny: Path) -> None:
+    before = [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()]
+    small.check_lora(Adapter(rank(tiny, 4)))
+    assert [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()] == before
+
+
+def test_image_keys_on_a_text_model_of_the_same_size_are_refused(tiny: Path) -> None:
+    model = load_pipeline("wan21_14b", tiny, "cpu")
+    with pytest.raises(LoraIncompatible, match=r"add_k_proj.* is not in this model.*wan21_i2v_14b"):
+        model.check_lora(Adapter(LoraFile.read(tiny / "loras/wan21_i2v/rank8.safetensors")))
+
+
+def test_a_text_lora_on_an_image_model_is_applied_with_a_warning(tiny: Path) -> None:
+    model = load_pipeline("wan21_i2v_14b480p", tiny, "cpu")
+    adapter = Adapter(LoraFile.read(tiny / "loras/wan21_14b/rank8.safetensors"))
+    assert "no image keys" in " ".join(model.check_lora(adapter))
+    assert model.apply_loras([adapter]) == []
+
+
+def test_a_lora_of_another_base_model_with_the_same_shapes_is_applied_with_a_warning(moe: WanModel, tiny: Path) -> None:
+    adapter = Adapter(LoraFile.read(tiny / "loras/wan21_14b/rank8.safetensors"), 1.0, "low")
+    assert "looks trained for wan21_14b" in " ".join(moe.check_lora(adapter))
+    assert moe.apply_loras([adapter]) == []
+
+
+def test_keys_that_have_no_effect_are_named(small: WanModel, write: Callable[..., LoraFile]) -> None:
+    extra = {"diffusion_model.blocks.0.norm3.diff": torch.zeros(24), "diffusion_model.blocks.1.norm3.diff_b": torch.zeros(24)}
+    file = write({**lora_tensors(SIZE_1B, 4, seed=1), **extra})
+    assert any("2 keys" in warning and "norm3.diff" in warning for warning in small.check_lora(Adapter(file)))
+
+
+def test_a_lora_that_was_never_trained_says_that_it_does_nothing(small: WanModel, write: Callable[..., LoraFile]) -> None:
+    untrained = {k: v * 0 if "lora_B" in k else v for k, v in lora_tensors(SIZE_1B, 4, seed=1).items()}
+    assert "no effect" in " ".join(small.apply_loras([Adapter(write(untrained))]))
+
+
+def test_alpha_scales_as_it_does_in_diffusers(small: WanModel, write: Callable[..., LoraFile]) -> None:
+    tensors = {key: value.float() for key, value in lora_tensors(SIZE_1B, 4, seed=1).items()}
+    half = {**tensors}
+    for key in tensors:
+        if key.endswith("lora_A.weight"):
+            half[key.replace("lora_A.weight", "alpha")] = torch.tensor(2.0)
+    small.apply_loras([Adapter(write(tensors), scale=0.5)])
+    scaled = frames(small)
+    with_alpha = write(half, "alpha")
+    assert small.check_lora(Adapter(with_alpha)) == []
+    small.apply_loras([Adapter(with_alpha)])
+    assert np.abs(frames(small).astype(int) - scaled).max() <= 1
+
+
+def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile]) -> None:
+    plain = frames(small)
+    tensors = {key: value for key, value in lora_tensors(SIZE_1B, 4, seed=1).items() if ".blocks.1." in key}
+    small.apply_loras([Adapter(write(tensors))])
+    assert not np.array_equal(frames(small), plain)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "says"),
+    [
+        ({"model.weight": torch.ones(2)}, LoraIncompatible, "looks trained for wan_2.1|no lora_A"),
+        ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraIncompatible, "a LoKr file"),
+        ({"diffusion_model.transformer_1.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "split it"),
+        ({"diffusion_model.img_in.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "keys"),
+        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraInvalid, "lacks one of"),
+        (
+            {
+                "diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24),
+                "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(24, 8),
+            },
+            LoraInvalid,
+            "rank 4 in lora_A and 8 in lora_B",
+        ),
+    ],
+    ids=["no LoRA", "LoKr", "both sides in one", "foreign keys", "half a pair", "two ranks"],
+)
+def test_files_that_are_no_lora_for_wan_are_refused(
+    small: WanModel, write: Callable[..., LoraFile], tensors: dict, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        small.check_lora(Adapter(write(tensors)))

@@ -1,0 +1,75 @@
+"""What is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import load_pipeline
+from pipelines.catalog import MODELS
+from pipelines.errors import CheckpointNotFound, DeviceUnavailable
+from tests.conftest import STAND_IN
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """Checkpoints of one model that a test can damage."""
+    repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    shutil.copytree(tiny / repo, tmp_path / repo)
+    return tmp_path
+
+
+@pytest.mark.parametrize("model_id", MODELS)
+def test_every_missing_part_is_named(model_id: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound) as error:
+        load_pipeline(model_id, tmp_path, "cpu", toolkit_path=STAND_IN)
+    assert all(str(source) in str(error.value) for source in MODELS[model_id].sources.values())
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_missing_weights_are_named(copy: Path) -> None:
+    (copy / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointNotFound, match=r"Wan2.1-T2V-1.3B-Diffusers/vae/\*.safetensors"):
+        load_pipeline("wan21_1b", copy, "cpu")
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    folder = copy / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer"
+    shards = {"a": "part-00001-of-00002.safetensors", "b": "part-00002-of-00002.safetensors"}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / shards["a"]).touch()
+    with pytest.raises(CheckpointNotFound, match=r"transformer/part-00002-of-00002\.safetensors;"):
+        load_pipeline("wan21_1b", copy, "cpu")
+
+
+def test_14b_t2v_loads_without_the_base_repos_own_transformers(tiny: Path, tmp_path: Path) -> None:
+    base, toolkit = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16"
+    shutil.copytree(tiny / base, tmp_path / base, ignore=shutil.ignore_patterns("transformer*"))
+    shutil.copytree(tiny / toolkit, tmp_path / toolkit)
+    assert load_pipeline("wan22_14b_t2v", tmp_path, "cpu").spec.moe
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_gpu_is_an_error_not_a_slow_worker(tiny: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match="DEVICE=cpu"):
+        load_pipeline("wan21_1b", tiny, "cuda")
+
+
+def test_offloading_needs_a_gpu(tiny: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match="OFFLOAD_MODE=none"):
+        load_pipeline("wan21_1b", tiny, "cpu", offload_mode="model")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload_mode", ["none", "model", "sequential"])
+def test_offloading_changes_no_frame(tiny: Path, offload_mode: str) -> None:
+    from pipelines import Sampling
+
+    sampling = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2)
+    plain = next(load_pipeline("wan21_1b", tiny, "cuda").generate(sampling))
+    offloaded = load_pipeline("wan21_1b", tiny, "cuda", offload_mode=offload_mode)  # type: ignore[arg-type]
+    assert (next(offloaded.generate(sampling)) == plain).all()
