@@ -25,6 +25,9 @@ def main() -> None:
         runner = cold_start(settings)
     except (SettingsError, WorkerError) as error:
         sys.exit(f"worker-wan-lora cannot start: {error}")
+    except Exception as error:
+        logs.log.exception("the start failed")
+        sys.exit(f"worker-wan-lora cannot start: {type(error).__name__}; the log line above has the traceback")
 
     # The SDK's default level logs whole results, presigned URLs included. One local run prints its result: it was asked for.
     one_local_run = not settings.in_cloud and "--rp_serve_api" not in sys.argv

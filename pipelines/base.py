@@ -70,10 +70,10 @@ class WanModel:
         """See `Adapters.check`."""
         return self._adapters.check(adapter)
 
-    def apply_loras(self, adapters: Sequence[Adapter]) -> list[str]:
+    def apply_loras(self, adapters: Sequence[Adapter]) -> None:
         """See `Adapters.apply`. Raises OutOfMemory too."""
         with self._out_of_memory_as_error():
-            return self._adapters.apply(adapters)
+            self._adapters.apply(adapters)
 
     def generate(self, sampling: Sampling, on_step: OnStep | None = None) -> Iterator[Frames]:
         """Make one video, yielding its frames as they are decoded.

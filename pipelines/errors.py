@@ -17,11 +17,17 @@ class DeviceUnavailable(PipelineError):
     """The device asked for is not there, or cannot do what the settings ask of it."""
 
 
-class LoraInvalid(PipelineError):
+class LoraError(PipelineError):
+    """One LoRA is at fault. `position`: which of those that were to be applied, where that is known."""
+
+    position: int | None = None
+
+
+class LoraInvalid(LoraError):
     """The file is not a safetensors file that can be read to its end, or its numbers are no numbers."""
 
 
-class LoraIncompatible(PipelineError):
+class LoraIncompatible(LoraError):
     """The file is fine, but its keys or shapes do not fit the loaded transformer."""
 
 

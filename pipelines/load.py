@@ -9,11 +9,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from pipelines.base import WanModel
 from pipelines.catalog import MODELS, ModelSpec, OffloadMode
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
-from pipelines.toolkit import load_toolkit
+from pipelines.toolkit import Toolkit, load_toolkit
 from pipelines.wan21 import Wan21
 from pipelines.wan22_5b import Wan22TextImageToVideo
 from pipelines.wan22_i2v import Wan22ImageToVideo
@@ -42,6 +43,21 @@ def load_pipeline(
     toolkit = load_toolkit(toolkit_path) if spec.needs_toolkit else None
     _check_checkpoints(spec, checkpoints)
 
+    try:
+        return _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
+
+
+def _load(
+    spec: ModelSpec,
+    checkpoints: Path,
+    target: torch.device,
+    dtype: torch.dtype,
+    offload_mode: OffloadMode,
+    toolkit: Toolkit | None,
+) -> WanModel:
     if toolkit is not None:
         toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
         pipe = toolkit_class.load(spec, checkpoints, dtype, target, toolkit)
@@ -64,10 +80,8 @@ def _check_device(spec: ModelSpec, device: str, offload_mode: OffloadMode) -> to
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DeviceUnavailable("DEVICE is cuda, but no CUDA device can be used here; use DEVICE=cpu or a GPU machine")
-    if offload_mode not in spec.offload_modes:
-        raise DeviceUnavailable(f"{spec.id} runs with OFFLOAD_MODE {' or '.join(spec.offload_modes)}, not {offload_mode}")
-    if offload_mode != "none" and target.type != "cuda":
-        raise DeviceUnavailable(f"OFFLOAD_MODE={offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
+    if offload_mode not in spec.offload_modes or (offload_mode != "none" and target.type != "cuda"):
+        raise DeviceUnavailable(f"{spec.id} cannot run with OFFLOAD_MODE={offload_mode} on {device}")
     return target
 
 
@@ -88,6 +102,8 @@ def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
             missing.append(f"{source}/")
         elif part in _WEIGHTS:
             missing += [f"{source}/{name}" for name in _missing_weights(folder)]
+    if not spec.needs_toolkit and not (checkpoints / spec.sources["vae"].repo / "model_index.json").is_file():
+        missing.append(f"{spec.sources['vae'].repo}/model_index.json")
     if missing:
         raise CheckpointNotFound(
             f"{spec.id} needs files that are not below CHECKPOINT_DIR: {', '.join(missing)}; "

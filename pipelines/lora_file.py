@@ -19,6 +19,7 @@ from pipelines.errors import LoraInvalid
 
 _Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
 _BLOCK = re.compile(r"blocks[._](\d+)[._]")
+_TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
 _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
 
 
@@ -28,6 +29,8 @@ class LoraFile:
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    """Key to dtype as safetensors writes it (`F32`, `BF16`, …)."""
     metadata: Mapping[str, str]
     identity: tuple[int, int, int, int]
     """Device, inode, size and mtime: a file that is replaced under the same name is another LoRA."""
@@ -41,13 +44,15 @@ class LoraFile:
         try:
             stat = path.stat()
             with safe_open(path, framework="numpy") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+                dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise LoraInvalid(_why_unreadable(path, error)) from error
         if not shapes:
             raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
-        return cls(path, shapes, metadata, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return cls(path, shapes, dtypes, metadata, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
     @property
     def base_version(self) -> str:
@@ -73,6 +78,11 @@ class LoraFile:
         return any(_IMAGE_KEY.search(key) for key in self.shapes)
 
     @property
+    def has_text_keys(self) -> bool:
+        """Keys of the text cross-attention, beside which a LoRA of Wan 2.1 I2V has image keys."""
+        return any(_TEXT_KEY.search(key) for key in self.shapes)
+
+    @property
     def trigger_word(self) -> str:
         """The trigger word the trainer wrote into `ss_tag_frequency`, or ""."""
         tags = _json_object(self.metadata.get("ss_tag_frequency", ""))
@@ -81,8 +91,11 @@ class LoraFile:
                 return str(next(iter(counts)))
         return ""
 
-    def looks_trained_for(self) -> str:
-        """The model ids this LoRA fits, in words, from its sizes, image keys and base model version."""
+    def looks_trained_for(self, but_not: str = "") -> str:
+        """The model ids this LoRA fits, in words, from its sizes, image keys and base model version.
+
+        `but_not`: the id of a model that it has been found not to fit.
+        """
         facts = []
         if self.hidden_size:
             facts.append(f"hidden size {self.hidden_size}, {self.num_blocks} blocks")
@@ -90,7 +103,11 @@ class LoraFile:
             facts.append("image keys")
         if self.base_version:
             facts.append(f"base model {self.base_version}")
-        models = " or ".join(self._fitting_models()) or self.base_version or "a model this worker does not know"
+        models = (
+            " or ".join(id for id in self._fitting_models() if id != but_not)
+            or self.base_version
+            or "a model this worker does not know"
+        )
         return f"{models} ({', '.join(facts)})" if facts else models
 
     def _fitting_models(self) -> list[str]:
@@ -119,8 +136,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "the file is a Git LFS pointer, not the weights; fetch the file itself"
     if head.startswith((b"PK", b"\x80")):
         return "the file is a pickle (.pt, .ckpt, .bin), which is never loaded; export the LoRA as safetensors"
-    if isinstance(error, SafetensorError) and "Incomplete" in str(error):
-        return "the file is cut short: its header promises more data than there is; upload or download it again"
+    if not head:
+        return "the file is empty; upload or download it again"
+    if isinstance(error, SafetensorError) and re.search("incomplete|invalid header length", str(error), re.IGNORECASE):
+        return "the file is cut short: it ends before the data that its header promises; upload or download it again"
     return "the file is not in safetensors format; export the LoRA as safetensors"
 
 

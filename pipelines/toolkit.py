@@ -49,7 +49,7 @@ def load_toolkit(checkout: Path | None) -> Toolkit:
         return Toolkit(
             pipeline.Wan22Pipeline, wan_utils.add_first_frame_conditioning, wan_utils.add_first_frame_conditioning_v22
         )
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever foreign code can raise while it is imported, a half-written file included
         raise ToolkitRequired(
             f"the ai-toolkit checkout at AI_TOOLKIT_PATH cannot be used ({error}); use the commit the image is built with"
         ) from error

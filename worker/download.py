@@ -9,18 +9,21 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import requests
+import urllib3
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 60.0
 _TRIES = 3
 _REDIRECTS = 5
-_CHUNK = 1 << 20
+_TOTAL_SECONDS = 1800.0
+_CHUNK = 1 << 18
 
 
 class DownloadError(Exception):
@@ -28,7 +31,7 @@ class DownloadError(Exception):
 
 
 class Stopped(Exception):
-    """The job was cancelled while it downloaded."""
+    """The job was cancelled, or ran out of time, and its threads must leave."""
 
 
 def fetch_bytes(url: str, max_bytes: int, stop: threading.Event) -> bytes:
@@ -75,8 +78,8 @@ def _fetch(
 ) -> tuple[int, str | None]:
     """(status, ETag) after the body is in `sink`. Lost connections, 429 and 5xx are tried again, after 1 and 2 seconds."""
     for attempt in range(1, _TRIES + 1):
-        if attempt > 1:
-            stop.wait(attempt - 1)
+        if attempt > 1 and stop.wait(attempt - 1):
+            raise Stopped
         sink.seek(0)
         sink.truncate()
         try:
@@ -108,9 +111,9 @@ def _fetch_once(
         raise DownloadError(f"more than {_REDIRECTS} redirects") from None
     except requests.Timeout:
         raise _Again("the server did not answer in time") from None
-    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+    except (requests.ConnectionError, urllib3.exceptions.HTTPError):
         raise _Again("the connection failed") from None
-    except (requests.RequestException, UnicodeError):
+    except (requests.RequestException, ValueError):
         raise DownloadError("it is no URL that can be fetched") from None
 
 
@@ -118,10 +121,13 @@ def _copy(response: requests.Response, sink: IO[bytes], max_bytes: int, stop: th
     declared = response.headers.get("Content-Length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")
-    total = 0
-    for chunk in response.iter_content(_CHUNK):
+    total, started = 0, time.monotonic()
+    # read1 gives what is there; `iter_content` would wait for a whole chunk, however slowly it comes.
+    while chunk := response.raw.read1(_CHUNK, decode_content=True):
         if stop.is_set():
             raise Stopped
+        if time.monotonic() - started > _TOTAL_SECONDS:
+            raise DownloadError(f"it took longer than {_TOTAL_SECONDS / 60:.0f} minutes")
         total += len(chunk)
         if total > max_bytes:
             raise DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")

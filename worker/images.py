@@ -7,6 +7,7 @@ import binascii
 import io
 import re
 import threading
+from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageOps
@@ -19,16 +20,16 @@ MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
 
 
-def load_control_image(source: str, where: str, max_bytes: int, stop: threading.Event) -> Image.Image:
+def load_control_image(source: str, fields: Sequence[str], max_bytes: int, stop: threading.Event) -> Image.Image:
     """The image as the model takes it: upright by its EXIF, without alpha, the first frame of an animation.
 
     Transparency is flattened on black, the trainer's default (`control_transparent_color`). Raises WorkerError with
-    CONTROL_IMAGE_INVALID, naming the field `where`.
+    CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
         return decode(_read(source, max_bytes, stop))
     except (DownloadError, ValueError) as error:
-        raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error))]) from error
+        raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error)) for where in fields]) from error
 
 
 def _read(source: str, max_bytes: int, stop: threading.Event) -> bytes:
@@ -57,18 +58,21 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"the image has {width}x{height} pixels, more than {MAX_PIXELS / 1e6:.0f} million; shrink it")
-            image.seek(0)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                rgba = upright.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
-            return upright.convert("RGB")
+            if width * height <= MAX_PIXELS:
+                image.seek(0)
+                return _flattened(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise ValueError(f"the image has more than {MAX_PIXELS / 1e6:.0f} million pixels; shrink it") from None
-    except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError) as error:
+        width = height = 0
+    except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
         if data.lstrip()[:1] == b"<":
             raise ValueError("it is a web page or SVG, not an image; use the image's own URL (PNG, JPEG or WebP)") from error
         raise ValueError("it is no image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
+    size = f"{width}x{height} pixels" if width else "too many pixels"
+    raise ValueError(f"the image has {size}, more than {MAX_PIXELS / 1e6:.0f} million; shrink it")
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")

@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.request import Request, Shot, parse, shots_of
-from worker.settings import Settings
+from worker.settings import Settings, SettingsError
 from worker.storage import Storage, Stored, storage_of, storage_of_job
 from worker.video import IMAGE, VIDEO, Encoding, encode
 
@@ -40,7 +40,6 @@ Result = dict[str, Any]
 _CODE_OF: dict[type[Exception], Code] = {
     pipeline_errors.CheckpointNotFound: Code.CHECKPOINT_NOT_FOUND,
     pipeline_errors.ToolkitRequired: Code.AI_TOOLKIT_REQUIRED,
-    pipeline_errors.DeviceUnavailable: Code.INVALID_INPUT,
     pipeline_errors.LoraInvalid: Code.LORA_INVALID,
     pipeline_errors.LoraIncompatible: Code.LORA_INCOMPATIBLE,
     pipeline_errors.OutOfMemory: Code.OUT_OF_MEMORY,
@@ -48,7 +47,7 @@ _CODE_OF: dict[type[Exception], Code] = {
 
 
 def cold_start(settings: Settings) -> JobRunner:
-    """Load the model of `settings`. Raises WorkerError: AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, INVALID_INPUT."""
+    """Load the model of `settings`. Raises SettingsError, and WorkerError: AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND."""
     storage = storage_of(settings)
     try:
         with stage("cold start", model=settings.model_id, device=settings.device):
@@ -59,6 +58,8 @@ def cold_start(settings: Settings) -> JobRunner:
                 settings.offload_mode,
                 settings.ai_toolkit_path,
             )
+    except pipeline_errors.DeviceUnavailable as error:
+        raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
         raise _worker_error(error) from error
     return JobRunner(settings, model, storage)
@@ -81,7 +82,11 @@ class JobRunner:
         job_id = _safe_id(job.get("id"))
         try:
             with stage("job", job=job_id):
-                return await self._run(job, job_id)
+                try:
+                    async with asyncio.timeout(self._settings.job_timeout):
+                        return await self._run(job, job_id)
+                except TimeoutError:
+                    raise self._timed_out() from None
         except WorkerError as error:
             log.warning("%s", error, extra={"fields": {"job": job_id}})
             return {"error": str(error)}
@@ -97,29 +102,32 @@ class JobRunner:
         shots = shots_of(request, self._model.spec)
         with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
             run = _Run(job_id, request, shots, storage, Path(folder), Progress([shot.sample_steps for shot in shots]))
-            if self._settings.job_timeout is not None:
-                run.deadline = time.monotonic() + self._settings.job_timeout
             async with self._sender(job) as send, run.progress.sent_by(send):
                 adapters, images = await self._fetch(run)
                 stored = await self._make_and_store(run, adapters, images)
         return self._result(run, stored)
+
+    def _timed_out(self) -> WorkerError:
+        return WorkerError(
+            Code.TIMEOUT,
+            f"the job took longer than the {self._settings.job_timeout:g} s of JOB_TIMEOUT; ask for fewer steps, frames or "
+            "pixels, or raise it",
+        )
 
     def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
         return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
 
     async def _fetch(self, run: _Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
         """LoRAs, checked against the model, and the control images by their source. One error tells all that is wrong."""
-        sources: dict[str, int] = {}
+        fields_of: dict[str, list[str]] = {}
         for shot in run.shots:
             if shot.control_image:
-                sources.setdefault(shot.control_image, shot.index)
+                fields_of.setdefault(shot.control_image, []).append(shot.control_field)
         with stage("fetch", run.timings, job=run.id):
             loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
             images = [
-                run.in_thread(
-                    load_control_image, source, f"prompts[{index}].ctrl_img", self._settings.max_image_bytes, run.stop
-                )
-                for source, index in sources.items()
+                run.in_thread(load_control_image, source, fields, self._settings.max_image_bytes, run.stop)
+                for source, fields in fields_of.items()
             ]
             fetched = await asyncio.gather(*loras, *images, return_exceptions=True)
         problems: list[Problem] = []
@@ -131,7 +139,7 @@ class JobRunner:
         if problems:
             raise WorkerError.of(problems)
         adapters = cast("list[Adapter]", fetched[: len(loras)])
-        return adapters, dict(zip(sources, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
+        return adapters, dict(zip(fields_of, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
 
     def _fetch_lora(self, run: _Run, index: int) -> Adapter:
         lora = run.request.loras[index]
@@ -139,9 +147,9 @@ class JobRunner:
         file = fetch_lora(lora, index, hf_token, self._settings, run.stop)
         adapter = Adapter(file, lora.network_multiplier, lora.transformer)
         try:
-            run.warn(f"loras[{index}]", self._model.check_lora(adapter))
-        except pipeline_errors.PipelineError as error:
-            raise WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))]) from error
+            run.lora_warnings[index] = self._model.check_lora(adapter)
+        except pipeline_errors.LoraError as error:
+            raise _lora_error(error, index) from error
         return adapter
 
     async def _make_and_store(
@@ -157,7 +165,7 @@ class JobRunner:
                     waiting.close()
                     run.progress.stage("load")
                     with stage("load", run.timings, job=run.id):
-                        run.warn("loras", await run.in_thread(self._apply_loras, adapters))
+                        await run.in_thread(self._apply_loras, adapters)
                     for shot in run.shots:
                         image = images.get(shot.control_image or "")
                         file = await run.in_thread(self._render, run, shot, image)
@@ -169,9 +177,11 @@ class JobRunner:
                 upload.cancel()
             await asyncio.gather(*uploads, return_exceptions=True)
 
-    def _apply_loras(self, adapters: list[Adapter]) -> list[str]:
+    def _apply_loras(self, adapters: list[Adapter]) -> None:
         try:
-            return self._model.apply_loras(adapters)
+            self._model.apply_loras(adapters)
+        except pipeline_errors.LoraError as error:
+            raise _lora_error(error, error.position or 0) from error
         except pipeline_errors.PipelineError as error:
             raise _worker_error(error) from error
 
@@ -247,7 +257,8 @@ class JobRunner:
                     "bytes": size,
                 }
             )
-        warnings = [*(warning for shot in run.shots for warning in shot.warnings), *run.warnings]
+        warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
+        warnings += [warning for shot in run.shots for warning in shot.warnings]
         timings = {**run.timings, "total": round(time.monotonic() - run.started, 3)}
         return {"model": self._model.spec.id, "outputs": outputs, "warnings": warnings, "timings": timings}
 
@@ -262,29 +273,20 @@ class _Run:
     storage: Storage
     folder: Path
     progress: Progress
-    deadline: float | None = None
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled; its threads look at it and leave."""
+    """Set when the job is cancelled or out of time; its threads look at it and leave."""
     timings: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    lora_warnings: dict[int, list[str]] = field(default_factory=dict)
+    """By the LoRA's place in the request."""
     started: float = field(default_factory=time.monotonic)
 
     def encoding(self, shot: Shot) -> Encoding:
         return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
 
-    def warn(self, where: str, warnings: list[str]) -> None:
-        self.warnings += [f"{where}: {warning}" for warning in warnings]
-
     def check(self) -> None:
-        """Raises WorkerError with CANCELLED or TIMEOUT when the job must not go on."""
+        """Raises Stopped when the job must not go on."""
         if self.stop.is_set():
-            raise WorkerError(Code.CANCELLED, "the job was stopped")
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise WorkerError(
-                Code.TIMEOUT,
-                f"the job passed its limit of {self.deadline - self.started:.0f} s; ask for fewer steps, frames or pixels, "
-                "or raise JOB_TIMEOUT",
-            )
+            raise Stopped
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left."""
@@ -303,15 +305,16 @@ class _Run:
             raise
 
 
-Handler = Callable[[Job], Coroutine[Any, Any, Result]]
-
-
 def _worker_error(error: BaseException) -> BaseException:
     """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
     if isinstance(error, Stopped):
         return WorkerError(Code.CANCELLED, "the job was stopped")
     code = _CODE_OF.get(type(error))  # type: ignore[arg-type]
     return WorkerError(code, str(error)) if code else error
+
+
+def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:
+    return WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))])
 
 
 def _safe_id(job_id: Any) -> str:

@@ -32,15 +32,24 @@ def fetch_lora(lora: Lora, index: int, hf_token: str | None, settings: Settings,
     try:
         return LoraFile.read(path)
     except LoraInvalid as error:
+        if is_url(lora.path):
+            _etag_file(path).unlink(missing_ok=True)  # else the server would be asked for news of a broken file for ever
         raise WorkerError.of([Problem(Code.LORA_INVALID, where, str(error))]) from error
 
 
 def _find(name: str, where: str, folder: Path) -> Path:
     root = folder.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root) or not path.is_file():
+    try:
+        path = (root / name).resolve()
+        found = path.is_relative_to(root) and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
         text = "no such file in the worker's LoRA folder; check the name, or give an http(s) URL"
         raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
+    if path.suffix != ".safetensors":
+        text = "its name does not end in .safetensors, the only format that is loaded; export the LoRA as safetensors"
+        raise WorkerError.of([Problem(Code.LORA_INVALID, where, text)])
     return path
 
 
@@ -48,7 +57,7 @@ def _download(url: str, where: str, hf_token: str | None, settings: Settings, st
     """Fetch the URL, or ask its server whether the copy at hand is still current."""
     url = download_url(url)
     path = settings.lora_cache_dir / f"{hashlib.sha256(url.encode()).hexdigest()}.safetensors"
-    etag_file = path.with_suffix(".etag")
+    etag_file = _etag_file(path)
     headers = authorization(url, hf_token)
     if path.is_file() and etag_file.is_file():
         headers["If-None-Match"] = etag_file.read_text()
@@ -67,11 +76,19 @@ def _download(url: str, where: str, hf_token: str | None, settings: Settings, st
     return path
 
 
+def _etag_file(path: Path) -> Path:
+    return path.with_suffix(".etag")
+
+
 def download_url(url: str) -> str:
-    """The URL of the file itself: on the Hugging Face Hub, `/blob/` shows a page and `/resolve/` gives the file."""
+    """The URL of the file itself: on the Hugging Face Hub, `/blob/` shows a page and `/resolve/` gives the file.
+
+    `hf.co` redirects to the Hub's own name, and on the way the token would be dropped.
+    """
     parts = urlsplit(url)
     if is_hub(parts.hostname or ""):
-        parts = parts._replace(path=parts.path.replace("/blob/", "/resolve/", 1))
+        host = "huggingface.co" if parts.netloc.lower() == "hf.co" else parts.netloc
+        parts = parts._replace(netloc=host, path=parts.path.replace("/blob/", "/resolve/", 1))
     return urlunsplit(parts)
 
 

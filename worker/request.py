@@ -114,9 +114,12 @@ class Prompt(_Strict):
     )
 
     @property
-    def control_image(self) -> str | None:
-        """The one control image, whichever name it came under; "" counts as none."""
-        return self.ctrl_img or self.ctrl_img_1 or None
+    def control_image(self) -> tuple[str, str] | None:
+        """(field, source) of the one control image, whichever name it came under; a blank text counts as none."""
+        for name, source in (("ctrl_img", self.ctrl_img), ("ctrl_img_1", self.ctrl_img_1)):
+            if source and not source.isspace():
+                return name, source.strip()
+        return None
 
 
 class Request(_Strict):
@@ -151,6 +154,8 @@ class Shot:
     seed: int
     sampler: Sampler
     control_image: str | None = field(repr=False)
+    control_field: str
+    """Where the control image came from (`prompts[0].ctrl_img`), for errors."""
     warnings: tuple[str, ...]
 
 
@@ -173,6 +178,7 @@ def _shot(request: Request, spec: ModelSpec, index: int, prompt: Prompt) -> Shot
     trigger_word = prompt.trigger_word or request.trigger_word
     if "[trigger]" in prompt.prompt and not trigger_word:
         warnings.append(f"prompts[{index}]: the prompt has [trigger], but there is no trigger_word to put in its place")
+    name, source = prompt.control_image or ("ctrl_img", None)
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
     return Shot(
         index=index,
@@ -186,7 +192,8 @@ def _shot(request: Request, spec: ModelSpec, index: int, prompt: Prompt) -> Shot
         guidance_scale=prompt.guidance_scale,
         seed=secrets.randbelow(2**31) if seed == -1 else seed,
         sampler=prompt.sampler,
-        control_image=prompt.control_image,
+        control_image=source,
+        control_field=f"prompts[{index}].{name}",
         warnings=tuple(warnings),
     )
 
@@ -260,10 +267,14 @@ def _path_problems(index: int, item: Any) -> Iterator[Problem]:
     if not path.strip():
         yield Problem(Code.LORA_FILE_REQUIRED, where, "the path is empty; name a file such as job/name.safetensors")
     elif is_url(path):
-        url = urlsplit(path)
-        if not url.hostname:
-            yield Problem(Code.INVALID_INPUT, where, "the URL has no host; use https://host/name.safetensors")
-        elif "/tree/" in url.path and is_hub(url.hostname):
+        try:
+            url = urlsplit(path)
+            host = url.hostname
+        except ValueError:
+            host = None
+        if not host:
+            yield Problem(Code.INVALID_INPUT, where, "the URL has no proper host; use https://host/name.safetensors")
+        elif "/tree/" in url.path and is_hub(host):
             text = "this URL shows a folder; use the file's own URL, with /resolve/ and the file's name"
             yield Problem(Code.INVALID_INPUT, where, text)
     elif "://" in path:
@@ -278,13 +289,17 @@ def _prompt_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Proble
     for index, prompt in enumerate(prompts if isinstance(prompts, list) else []):
         if not isinstance(prompt, dict):
             continue
-        images = [prompt.get(name) for name in ("ctrl_img", "ctrl_img_1")]
-        given = {image for image in images if isinstance(image, str) and image}
-        where = f"prompts[{index}].ctrl_img"
-        if len(given) == 2:
+        images = {name: prompt.get(name) for name in ("ctrl_img", "ctrl_img_1")}
+        given = {name: image for name, image in images.items() if isinstance(image, str) and not image.isspace() and image}
+        where = f"prompts[{index}].{next(iter(given), 'ctrl_img')}"
+        if len(set(given.values())) == 2:
             text = "`ctrl_img` and `ctrl_img_1` are two different images, and this model takes one; leave one out"
             yield Problem(Code.INVALID_INPUT, where, text)
-        elif not given and spec.control_image == "required" and all(image in (None, "") for image in images):
+        elif (
+            not given
+            and spec.control_image == "required"
+            and all(image is None or isinstance(image, str) for image in images.values())
+        ):
             text = f"{spec.id} needs a control image: give an http(s) URL, base64 or a data URL"
             yield Problem(Code.CONTROL_IMAGE_REQUIRED, where, text)
         elif given and spec.control_image == "none":

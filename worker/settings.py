@@ -16,6 +16,12 @@ SEVEN_DAYS = 7 * 24 * 3600
 """The longest time a SigV4 presigned URL can be valid, in seconds."""
 
 
+BUCKET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$"
+ENDPOINT_URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/\S*)?$"
+REGION = r"^[A-Za-z0-9-]+$"
+"""What boto3 can work with; it would refuse anything else only when it is called."""
+
+
 class SettingsError(Exception):
     """One line that names every environment variable that is missing or wrong."""
 
@@ -42,14 +48,22 @@ class Settings(BaseSettings):
         description="`none`, `model` (one component on the GPU at a time) or `sequential` (one layer at a time).",
     )
     output_dir: Path = Field(default=Path("output"), description="Where results go when no bucket is configured.")
-    bucket_name: str | None = Field(default=None, description="The bucket; setting it turns uploads on.")
+    bucket_name: str | None = Field(
+        default=None,
+        pattern=BUCKET_NAME,
+        description="The bucket; setting it turns uploads on.",
+    )
     bucket_endpoint_url: str | None = Field(
-        default=None, description="Endpoint of an S3-compatible store; not set: AWS S3 in `BUCKET_REGION`."
+        default=None,
+        pattern=ENDPOINT_URL,
+        description="Endpoint of an S3-compatible store; not set: AWS S3 in `BUCKET_REGION`.",
     )
     bucket_access_key_id: SecretStr | None = Field(default=None, description="Access key id of the bucket.")
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the bucket.")
     bucket_region: str | None = Field(
-        default=None, description="Signing region; not set: read off the endpoint, else `us-east-1`."
+        default=None,
+        pattern=REGION,
+        description="Signing region; not set: read off the endpoint, else `us-east-1`.",
     )
     bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
         default="auto", description="`auto`: virtual-hosted on AWS, path elsewhere."
@@ -80,6 +94,15 @@ class Settings(BaseSettings):
         if value not in MODELS:
             raise ValueError(f"{value!r} is no model id; set it to one of {', '.join(MODELS)}")
         return value
+
+    @model_validator(mode="after")
+    def _possible_offload_mode(self) -> Settings:
+        modes = MODELS[self.model_id].offload_modes
+        if self.offload_mode not in modes:
+            raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE {' or '.join(modes)}, not {self.offload_mode}")
+        if self.offload_mode != "none" and self.device != "cuda":
+            raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
+        return self
 
     @model_validator(mode="after")
     def _whole_bucket(self) -> Settings:

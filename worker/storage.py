@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from worker.download import atomic_write
 from worker.errors import Code, Problem, WorkerError
-from worker.settings import Settings
+from worker.settings import BUCKET_NAME, ENDPOINT_URL, REGION, Settings, SettingsError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class LocalFolder:
     """Files below OUTPUT_DIR, as file:// URLs."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises SettingsError when nothing can be written there."""
         self._folder = folder.resolve()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._folder).close()
+        except OSError as error:
+            raise SettingsError(f"OUTPUT_DIR: {folder} cannot be written to; use another folder or a bucket") from error
 
     def put(self, file: Path, key: str, content_type: str) -> Stored:
         target = self._folder / key
@@ -114,9 +121,9 @@ class S3Config(BaseModel):
 
     access_id: SecretStr = Field(alias="accessId", min_length=1)
     access_secret: SecretStr = Field(alias="accessSecret", min_length=1)
-    bucket_name: str = Field(alias="bucketName", min_length=3)
-    endpoint_url: str = Field(alias="endpointUrl", pattern=r"^https?://[^/]+")
-    region: str | None = None
+    bucket_name: str = Field(alias="bucketName", pattern=BUCKET_NAME)
+    endpoint_url: str = Field(alias="endpointUrl", pattern=ENDPOINT_URL)
+    region: str | None = Field(default=None, pattern=REGION)
 
 
 def storage_of(settings: Settings) -> Storage:
@@ -142,7 +149,7 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
         config = S3Config.model_validate(s3_config)
     except ValidationError as error:
         fields = sorted({str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()})
-        text = "must have accessId, accessSecret, bucketName and endpointUrl (http or https), all strings"
+        text = "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings"
         raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}".rstrip("."), text) for name in fields]) from None
     return Bucket(
         name=config.bucket_name,
