@@ -1,0 +1,205 @@
+"""`python handler.py --rp_serve_api`: a job in, frames out, for all seven ids; errors are results, and the worker serves on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
+from pipelines.catalog import MODELS
+from tests import reference
+from tests.conftest import REAL_TOOLKIT, STAND_IN
+from tests.pipelines.test_models import PICTURE, lora_paths
+from tests.worker_process import LocalApi, environment, local_api
+
+TOOLKIT = REAL_TOOLKIT or STAND_IN
+
+
+def picture_as_base64() -> str:
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def request_for(model_id: str, tiny: Path, **changes: Any) -> dict[str, Any]:
+    """A whole request for lossless frames; `changes` go into its one prompt."""
+    prompt = {"prompt": "[trigger] a boat", "width": 70, "height": 64, "num_frames": 7, "sample_steps": 3, **changes}
+    if MODELS[model_id].control_image == "required":
+        prompt["ctrl_img"] = picture_as_base64()
+    loras = [
+        {"path": str(path.relative_to(tiny / "loras"))} | ({"transformer": side} if side else {})
+        for path, side in lora_paths(model_id, tiny)
+    ]
+    return {"model": model_id, "trigger_word": "sks", "loras": loras, "prompts": [prompt], "output_format": "png"}
+
+
+def file_of(item: dict[str, Any]) -> Path:
+    url = urlsplit(item["url"])
+    assert url.scheme == "file"
+    return Path(unquote(url.path))
+
+
+def frames_of(item: dict[str, Any]) -> np.ndarray:
+    with zipfile.ZipFile(file_of(item)) as archive:
+        return np.stack([np.asarray(Image.open(archive.open(name))) for name in sorted(archive.namelist())])
+
+
+@pytest.mark.parametrize("model_id", MODELS)
+def test_frames_out_of_the_api_are_those_of_the_model_pages(model_id: str, tiny: Path, tmp_path: Path) -> None:
+    env = environment(tiny, model_id, AI_TOOLKIT_PATH=TOOLKIT, OUTPUT_DIR=tmp_path / "out")
+    with local_api(env, tmp_path) as api:
+        answer = api.run(request_for(model_id, tiny))
+    assert answer["status"] == "COMPLETED", answer
+    (video,) = answer["output"]["outputs"]["videos"]
+    step = MODELS[model_id].size_divisor
+    whole_frames = 5
+    assert (video["width"], video["height"], video["num_frames"], video["seed"]) == (70 // step * step, 64, whole_frames, 42)
+    wanted = reference.Wanted(
+        prompt="sks a boat",
+        width=video["width"],
+        height=64,
+        num_frames=whole_frames,
+        image=PICTURE if "ctrl_img" in str(request_for(model_id, tiny)) else None,
+        loras=[(path, 1.0, side) for path, side in lora_paths(model_id, tiny)],
+    )
+    theirs = reference.frames(model_id, tiny, TOOLKIT, wanted)
+    assert np.abs(frames_of(video).astype(int) - theirs).max() <= 1
+    assert video["bytes"] == file_of(video).stat().st_size
+
+
+@pytest.fixture(scope="module")
+def lora_dir(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LoRAs, and files that are none."""
+    folder = tmp_path_factory.mktemp("loras")
+    for path in (tiny / "loras").rglob("*.safetensors"):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    whole = (folder / "wan21_1b/rank4.safetensors").read_bytes()
+    (folder / "page.safetensors").write_text("<!doctype html><html>404</html>")
+    (folder / "cut.safetensors").write_bytes(whole[:-100])
+    (folder / "pickle.safetensors").write_bytes(b"PK\x03\x04 not safetensors")
+    save_file({"blocks.0.self_attn.q.lokr_w1": lora_tensors(SIZE_1B, 4, 1).popitem()[1]}, folder / "lokr.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def api(tiny: Path, lora_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
+    """One worker of wan21_1b for all requests below."""
+    folder = tmp_path_factory.mktemp("api")
+    env = environment(tiny, "wan21_1b", LORA_DIR=lora_dir, OUTPUT_DIR=folder / "out", LORA_CACHE_DIR=folder / "cache")
+    with local_api(env, folder) as api:
+        yield api
+
+
+@pytest.fixture
+def good(tiny: Path) -> dict[str, Any]:
+    return request_for("wan21_1b", tiny)
+
+
+def output_of(api: LocalApi, request: dict[str, Any]) -> dict[str, Any]:
+    answer = api.run(request)
+    assert answer["status"] == "COMPLETED", answer
+    return answer["output"]
+
+
+MALFORMED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("unknown model", {"model": "flux"}, "MODEL_NOT_FOUND", "model"),
+    ("another model", {"model": "wan22_5b"}, "MODEL_NOT_SERVED", "model"),
+    ("no LoRA", {"loras": []}, "LORA_FILE_REQUIRED", "loras"),
+    ("two LoRAs", {"loras": [{"path": "wan21_1b/rank4.safetensors"}] * 2}, "SINGLE_LORA_ONLY", "loras"),
+    (
+        "a side on a single model",
+        {"loras": [{"path": "wan21_1b/rank4.safetensors", "transformer": "high"}]},
+        "MOE_FORMAT_NOT_SUPPORTED",
+        "loras[0].transformer",
+    ),
+    ("missing LoRA", {"loras": [{"path": "nothing.safetensors"}]}, "LORA_NOT_FOUND", "loras[0].path"),
+    ("outside the folder", {"loras": [{"path": "../../etc/passwd"}]}, "INVALID_INPUT", "loras[0].path"),
+    ("web page as LoRA", {"loras": [{"path": "page.safetensors"}]}, "LORA_INVALID", "loras[0].path"),
+    ("LoRA cut short", {"loras": [{"path": "cut.safetensors"}]}, "LORA_INVALID", "loras[0].path"),
+    ("pickle", {"loras": [{"path": "pickle.safetensors"}]}, "LORA_INVALID", "loras[0].path"),
+    ("LoKr", {"loras": [{"path": "lokr.safetensors"}]}, "LORA_INCOMPATIBLE", "loras[0].path"),
+    ("LoRA of 5B", {"loras": [{"path": "wan22_5b/rank8.safetensors"}]}, "LORA_INCOMPATIBLE", "loras[0].path"),
+    ("unreachable LoRA", {"loras": [{"path": "http://127.0.0.1:9/x?sig=s3cret"}]}, "LORA_DOWNLOAD_FAILED", "loras[0].path"),
+    ("no prompts", {"prompts": []}, "INVALID_INPUT", "prompts"),
+    ("misspelt field", {"prompts": [{"prompt": "x", "smaple_steps": 3}]}, "INVALID_INPUT", "prompts[0].smaple_steps"),
+    ("text for a number", {"prompts": [{"prompt": "x", "width": "64"}]}, "INVALID_INPUT", "prompts[0].width"),
+    ("too many steps", {"prompts": [{"prompt": "x", "sample_steps": 151}]}, "INVALID_INPUT", "prompts[0].sample_steps"),
+    ("image on a text model", {"prompts": [{"prompt": "x", "ctrl_img": "AAAA"}]}, "INVALID_INPUT", "prompts[0].ctrl_img"),
+    ("unknown format", {"output_format": "avi"}, "INVALID_INPUT", "output_format"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "field"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
+def test_a_malformed_request_gets_its_code_and_field_and_nothing_of_the_machine(
+    api: LocalApi, good: dict[str, Any], change: dict[str, Any], code: str, field: str
+) -> None:
+    answer = api.run(good | change)
+    assert answer["status"] == "FAILED"
+    assert answer["error"].startswith(f"{code}: ")
+    assert f"`{field}`" in answer["error"]
+    assert not re.search(r"Traceback|/tmp|/home|/root|s3cret|File \"", answer["error"])
+
+
+def test_after_all_that_the_worker_serves_on(api: LocalApi, good: dict[str, Any]) -> None:
+    first = frames_of(output_of(api, good)["outputs"]["videos"][0])
+    api.run(good | {"loras": [{"path": "wan22_5b/rank8.safetensors"}]})
+    assert np.array_equal(frames_of(output_of(api, good)["outputs"]["videos"][0]), first)
+
+
+def test_one_frame_is_a_png_image(api: LocalApi, tiny: Path) -> None:
+    outputs = output_of(api, request_for("wan21_1b", tiny, num_frames=1) | {"output_format": "mp4"})["outputs"]
+    assert outputs["videos"] == []
+    (image,) = outputs["images"]
+    assert image["format"] == "png"
+    assert Image.open(file_of(image)).size == (image["width"], image["height"]) == (64, 64)
+
+
+def test_several_prompts_give_as_many_videos_with_seeds_counted_up(api: LocalApi, good: dict[str, Any]) -> None:
+    prompt = good["prompts"][0]
+    videos = output_of(api, good | {"prompts": [prompt, prompt | {"fps": 5}, prompt | {"seed": 42}]})["outputs"]["videos"]
+    assert [(video["prompt_index"], video["seed"], video["fps"]) for video in videos] == [(0, 42, 16), (1, 43, 5), (2, 42, 16)]
+    first, second, third = (frames_of(video) for video in videos)
+    assert np.array_equal(first, third)
+    assert not np.array_equal(first, second)
+
+
+def test_a_random_seed_is_told_and_gives_the_same_video_again(api: LocalApi, tiny: Path) -> None:
+    (drawn,) = output_of(api, request_for("wan21_1b", tiny, seed=-1))["outputs"]["videos"]
+    frames = frames_of(drawn)
+    (again,) = output_of(api, request_for("wan21_1b", tiny, seed=drawn["seed"]))["outputs"]["videos"]
+    assert np.array_equal(frames_of(again), frames)
+
+
+def test_what_was_adjusted_is_a_warning(api: LocalApi, good: dict[str, Any]) -> None:
+    warnings = "\n".join(output_of(api, good)["warnings"])
+    assert "70x64 became 64x64" in warnings
+    assert "7 frames became 5" in warnings
+
+
+def test_an_untrained_lora_says_that_it_does_nothing(api: LocalApi, good: dict[str, Any], lora_dir: Path) -> None:
+    tensors = {key: value * (0 if "lora_B" in key else 1) for key, value in lora_tensors(SIZE_1B, 4, 1).items()}
+    save_file(tensors, lora_dir / "untrained.safetensors", metadata=lora_metadata("untrained", "wan_2.1"))
+    output = output_of(api, good | {"loras": [{"path": "untrained.safetensors"}]})
+    assert any("no effect" in warning for warning in output["warnings"])
+
+
+def test_the_log_is_json_lines_with_the_jobs_id_and_no_url(api: LocalApi, good: dict[str, Any]) -> None:
+    output_of(api, good)
+    lines = [json.loads(line) for line in api.log.read_text().splitlines() if line.startswith("{")]
+    stages = {line.get("stage") for line in lines if line.get("job", "").startswith("test-")}
+    assert {"fetch", "wait", "load", "render", "upload", "job"} <= stages
+    assert "file://" not in api.log.read_text()
+    assert "s3cret" not in api.log.read_text()
