@@ -13,13 +13,13 @@ The names above are imported on first use, for the same reason.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.adapters import Adapter
     from pipelines.base import Sampling, WanModel
     from pipelines.load import load_pipeline
+    from pipelines.lora_check import Adapter
 
 __all__ = ["Adapter", "Sampling", "WanModel", "load_pipeline"]
 
-_HOME = {"Adapter": "adapters", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
+_HOME = {"Adapter": "lora_check", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
 
 
 def __getattr__(name: str) -> Any:

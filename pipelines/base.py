@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -20,23 +20,47 @@ import torch
 import transformers
 from PIL import Image
 
-from pipelines.adapters import Adapter, Adapters
+from pipelines.adapters import Adapters
 from pipelines.catalog import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_NUM_FRAMES,
     DEFAULT_SEED,
     DEFAULT_SIZE,
     DEFAULT_STEPS,
+    LoraMode,
     ModelSpec,
-    Sampler,
 )
 from pipelines.errors import OutOfMemory
+from pipelines.lora_check import Adapter, LoraCheck
+from pipelines.merge import Merges
+from pipelines.recipes import Recipe, documented
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3], RGB."""
 
 OnStep = Callable[[int], None]
 """Called with the number of finished denoising steps. What it raises ends the generation."""
+
+
+UNIPC = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "timestep_spacing": "linspace",
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": False,
+}
+"""UniPC as the model pages and the trainer's older versions set it by hand; the flow_shift is the model's."""
+
+_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -52,39 +76,59 @@ class Sampling:
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE
     seed: int = DEFAULT_SEED
     control_image: Image.Image | None = None
-    sampler: Sampler = "unipc"
 
 
 class WanModel:
     """One loaded model. Not safe for use from two threads at once."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Path) -> None:
         self.spec = spec
+        self.facts: dict[str, Any] = {}
+        """See `facts_of`."""
         self.device = device
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
-        self._documented_scheduler = pipe.scheduler.__class__, pipe.scheduler.config
-        self._adapters = Adapters(spec, pipe)
+        self._checkpoint_scheduler = pipe.scheduler
+        self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
+        self._check = LoraCheck(spec, pipe)
+        self._adapters = Adapters(pipe, spec.id)
+        self._merges = Merges(spec, pipe, checkpoints)
+        self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in _TRANSFORMERS if name in spec.sources])
 
-    def check_lora(self, adapter: Adapter) -> list[str]:
-        """See `Adapters.check`."""
-        return self._adapters.check(adapter)
+    def check_lora(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
+        """See `LoraCheck.check`; touches no weight of the model."""
+        return self._check.check(adapter, mode)
 
-    def apply_loras(self, adapters: Sequence[Adapter]) -> None:
-        """See `Adapters.apply`. Raises OutOfMemory too."""
-        with self._out_of_memory_as_error():
-            self._adapters.apply(adapters)
+    def apply_loras(self, adapters: Sequence[Adapter], mode: LoraMode = "adapter") -> None:
+        """Bring the model to carry exactly these LoRAs at these scales; what is applied already stays.
 
-    def generate(self, sampling: Sampling, on_step: OnStep | None = None) -> Iterator[Frames]:
-        """Make one video, yielding its frames as they are decoded.
+        Raises LoraError with its `position`, OutOfMemory; every transformer is plain then.
+        """
+        self._kept_in_float32.restore()
+        try:
+            with self._out_of_memory_as_error():
+                if mode == "adapter":
+                    self._merges.take_out_all()
+                    self._adapters.apply(adapters)
+                else:
+                    self._adapters.drop_all()
+                    self._merges.apply(adapters)
+        except BaseException:
+            self._adapters.drop_all()
+            self._merges.take_out_all()
+            raise
 
-        The same sampling gives bit-equal frames on the same machine whatever ran before. Nothing is computed before the
+    def generate(self, sampling: Sampling, recipe: Recipe | None = None, on_step: OnStep | None = None) -> Iterator[Frames]:
+        """Make one video, by default as the model page says, yielding its frames as they are decoded.
+
+        The same arguments give bit-equal frames on the same machine whatever ran before. Nothing is computed before the
         first frames are asked for. Raises OutOfMemory, ValueError (the model needs a control image, or takes none), and
         whatever `on_step` raises.
         """
-        sampling = self._fit(sampling)
+        recipe = recipe or documented(self.spec)
+        sampling = self._fit(sampling, recipe)
         with self._out_of_memory_as_error():
-            self._pipe.scheduler = self._make_scheduler(sampling.sampler)
+            self._follow(recipe)
             try:
                 with torch.no_grad(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
@@ -92,8 +136,38 @@ class WanModel:
             finally:
                 self._pipe.maybe_free_model_hooks()
 
-    def _fit(self, sampling: Sampling) -> Sampling:
-        width, height = self.spec.effective_size(sampling.width, sampling.height)
+    def scheduler_of(self, recipe: Recipe) -> Any:
+        """A new scheduler, so that no solver state outlives a video."""
+        if recipe.solver == "flowmatch":
+            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
+        if recipe.solver == "unipc":
+            return diffusers.UniPCMultistepScheduler(**UNIPC, flow_shift=recipe.shift)
+        return self._checkpoint_scheduler.from_config(self._checkpoint_scheduler.config)
+
+    def numbers_of(self, recipe: Recipe) -> dict[str, Any]:
+        """What a recipe comes to on this model: scheduler class, its shift, boundary_ratio."""
+        scheduler = self.scheduler_of(recipe)
+        config = scheduler.config
+        return {
+            "scheduler": type(scheduler).__name__,
+            "shift": config.get("flow_shift", config.get("shift")),
+            "boundary_ratio": self.boundary_ratio_of(recipe) if self.spec.moe else None,
+        }
+
+    def boundary_ratio_of(self, recipe: Recipe) -> float | None:
+        """Where `transformer_2` takes over, as a part of the noise schedule."""
+        return self._checkpoint_boundary_ratio if recipe.boundary_ratio is None else recipe.boundary_ratio
+
+    def _follow(self, recipe: Recipe) -> None:
+        self._pipe.scheduler = self.scheduler_of(recipe)
+        self._pipe.register_to_config(boundary_ratio=self.boundary_ratio_of(recipe))
+        if recipe.trainer_dtypes:
+            self._kept_in_float32.cast(self._pipe.transformer.dtype)
+        else:
+            self._kept_in_float32.restore()
+
+    def _fit(self, sampling: Sampling, recipe: Recipe) -> Sampling:
+        width, height = recipe.effective_size(sampling.width, sampling.height)
         image = sampling.control_image
         if image is None and self.spec.control_image == "required":
             raise ValueError(f"{self.spec.id} needs a control image")
@@ -101,15 +175,8 @@ class WanModel:
             if self.spec.control_image == "none":
                 raise ValueError(f"{self.spec.id} takes no control image")
             image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        num_frames = self.spec.effective_frames(sampling.num_frames)
+        num_frames = recipe.effective_frames(sampling.num_frames)
         return replace(sampling, width=width, height=height, num_frames=num_frames, control_image=image)
-
-    def _make_scheduler(self, sampler: Sampler) -> Any:
-        """A new scheduler for every video, so that no solver state outlives one."""
-        if sampler == "flowmatch":
-            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=self.spec.trainer_shift)
-        scheduler_class, config = self._documented_scheduler
-        return scheduler_class.from_config(config)
 
     def _call_arguments(self, sampling: Sampling, generator: torch.Generator, on_step_end: Any) -> dict[str, Any]:
         """What every Wan pipeline's `__call__` takes, with the latents as the result."""
@@ -163,6 +230,32 @@ class WanModel:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size") from None
+
+
+class KeptInFloat32:
+    """The tensors of a bf16 model that diffusers keeps in a wider dtype, and the trainer does not."""
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._wide = [
+            (place, name, tensor)
+            for model in models
+            for module in model.modules()
+            for place in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))
+            for name, tensor in place.items()
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != model.dtype
+        ]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast them as the trainer's `.to(dtype)` on the whole model does."""
+        for place, name, tensor in self._wide:
+            narrow = tensor.detach().to(dtype)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            place[name] = torch.nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
+
+    def restore(self) -> None:
+        """Put the very tensors of the load back."""
+        for place, name, tensor in self._wide:
+            place[name] = tensor
 
 
 def load_part(spec: ModelSpec, name: str, checkpoints: Path, dtype: torch.dtype) -> Any:

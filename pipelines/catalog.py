@@ -12,6 +12,10 @@ from typing import Literal
 
 OffloadMode = Literal["none", "model", "sequential"]
 Sampler = Literal["unipc", "flowmatch"]
+Match = Literal["documented", "preview"]
+"""What a video is made to match: the model page, or the samples of the trainer."""
+LoraMode = Literal["adapter", "merge"]
+"""Beside the weights, as diffusers does; or added into them, as the trainer does for its samples."""
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 4.0
@@ -41,12 +45,16 @@ class ModelSpec:
     sources: Mapping[str, Source]
     """Pipeline component (as diffusers names it) to where it is read from."""
     size_divisor: int
-    """Width and height are floored to a multiple of this, in pixels."""
+    """Width and height are floored to a multiple of this, in pixels, as the model page says."""
     control_image: Literal["none", "optional", "required"]
     moe: bool
     """Two transformers, a LoRA for each: `high` on `transformer`, `low` on `transformer_2`."""
     trainer_shift: float
     """The shift of the trainer's FlowMatch Euler scheduler: the `flowmatch` sampler."""
+    trainer_unipc_shift: float
+    """The flow_shift of UniPC, with which the trainer sampled until 0.9.3."""
+    trainer_size_divisor: int
+    """What the trainer's samples are floored to."""
     lora_base_version: str
     """What ai-toolkit writes as `ss_base_model_version` into a LoRA of this model."""
     hidden_size: int
@@ -58,22 +66,8 @@ class ModelSpec:
     """Set by hand for the toolkit's pipeline; elsewhere it is what the checkpoint says."""
     expand_timesteps: bool = False
     drops_incomplete_frames: bool = False
-    """How a frame count becomes 4n+1: see `effective_frames`."""
+    """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
     offload_modes: tuple[OffloadMode, ...] = ("none", "model", "sequential")
-
-    def effective_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height in pixels, each floored to a multiple of `size_divisor`."""
-        return width - width % self.size_divisor, height - height % self.size_divisor
-
-    def effective_frames(self, num_frames: int) -> int:
-        """The frame count that is made: 4n+1, since the VAE packs four frames into one latent frame after the first.
-
-        diffusers keeps a count of the form 4n+1 and turns any other into `num_frames // 4 * 4 + 1` (40 becomes 41);
-        ai-toolkit's 14B I2V and 5B code always takes `(num_frames - 1) // 4 * 4 + 1` (40 becomes 37).
-        """
-        if self.drops_incomplete_frames:
-            return (num_frames - 1) // 4 * 4 + 1
-        return num_frames if num_frames % 4 == 1 else num_frames // 4 * 4 + 1
 
 
 def _all_from(repo: str, *parts: str) -> dict[str, Source]:
@@ -95,6 +89,8 @@ _WAN22_I2V_14B = ModelSpec(
     control_image="required",
     moe=True,
     trainer_shift=5.0,
+    trainer_unipc_shift=3.0,
+    trainer_size_divisor=16,
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
@@ -116,6 +112,8 @@ _WAN22_T2V_14B = ModelSpec(
     control_image="none",
     moe=True,
     trainer_shift=5.0,
+    trainer_unipc_shift=3.0,
+    trainer_size_divisor=16,
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
@@ -129,6 +127,8 @@ _WAN22_5B = ModelSpec(
     control_image="optional",
     moe=False,
     trainer_shift=5.0,
+    trainer_unipc_shift=5.0,
+    trainer_size_divisor=32,
     lora_base_version="wan_2.2_5b",
     hidden_size=3072,
     num_blocks=30,
@@ -147,6 +147,8 @@ _WAN21_I2V_14B = ModelSpec(
     control_image="required",
     moe=False,
     trainer_shift=3.0,
+    trainer_unipc_shift=3.0,
+    trainer_size_divisor=16,
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,
@@ -167,6 +169,8 @@ _WAN21_14B = ModelSpec(
     control_image="none",
     moe=False,
     trainer_shift=3.0,
+    trainer_unipc_shift=3.0,
+    trainer_size_divisor=16,
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,

@@ -1,5 +1,8 @@
 """What can go wrong in a pipeline, without a word about jobs: the worker gives each its code and the field."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PipelineError(Exception):
     """Base of all of them; the text is for the person who sent the request or started the worker."""
@@ -21,6 +24,16 @@ class LoraError(PipelineError):
     """One LoRA is at fault. `position`: which of those that were to be applied, where that is known."""
 
     position: int | None = None
+
+
+@contextmanager
+def blamed_on(position: int) -> Iterator[None]:
+    """Give a LoraError raised in the block its position."""
+    try:
+        yield
+    except LoraError as error:
+        error.position = position
+        raise
 
 
 class LoraInvalid(LoraError):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from pipelines.base import WanModel
 from pipelines.catalog import MODELS, ModelSpec, OffloadMode
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
+from pipelines.facts import facts_of
 from pipelines.toolkit import Toolkit, load_toolkit
 from pipelines.wan21 import Wan21
 from pipelines.wan22_5b import Wan22TextImageToVideo
@@ -30,8 +31,9 @@ def load_pipeline(
     device: str = "cuda",
     offload_mode: OffloadMode = "none",
     toolkit_path: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> WanModel:
-    """Load one model of the catalog: bf16 on CUDA, float32 on a CPU.
+    """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
 
     `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
@@ -39,12 +41,14 @@ def load_pipeline(
     _quiet_libraries()
     spec = MODELS[model_id]
     target = _check_device(spec, device, offload_mode)
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     toolkit = load_toolkit(toolkit_path) if spec.needs_toolkit else None
     _check_checkpoints(spec, checkpoints)
 
     try:
-        return _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
+        model = _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
+        model.facts = facts_of(spec, checkpoints, toolkit_path, target, dtype)
+        return model
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
@@ -62,11 +66,11 @@ def _load(
         toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
         pipe = toolkit_class.load(spec, checkpoints, dtype, target, toolkit)
         _place(pipe, target, offload_mode)
-        return toolkit_class(spec, pipe, target, toolkit)
+        return toolkit_class(spec, pipe, target, checkpoints, toolkit)
     model_class: type[Wan21] | type[Wan22TextToVideo] = Wan22TextToVideo if spec.moe else Wan21
     pipe = model_class.load(spec, checkpoints, dtype)
     _place(pipe, target, offload_mode)
-    return model_class(spec, pipe, target)
+    return model_class(spec, pipe, target, checkpoints)
 
 
 def _quiet_libraries() -> None:

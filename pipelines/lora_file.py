@@ -5,10 +5,12 @@ Only the header is read. Whether the LoRA fits a loaded transformer is decided i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +39,37 @@ class LoraFile:
 
     @classmethod
     def read(cls, path: Path) -> LoraFile:
-        """Read the header of `path`.
+        """Read the header of `path`; the same file is read once.
 
         Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor.
         """
         try:
             stat = path.stat()
-            with safe_open(path, framework="numpy") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-                dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
-                metadata = file.metadata() or {}
+            return _read(path, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except (SafetensorError, OSError) as error:
             raise LoraInvalid(_why_unreadable(path, error)) from error
-        if not shapes:
-            raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
-        return cls(path, shapes, dtypes, metadata, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file, as hexadecimal digits."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def base_version(self) -> str:
         """`ss_base_model_version` as the trainer wrote it (`wan_2.1`, `wan_2.2_14b`, …), or ""."""
         return self.metadata.get("ss_base_model_version", "")
+
+    @property
+    def trainer_version(self) -> str:
+        """The version of ai-toolkit that wrote the file, such as `0.12.26`, or ""."""
+        return str(_json_object(self.metadata.get("software", "")).get("version", ""))
+
+    @property
+    def training_step(self) -> int | None:
+        """The step at which the file was saved, or None."""
+        step = _json_object(self.metadata.get("training_info", "")).get("step")
+        return step if isinstance(step, int) else None
 
     @property
     def hidden_size(self) -> int | None:
@@ -122,6 +134,18 @@ class LoraFile:
         else:
             fits = [spec for spec in fits if "image_encoder" not in spec.sources]
         return [spec.id for spec in fits] if self.base_version or self.hidden_size in known_sizes else []
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, identity: tuple[int, int, int, int]) -> LoraFile:
+    with safe_open(path, framework="numpy") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+        metadata = file.metadata() or {}
+    if not shapes:
+        raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
+    return LoraFile(path, shapes, dtypes, metadata, identity)
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from pipelines.base import Sampling, WanModel, load_part
+from pipelines.base import UNIPC, Sampling, WanModel, load_part
 from pipelines.catalog import ModelSpec
 from pipelines.toolkit import Toolkit
 
@@ -19,8 +19,8 @@ from pipelines.toolkit import Toolkit
 class Wan22Toolkit(WanModel):
     """A model whose conditioning is made by the toolkit's functions before its pipeline is called."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, toolkit: Toolkit) -> None:
-        super().__init__(spec, pipe, device)
+    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Path, toolkit: Toolkit) -> None:
+        super().__init__(spec, pipe, device, checkpoints)
         self._toolkit = toolkit
 
     @staticmethod
@@ -30,23 +30,7 @@ class Wan22Toolkit(WanModel):
         parts.setdefault("transformer_2", parts["transformer"])
         return toolkit.Wan22Pipeline(
             **parts,
-            scheduler=UniPCMultistepScheduler(
-                num_train_timesteps=1000,
-                beta_start=0.0001,
-                beta_end=0.02,
-                beta_schedule="linear",
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=spec.flow_shift,
-                solver_order=2,
-                solver_type="bh2",
-                predict_x0=True,
-                lower_order_final=True,
-                final_sigmas_type="zero",
-                timestep_spacing="linspace",
-                time_shift_type="exponential",
-                use_dynamic_shifting=False,
-            ),
+            scheduler=UniPCMultistepScheduler(**UNIPC, flow_shift=spec.flow_shift),
             boundary_ratio=spec.boundary_ratio,
             expand_timesteps=spec.expand_timesteps,
             device=device,

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from worker.download import DownloadError, fetch_bytes
 from worker.errors import Code, Problem, WorkerError
 from worker.request import is_url
+
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO")
+"""Not what Pillow hands to other programs, as it does with EPS."""
 
 MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
@@ -56,7 +60,7 @@ def _read(source: str, max_bytes: int, stop: threading.Event) -> bytes:
 def decode(data: bytes) -> Image.Image:
     """Raises ValueError with what is wrong in words."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.seek(0)
@@ -72,6 +76,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _flattened(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut the values off at 255
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")

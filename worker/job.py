@@ -7,6 +7,7 @@ a lock keeps the GPU to one job, and fetching and uploading lie outside it.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import tempfile
 import threading
@@ -22,12 +23,16 @@ from PIL import Image
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines import errors as pipeline_errors
 from pipelines.base import Frames
+from pipelines.catalog import LoraMode, Match, Sampler
+from pipelines.lora_file import LoraFile
+from pipelines.recipes import Recipe, documented, era_of, preview
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.report import era_warnings, prompt_settings, settings_of, trigger_warnings
 from worker.request import Request, Shot, parse, shots_of
 from worker.settings import Settings, SettingsError
 from worker.storage import Storage, Stored, storage_of, storage_of_job
@@ -99,13 +104,32 @@ class JobRunner:
         storage = self._storage
         if job.get("s3Config"):
             storage = storage_of_job(job["s3Config"], self._settings)
-        shots = shots_of(request, self._model.spec)
+        match = request.match or self._settings.default_match
+        if match == "preview" and self._settings.offload_mode == "sequential":
+            text = "this worker runs with OFFLOAD_MODE=sequential, which cannot merge LoRAs; send documented"
+            raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
+        mode: LoraMode = "merge" if match == "preview" else self._settings.lora_mode
         with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
-            run = _Run(job_id, request, shots, storage, Path(folder), Progress([shot.sample_steps for shot in shots]))
+            progress = Progress([prompt.sample_steps for prompt in request.prompts])
+            run = _Run(job_id, request, match, mode, storage, Path(folder), progress)
             async with self._sender(job) as send, run.progress.sent_by(send):
                 adapters, images = await self._fetch(run)
+                run.shots = self._decide(run, [adapter.file for adapter in adapters])
+                run.settings = await run.in_thread(settings_of, adapters, match, mode, self._model)
                 stored = await self._make_and_store(run, adapters, images)
         return self._result(run, stored)
+
+    def _decide(self, run: _Run, files: list[LoraFile]) -> list[Shot]:
+        """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler."""
+        spec = self._model.spec
+        era, why = era_of(files)
+
+        def recipe_for(sampler: Sampler | None) -> Recipe:
+            return preview(spec, era, why, sampler) if run.match == "preview" else documented(spec, sampler)
+
+        shots = shots_of(run.request, recipe_for)
+        run.warnings = [*era_warnings(run.match, files, shots, self._model), *trigger_warnings(files, shots)]
+        return shots
 
     def _timed_out(self) -> WorkerError:
         return WorkerError(
@@ -120,9 +144,10 @@ class JobRunner:
     async def _fetch(self, run: _Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
         """LoRAs, checked against the model, and the control images by their source. One error tells all that is wrong."""
         fields_of: dict[str, list[str]] = {}
-        for shot in run.shots:
-            if shot.control_image:
-                fields_of.setdefault(shot.control_image, []).append(shot.control_field)
+        for index, prompt in enumerate(run.request.prompts):
+            if prompt.control_image:
+                name, source = prompt.control_image
+                fields_of.setdefault(source, []).append(f"prompts[{index}].{name}")
         with stage("fetch", run.timings, job=run.id):
             loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
             images = [
@@ -147,7 +172,7 @@ class JobRunner:
         file = fetch_lora(lora, index, hf_token, self._settings, run.stop)
         adapter = Adapter(file, lora.network_multiplier, lora.transformer)
         try:
-            run.lora_warnings[index] = self._model.check_lora(adapter)
+            run.lora_warnings[index] = self._model.check_lora(adapter, run.mode)
         except pipeline_errors.LoraError as error:
             raise _lora_error(error, index) from error
         return adapter
@@ -165,9 +190,10 @@ class JobRunner:
                     waiting.close()
                     run.progress.stage("load")
                     with stage("load", run.timings, job=run.id):
-                        await run.in_thread(self._apply_loras, adapters)
+                        await run.in_thread(self._apply_loras, adapters, run.mode)
                     for shot in run.shots:
-                        image = images.get(shot.control_image or "")
+                        _, source = run.request.prompts[shot.index].control_image or ("", "")
+                        image = images.get(source)
                         file = await run.in_thread(self._render, run, shot, image)
                         uploads.append(asyncio.create_task(self._upload(run, shot, file)))
             run.progress.stage("upload", len(run.shots) - 1, run.shots[-1].sample_steps)
@@ -177,9 +203,9 @@ class JobRunner:
                 upload.cancel()
             await asyncio.gather(*uploads, return_exceptions=True)
 
-    def _apply_loras(self, adapters: list[Adapter]) -> None:
+    def _apply_loras(self, adapters: list[Adapter], mode: LoraMode) -> None:
         try:
-            self._model.apply_loras(adapters)
+            self._model.apply_loras(adapters, mode)
         except pipeline_errors.LoraError as error:
             raise _lora_error(error, error.position or 0) from error
         except pipeline_errors.PipelineError as error:
@@ -197,7 +223,6 @@ class JobRunner:
             guidance_scale=shot.guidance_scale,
             seed=shot.seed,
             control_image=image,
-            sampler=shot.sampler,
         )
 
         def on_step(step: int) -> None:
@@ -209,9 +234,16 @@ class JobRunner:
         encoding = run.encoding(shot)
         target = run.folder / f"{shot.index}{encoding.suffix}"
         start, generating = time.monotonic(), run.timings.get("generate", 0.0)
+        tag = json.dumps(run.settings | prompt_settings(shot, self._model))
         try:
             with stage("render", job=run.id, prompt_index=shot.index):
-                encode(self._timed_frames(run, shot, self._model.generate(sampling, on_step)), target, encoding, shot.fps)
+                encode(
+                    self._timed_frames(run, shot, self._model.generate(sampling, shot.recipe, on_step)),
+                    target,
+                    encoding,
+                    shot.fps,
+                    tag,
+                )
         except pipeline_errors.PipelineError as error:
             raise _worker_error(error) from error
         encoding_seconds = time.monotonic() - start - (run.timings["generate"] - generating)
@@ -258,9 +290,17 @@ class JobRunner:
                 }
             )
         warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
+        warnings += run.warnings
         warnings += [warning for shot in run.shots for warning in shot.warnings]
         timings = {**run.timings, "total": round(time.monotonic() - run.started, 3)}
-        return {"model": self._model.spec.id, "outputs": outputs, "warnings": warnings, "timings": timings}
+        settings = run.settings | {"prompts": [prompt_settings(shot, self._model) for shot in run.shots]}
+        return {
+            "model": self._model.spec.id,
+            "outputs": outputs,
+            "warnings": warnings,
+            "settings": settings,
+            "timings": timings,
+        }
 
 
 @dataclass
@@ -269,13 +309,18 @@ class _Run:
 
     id: str
     request: Request
-    shots: list[Shot]
+    match: Match
+    mode: LoraMode
     storage: Storage
     folder: Path
     progress: Progress
     stop: threading.Event = field(default_factory=threading.Event)
     """Set when the job is cancelled or out of time; its threads look at it and leave."""
     timings: dict[str, float] = field(default_factory=dict)
+    shots: list[Shot] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decides the frames of all prompts alike."""
+    warnings: list[str] = field(default_factory=list)
     lora_warnings: dict[int, list[str]] = field(default_factory=dict)
     """By the LoRA's place in the request."""
     started: float = field(default_factory=time.monotonic)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -24,9 +24,11 @@ from pipelines.catalog import (
     DEFAULT_SIZE,
     DEFAULT_STEPS,
     MODELS,
+    Match,
     ModelSpec,
     Sampler,
 )
+from pipelines.recipes import Recipe
 from worker.errors import Code, Problem, WorkerError
 
 OutputFormat = Literal["mp4", "webp", "gif", "png"]
@@ -107,9 +109,10 @@ class Prompt(_Strict):
     ctrl_img_1: str | None = Field(
         default=None, description="The same as `ctrl_img`.", examples=["https://example.com/first_frame.png"]
     )
-    sampler: Sampler = Field(
-        default="unipc",
-        description="`unipc`: the documented scheduler. `flowmatch`: FlowMatch Euler with the trainer's shift.",
+    sampler: Sampler | None = Field(
+        default=None,
+        description="`unipc`: the documented scheduler, and the default there. `flowmatch`: FlowMatch Euler with the trainer's "
+        "shift. In `preview` it replaces the trainer's own.",
         examples=["unipc"],
     )
 
@@ -135,14 +138,20 @@ class Request(_Strict):
         default=None, repr=False, description="Bearer token for LoRAs on the Hugging Face Hub.", examples=["hf_…"]
     )
     prompts: list[Prompt] = Field(min_length=1, description="One video each.")
+    match: Match | None = Field(
+        default=None,
+        description="`documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA.",
+        examples=["preview"],
+    )
     output_format: OutputFormat = Field(default="mp4", description="`png` gives a zip of lossless frames.", examples=["mp4"])
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A prompt with everything decided: what will really be made."""
+    """A prompt with everything decided: what will really be made, and how."""
 
     index: int
+    recipe: Recipe
     prompt: str
     neg: str
     width: int
@@ -152,36 +161,32 @@ class Shot:
     sample_steps: int
     guidance_scale: float
     seed: int
-    sampler: Sampler
-    control_image: str | None = field(repr=False)
-    control_field: str
-    """Where the control image came from (`prompts[0].ctrl_img`), for errors."""
     warnings: tuple[str, ...]
 
 
-def shots_of(request: Request, spec: ModelSpec) -> list[Shot]:
+def shots_of(request: Request, recipe_for: Callable[[Sampler | None], Recipe]) -> list[Shot]:
     """Resolve trigger words, sizes, frame counts and seeds; draws the random ones."""
-    return [_shot(request, spec, index, prompt) for index, prompt in enumerate(request.prompts)]
+    return [_shot(request, recipe_for(prompt.sampler), index, prompt) for index, prompt in enumerate(request.prompts)]
 
 
-def _shot(request: Request, spec: ModelSpec, index: int, prompt: Prompt) -> Shot:
+def _shot(request: Request, recipe: Recipe, index: int, prompt: Prompt) -> Shot:
     warnings = []
-    width, height = spec.effective_size(prompt.width, prompt.height)
+    width, height = recipe.effective_size(prompt.width, prompt.height)
     if (width, height) != (prompt.width, prompt.height):
         warnings.append(
             f"prompts[{index}]: {prompt.width}x{prompt.height} became {width}x{height}, "
-            f"since {spec.id} makes multiples of {spec.size_divisor}"
+            f"since {request.model} makes multiples of {recipe.size_divisor}"
         )
-    num_frames = spec.effective_frames(prompt.num_frames)
+    num_frames = recipe.effective_frames(prompt.num_frames)
     if num_frames != prompt.num_frames:
         warnings.append(f"prompts[{index}]: {prompt.num_frames} frames became {num_frames}, since Wan makes 4n+1 frames")
     trigger_word = prompt.trigger_word or request.trigger_word
     if "[trigger]" in prompt.prompt and not trigger_word:
         warnings.append(f"prompts[{index}]: the prompt has [trigger], but there is no trigger_word to put in its place")
-    name, source = prompt.control_image or ("ctrl_img", None)
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
     return Shot(
         index=index,
+        recipe=recipe,
         prompt=prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt,
         neg=prompt.neg,
         width=width,
@@ -191,9 +196,6 @@ def _shot(request: Request, spec: ModelSpec, index: int, prompt: Prompt) -> Shot
         sample_steps=prompt.sample_steps,
         guidance_scale=prompt.guidance_scale,
         seed=secrets.randbelow(2**31) if seed == -1 else seed,
-        sampler=prompt.sampler,
-        control_image=source,
-        control_field=f"prompts[{index}].{name}",
         warnings=tuple(warnings),
     )
 

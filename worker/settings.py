@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, OffloadMode
+from pipelines.catalog import MODELS, LoraMode, Match, OffloadMode
 from worker.errors import Code, WorkerError
 
 SEVEN_DAYS = 7 * 24 * 3600
@@ -46,6 +47,13 @@ class Settings(BaseSettings):
     offload_mode: OffloadMode = Field(
         default="none",
         description="`none`, `model` (one component on the GPU at a time) or `sequential` (one layer at a time).",
+    )
+    default_match: Match = Field(
+        default="documented", description="What `match` is when a request does not say: `documented` or `preview`."
+    )
+    lora_mode: LoraMode = Field(
+        default="adapter",
+        description="How LoRAs are applied in `documented`: `adapter` (beside the weights) or `merge` (added into them).",
     )
     output_dir: Path = Field(default=Path("output"), description="Where results go when no bucket is configured.")
     bucket_name: str | None = Field(
@@ -95,11 +103,20 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no model id; set it to one of {', '.join(MODELS)}")
         return value
 
+    @field_validator("bucket_endpoint_url")
+    @classmethod
+    def _proper_endpoint(cls, value: str | None) -> str | None:
+        return value and check_endpoint(value)
+
     @model_validator(mode="after")
     def _possible_offload_mode(self) -> Settings:
         modes = MODELS[self.model_id].offload_modes
         if self.offload_mode not in modes:
             raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE {' or '.join(modes)}, not {self.offload_mode}")
+        if self.offload_mode == "sequential" and (self.lora_mode == "merge" or self.default_match == "preview"):
+            raise ValueError(
+                "OFFLOAD_MODE=sequential cannot merge LoRAs; use none or model, or LORA_MODE=adapter and documented"
+            )
         if self.offload_mode != "none" and self.device != "cuda":
             raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
         return self
@@ -116,6 +133,18 @@ class Settings(BaseSettings):
             if missing:
                 raise ValueError(f"the bucket is configured in part; set {' and '.join(missing)} too")
         return self
+
+
+def check_endpoint(url: str) -> str:
+    """The URL as it is. Raises ValueError when its host or port cannot be one, which ENDPOINT_URL does not see."""
+    parts = urlsplit(url)
+    try:
+        proper = bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        proper = False
+    if not proper:
+        raise ValueError("has a host or port that cannot be; use https://host or https://host:port")
+    return url
 
 
 def load_settings() -> Settings:

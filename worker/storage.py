@@ -15,11 +15,11 @@ import boto3
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from worker.download import atomic_write
 from worker.errors import Code, Problem, WorkerError
-from worker.settings import BUCKET_NAME, ENDPOINT_URL, REGION, Settings, SettingsError
+from worker.settings import BUCKET_NAME, ENDPOINT_URL, REGION, Settings, SettingsError, check_endpoint
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,11 @@ class S3Config(BaseModel):
     bucket_name: str = Field(alias="bucketName", pattern=BUCKET_NAME)
     endpoint_url: str = Field(alias="endpointUrl", pattern=ENDPOINT_URL)
     region: str | None = Field(default=None, pattern=REGION)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _proper_endpoint(cls, value: str) -> str:
+        return check_endpoint(value)
 
 
 def storage_of(settings: Settings) -> Storage:

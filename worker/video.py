@@ -30,21 +30,25 @@ class Encoding:
 
     suffix: str
     content_type: str
-    write: Callable[[Iterator[Frame], Path, int], None]
-    """(frames, target, frames per second)"""
+    write: Callable[[Iterator[Frame], Path, int, str], None]
+    """(frames, target, frames per second, comment)"""
 
 
-def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int) -> None:
-    """Write all frames of the stream to `target`."""
-    encoding.write(itertools.chain.from_iterable(chunks), target, fps)
+def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, comment: str = "") -> None:
+    """Write all frames of the stream to `target`, with a comment where the format has a place for one."""
+    encoding.write(itertools.chain.from_iterable(chunks), target, fps, comment)
 
 
-def _write_mp4(frames: Iterator[Frame], target: Path, fps: int) -> None:
-    """H.264, yuv420p, BT.709, the index in front. crf 17 is visually lossless by x264's own account (17 or 18)."""
+def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
+    """H.264, yuv420p, BT.709, the index in front. crf 17 is visually lossless by x264's own account (17 or 18).
+
+    Without B-frames, since with them and macroblock-tree x264 makes another file of the same frames at every run.
+    """
     first = next(frames)
     height, width = first.shape[:2]
     with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = Fraction(1, fps)
         context = stream.codec_context
@@ -62,19 +66,19 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int) -> None:
         container.mux(stream.encode(None))
 
 
-def _write_webp(frames: Iterator[Frame], target: Path, fps: int) -> None:
+def _write_webp(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
     """Animated WebP as the trainer saves its samples: quality 80, whole milliseconds per frame."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     first.save(target, format="WEBP", append_images=rest, save_all=True, duration=1000 // fps, loop=0, quality=80)
 
 
-def _write_gif(frames: Iterator[Frame], target: Path, fps: int) -> None:
+def _write_gif(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
     """GIF counts in hundredths of a second, and players take less than two for ten: 50 fps is the fastest."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     first.save(target, format="GIF", append_images=rest, save_all=True, duration=max(1000 // fps, 20), loop=0)
 
 
-def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int) -> None:
+def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
     """00000.png, 00001.png, …; stored, since PNG is compressed already."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for number, frame in enumerate(frames):
@@ -82,7 +86,7 @@ def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int) -> None:
                 Image.fromarray(frame).save(file, format="PNG", compress_level=3)
 
 
-def _write_png(frames: Iterator[Frame], target: Path, fps: int) -> None:
+def _write_png(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
     Image.fromarray(next(frames)).save(target, format="PNG")
 
 

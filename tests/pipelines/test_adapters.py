@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from builder.tiny_checkpoints import SIZE_1B, SIZE_14B, lora_metadata, lora_tensors
+from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora_file import LoraFile

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.catalog import MODELS, ModelSpec
+from pipelines.recipes import documented
 
 specs = st.sampled_from(list(MODELS.values()))
 
@@ -46,16 +47,16 @@ def test_14b_i2v_takes_its_vae_from_a_repo_root() -> None:
 
 @given(specs, st.integers(64, 4096), st.integers(64, 4096))
 def test_a_size_is_floored_to_the_divisor(spec: ModelSpec, width: int, height: int) -> None:
-    for asked, made in zip((width, height), spec.effective_size(width, height), strict=True):
+    for asked, made in zip((width, height), documented(spec).effective_size(width, height), strict=True):
         assert made % spec.size_divisor == 0
         assert 0 <= asked - made < spec.size_divisor
 
 
 @given(specs, st.integers(1, 1000))
 def test_a_frame_count_becomes_4n_plus_1_close_by(spec: ModelSpec, asked: int) -> None:
-    made = spec.effective_frames(asked)
+    made = documented(spec).effective_frames(asked)
     assert made % 4 == 1 and abs(asked - made) <= 3
-    assert spec.effective_frames(made) == made
+    assert documented(spec).effective_frames(made) == made
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_toolkit_models_drop_incomplete_frames_and_the_others_do_as_diffuser
 ) -> None:
     for spec in MODELS.values():
         expected = dropping if spec.id in ("wan22_14b_i2v", "wan22_5b") else rounding
-        assert spec.effective_frames(asked) == expected
+        assert documented(spec).effective_frames(asked) == expected
 
 
 def test_what_checks_a_job_needs_no_torch() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.lora_file import LoraFile
+from pipelines.recipes import Recipe, documented
 from tests import reference
 from tests.conftest import REAL_TOOLKIT, STAND_IN
 
@@ -38,10 +39,10 @@ def adapters(model_id: str, tiny: Path, scale: float = 1.0) -> list[Adapter]:
     return [Adapter(LoraFile.read(path), scale, side) for path, side in lora_paths(model_id, tiny)]
 
 
-def make(model: WanModel, **changes: object) -> np.ndarray:
+def make(model: WanModel, recipe: Recipe | None = None, **changes: object) -> np.ndarray:
     image = PICTURE if model.spec.control_image == "required" else None
     sampling = {"width": 96, "height": 64, "num_frames": 5, "num_inference_steps": 3, "control_image": image}
-    return np.concatenate(list(model.generate(Sampling("a boat", **(sampling | changes)))))
+    return np.concatenate(list(model.generate(Sampling("a boat", **(sampling | changes)), recipe)))
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -93,7 +94,7 @@ def test_frames_are_those_of_plain_diffusers(model: WanModel, tiny: Path, toolki
         negative_prompt=case["neg"],
         guidance_scale=case["guidance_scale"],
         seed=case["seed"],
-        sampler=sampler,
+        recipe=documented(model.spec, sampler),
     )
     step = {"wan22_14b_t2v": 32, "wan22_5b": 32}.get(model.spec.id, 16)
     whole_frames = 8 // 4 * 4 + 1 if model.spec.id not in ("wan22_5b", "wan22_14b_i2v") else 5
@@ -124,7 +125,12 @@ def test_5b_with_an_image_is_that_of_plain_diffusers(tiny: Path, toolkit: Path) 
 def test_every_input_leaves_a_mark(model: WanModel, tiny: Path) -> None:
     """Without this, equal frames would prove little."""
     plain = make(model)
-    changes = [{"seed": 1}, {"negative_prompt": "dark"}, {"guidance_scale": 1.0}, {"sampler": "flowmatch"}]
+    changes = [
+        {"seed": 1},
+        {"negative_prompt": "dark"},
+        {"guidance_scale": 1.0},
+        {"recipe": documented(model.spec, "flowmatch")},
+    ]
     if model.spec.control_image != "none":
         changes.append({"control_image": PICTURE.rotate(180)})
     others = [make(model, **change) for change in changes]
@@ -138,7 +144,7 @@ def test_the_same_request_gives_the_same_frames_whatever_ran_before(model: WanMo
     model.apply_loras(wanted)
     before = make(model)
     torch.rand(17)
-    make(model, seed=3, num_frames=9, sampler="flowmatch")
+    make(model, documented(model.spec, "flowmatch"), seed=3, num_frames=9)
     model.apply_loras([])
     make(model)
     model.apply_loras(wanted)
@@ -161,14 +167,14 @@ def test_what_a_step_callback_raises_ends_the_generation_and_the_next_is_right(m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(model.generate(Sampling("x", width=96, height=64, num_frames=5, control_image=_image(model)), stop))
+        next(model.generate(Sampling("x", width=96, height=64, num_frames=5, control_image=_image(model)), on_step=stop))
     assert np.array_equal(make(model), before)
 
 
 def test_steps_are_counted_from_one(model: WanModel) -> None:
     steps: list[int] = []
     sampling = Sampling("x", width=64, height=64, num_frames=1, num_inference_steps=3, control_image=_image(model))
-    list(model.generate(sampling, steps.append))
+    list(model.generate(sampling, on_step=steps.append))
     assert steps == [1, 2, 3]
 
 

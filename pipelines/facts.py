@@ -1,0 +1,65 @@
+"""What a loaded model is made of, for the `settings` of a result: versions, revisions, dtype, device. No path, no secret."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from pipelines.catalog import ModelSpec
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def facts_of(
+    spec: ModelSpec, checkpoints: Path, toolkit: Path | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Everything that decides the frames and is the same for all jobs of a worker."""
+    facts: dict[str, Any] = {
+        "model": spec.id,
+        "checkpoints": {repo: revision_of(checkpoints / repo) for repo in sorted({s.repo for s in spec.sources.values()})},
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    if spec.needs_toolkit and toolkit is not None:
+        facts["ai_toolkit"] = {"version": toolkit_version(toolkit), "commit": commit_of(toolkit)}
+    return facts
+
+
+def revision_of(repo: Path) -> str | None:
+    """The Hub commit a folder was downloaded at, as `huggingface_hub` notes it beside the files; None when it does not."""
+    for note in sorted((repo / ".cache/huggingface/download").rglob("*.metadata")):
+        if match := _COMMIT.match(note.read_text()):
+            return match[0]
+    return None
+
+
+def toolkit_version(checkout: Path) -> str | None:
+    """`VERSION` of the checkout's version.py."""
+    file = checkout / "version.py"
+    match = re.search(r'VERSION\s*=\s*"([^"]+)"', file.read_text()) if file.is_file() else None
+    return match[1] if match else None
+
+
+def commit_of(checkout: Path) -> str | None:
+    """The checked-out commit, read from git's own files, since an image need not have git."""
+    git = checkout / ".git"
+    head = _text(git / "HEAD")
+    if head.startswith("ref: "):
+        reference = head.removeprefix("ref: ").strip()
+        packed = re.search(rf"^([0-9a-f]{{40}}) {re.escape(reference)}$", _text(git / "packed-refs"), re.MULTILINE)
+        head = _text(git / reference) or (packed[1] if packed else "")
+    match = _COMMIT.match(head)
+    return match[0] if match else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""

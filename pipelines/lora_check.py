@@ -1,0 +1,124 @@
+"""What a LoRA file is compared with before a weight is touched: the loaded transformer's layers, and itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from pipelines.catalog import LoraMode, ModelSpec
+from pipelines.errors import LoraIncompatible, LoraInvalid
+from pipelines.lora_file import LoraFile
+from pipelines.lora_layers import Layer, read_layers
+
+Side = Literal["high", "low"]
+
+_REMEMBERED_FILES = 1000
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA as a request wants it: which file, how strong, and on a MoE model on which side."""
+
+    file: LoraFile
+    scale: float = 1.0
+    side: Side | None = None
+
+
+def transformer_of(side: Side | None) -> str:
+    """The pipeline component that a side's LoRA belongs to."""
+    return "transformer_2" if side == "low" else "transformer"
+
+
+class LoraCheck:
+    """Made before any LoRA is loaded, since it notes the shape of every linear layer of the plain transformers."""
+
+    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
+        self._spec = spec
+        self._pipe = pipe
+        self._linears = {
+            name: _linear_shapes(getattr(pipe, name)) for name in ("transformer", "transformer_2") if name in spec.sources
+        }
+        self._has_effect: dict[tuple[int, ...], bool] = {}
+        """By file identity, for files whose values have been read."""
+
+    def check(self, adapter: Adapter, mode: LoraMode) -> list[str]:
+        """Compare the file with the transformer it is for, by keys, shapes and values.
+
+        Returns warnings: keys that have no effect, signs that the LoRA belongs to another model or side, a LoRA that does
+        nothing. Raises LoraIncompatible, LoraInvalid.
+        """
+        file = adapter.file
+        layers, dropped = read_layers(file, self._pipe, self._spec.id)
+        if mode == "adapter" and any(layer.kind == "lokr" for layer in layers.values()):
+            raise LoraIncompatible(
+                "this is a LoKr file, which can be merged but not loaded as an adapter; set `match` to preview, or start the "
+                "worker with LORA_MODE=merge"
+            )
+        self._check_fit(file, layers, self._linears[transformer_of(adapter.side)])
+        return [*self._hints(adapter, dropped), *self._effect_warnings(adapter, layers)]
+
+    def _check_fit(self, file: LoraFile, layers: dict[str, Layer], linears: dict[str, tuple[int, int]]) -> None:
+        misfits = [name for name, layer in layers.items() if linears.get(name) != (layer.inputs, layer.outputs)]
+        if not misfits:
+            return
+        first = misfits[0]
+        there = "is not in this model"
+        if first in linears:
+            there = "has {} inputs and {} outputs in this model".format(*linears[first])
+        raise LoraIncompatible(
+            f"{len(misfits)} of its {len(layers)} layers do not fit {self._spec.id}: {first} ({layers[first].inputs} inputs, "
+            f"{layers[first].outputs} outputs in the LoRA) {there}. It looks trained for "
+            f"{file.looks_trained_for(but_not=self._spec.id)}; send it to a worker of that model"
+        )
+
+    def _hints(self, adapter: Adapter, dropped: list[str]) -> list[str]:
+        """What a careful operator would tell the user about a file that fits."""
+        file, hints = adapter.file, []
+        if dropped:
+            hints.append(f"{len(dropped)} keys of the LoRA have no effect here, such as `{dropped[0]}`")
+        if file.base_version and file.base_version != self._spec.lora_base_version:
+            hints.append(
+                f"the LoRA looks trained for {file.looks_trained_for()}; its shapes fit {self._spec.id}, so it was applied"
+            )
+        elif "image_encoder" in self._spec.sources and file.has_text_keys and not file.has_image_keys:
+            hints.append("the LoRA has no image keys, so it looks trained for a text-to-video model; it was applied")
+        for side in ("high", "low"):
+            if adapter.side and side != adapter.side and file.path.stem.endswith(f"_{side}_noise"):
+                hints.append(f"the file is named `{file.path.name}`, but was sent as the {adapter.side} side")
+        return hints
+
+    def _effect_warnings(self, adapter: Adapter, layers: dict[str, Layer]) -> list[str]:
+        """Whether the LoRA does anything. Raises LoraInvalid when its values are no numbers."""
+        file = adapter.file
+        if file.identity not in self._has_effect:
+            if len(self._has_effect) >= _REMEMBERED_FILES:
+                self._has_effect.clear()
+            self._has_effect[file.identity] = _read_effect(file, layers)
+        if not self._has_effect[file.identity]:
+            return ["the LoRA has no effect: a factor of every layer is all 0, as before the first training step"]
+        return ["the LoRA has no effect: its network_multiplier is 0"] if adapter.scale == 0 else []
+
+
+def _linear_shapes(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def _read_effect(file: LoraFile, layers: dict[str, Layer]) -> bool:
+    """Whether any layer's product can differ from 0. Raises LoraInvalid for NaN, infinity and dtypes that are no floats."""
+    if strange := {dtype for dtype in file.dtypes.values() if not re.fullmatch("F64|F32|F16|BF16", dtype)}:
+        raise LoraInvalid(f"its weights are stored as {min(strange)}; export the LoRA as float32, float16 or bfloat16")
+    zeros = set()
+    for key, tensor in load_file(file.path).items():
+        if not tensor.isfinite().all():
+            raise LoraInvalid(f"`{key}` contains NaN or infinity; the training run diverged, use an earlier save")
+        if not tensor.any():
+            zeros.add(key)
+    return any(zeros.isdisjoint(layer.keys.values()) for layer in layers.values())

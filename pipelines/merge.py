@@ -1,0 +1,111 @@
+"""LoRAs added into the weights, as the trainer does for its samples, and taken out again to the bit.
+
+The product of a LoRA's factors is computed in float32, added to the float32 value of the weight, and stored in the weight's
+own dtype. Subtracting it again would leave rounding behind, so a weight goes back to what the checkpoint's file says: the
+file stays memory-mapped, which costs no memory of its own, and every merge starts from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipelines.catalog import ModelSpec
+from pipelines.errors import blamed_on
+from pipelines.lora_check import Adapter, transformer_of
+from pipelines.lora_layers import read_layers
+
+
+class Merges:
+    """The merged LoRAs of one pipeline, by transformer; at most one each."""
+
+    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Path) -> None:
+        self._spec = spec
+        self._pipe = pipe
+        self._files = {
+            name: _CheckpointFile(checkpoints / spec.sources[name].repo / spec.sources[name].subfolder)
+            for name in ("transformer", "transformer_2")
+            if name in spec.sources
+        }
+        self._merged: dict[str, Adapter] = {}
+        self._changed: dict[str, set[str]] = {name: set() for name in self._files}
+        """Layers whose weights are not, or may not be, what the file says."""
+
+    @torch.no_grad()
+    def apply(self, adapters: Sequence[Adapter]) -> None:
+        """Bring the weights to carry exactly these LoRAs at these scales; what is merged already stays.
+
+        Raises LoraError. After an exception weights may be half merged: call `take_out_all` then.
+        """
+        wanted = {transformer_of(adapter.side): adapter for adapter in adapters}
+        for name in self._files:
+            before, after = self._merged.get(name), wanted.get(name)
+            if before and after and (before.file.identity, before.scale) == (after.file.identity, after.scale):
+                continue
+            self._merged.pop(name, None)
+            if after is None:
+                self._restore(name, self._changed[name])
+            else:
+                with blamed_on(adapters.index(after)):
+                    self._merge(name, after)
+                self._merged[name] = after
+
+    @torch.no_grad()
+    def take_out_all(self) -> None:
+        """Put every weight back, whatever state it is in."""
+        self._merged.clear()
+        for name, layers in self._changed.items():
+            self._restore(name, layers)
+
+    def _merge(self, name: str, adapter: Adapter) -> None:
+        layers, _ = read_layers(adapter.file, self._pipe, self._spec.id)
+        tensors = load_file(adapter.file.path)
+        self._restore(name, self._changed[name] - layers.keys())
+        self._changed[name] |= layers.keys()
+        weights = self._weights(name, layers)
+        for layer, weight in weights.items():
+            pristine = self._files[name].read(f"{layer}.weight").to(weight.device, weight.dtype)
+            delta = layers[layer].delta(tensors, weight.device)
+            weight.copy_(pristine.float() + adapter.scale * delta)
+
+    def _restore(self, name: str, layers: Iterable[str]) -> None:
+        for layer, weight in self._weights(name, set(layers)).items():
+            weight.copy_(self._files[name].read(f"{layer}.weight").to(weight.dtype))
+            self._changed[name].discard(layer)
+
+    def _weights(self, name: str, layers: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        transformer = getattr(self._pipe, name)
+        return {layer: transformer.get_submodule(layer).weight for layer in layers}
+
+
+class _CheckpointFile:
+    """A model's safetensors file or shards, memory-mapped on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shard_of: dict[str, Path] | None = None
+        self._open: dict[Path, Any] = {}
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor in the file's dtype, in memory only while it is used."""
+        if self._shard_of is None:
+            self._shard_of = self._find_shards()
+        path = self._shard_of[key]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._open[path].get_tensor(key)
+        return tensor
+
+    def _find_shards(self) -> dict[str, Path]:
+        index = next(self._folder.glob("*.safetensors.index.json"), None)
+        if index is not None:
+            return {key: self._folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        (path,) = self._folder.glob("*.safetensors")
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path)

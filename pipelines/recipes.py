@@ -1,0 +1,105 @@
+"""How a video is sampled: the numbers that the model pages and the trainer disagree on, as data. No torch in this file.
+
+`documented` is what the model pages say. `preview` is what ai-toolkit itself used for the samples it showed while it
+trained, which changed with its version: until 0.9.3 UniPC, from then on its FlowMatch Euler scheduler with another shift,
+both with a boundary of 0.875 for image-to-video too. Source: ai-toolkit at 0.12.26 and its history (commit ab1ee4df).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.catalog import Match, ModelSpec, Sampler
+from pipelines.lora_file import LoraFile
+
+Era = Literal["unipc", "flowmatch"]
+
+FLOWMATCH_SINCE = (0, 9, 3)
+"""The first version whose samples are made with FlowMatch Euler."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about sampling that is not the user's to choose."""
+
+    match: Match
+    solver: Literal["checkpoint", "unipc", "flowmatch"]
+    """`checkpoint`: the scheduler that the checkpoint brings along."""
+    shift: float | None
+    """flow_shift of UniPC, shift of FlowMatch Euler; None with the checkpoint's own scheduler."""
+    boundary_ratio: float | None
+    """None: as the checkpoint says, or there is one transformer."""
+    size_divisor: int
+    drops_incomplete_frames: bool
+    trainer_dtypes: bool
+    """Cast what diffusers keeps in float32 (time embedder, modulation tables, norm2, RoPE) to the model's dtype."""
+    why: str
+    """Why this solver, in words for the result."""
+
+    def effective_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels, each floored to a multiple of `size_divisor`."""
+        return width - width % self.size_divisor, height - height % self.size_divisor
+
+    def effective_frames(self, num_frames: int) -> int:
+        """The frame count that is made: 4n+1, since the VAE packs four frames into one latent frame after the first.
+
+        diffusers keeps a count of the form 4n+1 and turns any other into `num_frames // 4 * 4 + 1` (40 becomes 41);
+        ai-toolkit's 14B I2V and 5B code always takes `(num_frames - 1) // 4 * 4 + 1` (40 becomes 37).
+        """
+        if self.drops_incomplete_frames:
+            return (num_frames - 1) // 4 * 4 + 1
+        return num_frames if num_frames % 4 == 1 else num_frames // 4 * 4 + 1
+
+
+def documented(spec: ModelSpec, sampler: Sampler | None = None) -> Recipe:
+    """What the model page of `spec` says; `sampler` flowmatch swaps the scheduler alone."""
+    if sampler == "flowmatch":
+        solver, shift, why = "flowmatch", spec.trainer_shift, "sampler is flowmatch"
+    elif spec.flow_shift is None:
+        solver, shift, why = "checkpoint", None, "the model page says: as the checkpoint"
+    else:
+        solver, shift, why = "unipc", spec.flow_shift, "the model page says so"
+    return Recipe(
+        match="documented",
+        solver=solver,  # type: ignore[arg-type]
+        shift=shift,
+        boundary_ratio=spec.boundary_ratio,
+        size_divisor=spec.size_divisor,
+        drops_incomplete_frames=spec.drops_incomplete_frames,
+        trainer_dtypes=False,
+        why=why,
+    )
+
+
+def preview(spec: ModelSpec, era: Era, why: str, sampler: Sampler | None = None) -> Recipe:
+    """What ai-toolkit samples with in `era`; an explicit `sampler` takes the place of the era's."""
+    solver: Era = sampler or era
+    return Recipe(
+        match="preview",
+        solver=solver,
+        shift=spec.trainer_shift if solver == "flowmatch" else spec.trainer_unipc_shift,
+        boundary_ratio=0.875 if spec.moe else None,
+        size_divisor=spec.trainer_size_divisor,
+        drops_incomplete_frames=spec.drops_incomplete_frames,
+        trainer_dtypes=True,
+        why=f"sampler is {sampler}" if sampler else why,
+    )
+
+
+def era_of(files: Sequence[LoraFile]) -> tuple[Era, str]:
+    """(era, why) of the trainer that made these LoRAs, from the newest version in their metadata."""
+    versions = [version for file in files if (version := version_of(file))]
+    if not versions:
+        return "flowmatch", "no ai-toolkit version in the LoRA, so the newest era was taken"
+    newest = max(versions)
+    era: Era = "flowmatch" if newest >= FLOWMATCH_SINCE else "unipc"
+    return era, f"the LoRA was made by ai-toolkit {'.'.join(map(str, newest))}"
+
+
+def version_of(file: LoraFile) -> tuple[int, ...] | None:
+    """ai-toolkit's version as numbers, or None."""
+    match = re.match(r"\d+(\.\d+)*", file.trainer_version)
+    return tuple(int(part) for part in match[0].split(".")) if match else None
