@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def filled(path: Path) -> str:
         "errors": errors,
         "environment": environment,
     }
-    parts |= {f"model {spec.id}": lambda spec=spec: model(spec) for spec in MODELS.values()}
+    parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}
 
     def part(match: re.Match[str]) -> str:
         return f"<!-- begin: {match[1]} -->\n{parts[match[1]]()}\n<!-- end: {match[1]} -->"

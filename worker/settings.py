@@ -22,6 +22,12 @@ ENDPOINT_URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/\S*)
 REGION = r"^[A-Za-z0-9-]+$"
 """What boto3 can work with; it would refuse anything else only when it is called."""
 
+_PATTERNS = {
+    BUCKET_NAME: "is no bucket name; it has 3 to 63 letters, digits, dots, dashes and underscores",
+    ENDPOINT_URL: "is no endpoint; use https://host or https://host:port",
+    REGION: "is no region; use a name such as eu-central-1 or auto",
+}
+
 
 class SettingsError(Exception):
     """One line that names every environment variable that is missing or wrong."""
@@ -173,4 +179,6 @@ def _problem(problem: object) -> str:
     if problem["type"] == "missing":
         return f"{name} is not set; set it to one of {', '.join(MODELS)}"
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        text = _PATTERNS[problem["ctx"]["pattern"]]
     return f"{name}: {text}" if name else text

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -90,7 +91,8 @@ def lora_dir(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "page.safetensors").write_text("<!doctype html><html>404</html>")
     (folder / "cut.safetensors").write_bytes(whole[:-100])
     (folder / "pickle.safetensors").write_bytes(b"PK\x03\x04 not safetensors")
-    save_file({"blocks.0.self_attn.q.lokr_w1": lora_tensors(SIZE_1B, 4, 1).popitem()[1]}, folder / "lokr.safetensors")
+    factors = {f"diffusion_model.blocks.0.self_attn.q.lokr_w{number}": torch.ones(4, 6) for number in (1, 2)}
+    save_file(factors, folder / "lokr.safetensors")
     return folder
 
 

@@ -1,0 +1,144 @@
+"""What another LoRA costs on a warm worker, beside what plain diffusers use costs: a fresh pipeline.
+
+    python -m benchmarks.switch                          tiny models, on a CPU
+    python -m benchmarks.switch --size 1.3B              random weights of the real size, written to a temp folder
+    python -m benchmarks.switch --size 14B --blocks 8    real widths, fewer blocks, for a machine with less memory
+
+Prints a table and writes JSON with the device and versions to benchmarks/results/. Each figure is the median of several
+switches between two LoRAs of different weights, measured in one run with the fresh loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
+
+from builder import tiny_checkpoints
+from pipelines import Adapter, WanModel, load_pipeline
+from pipelines.lora_file import LoraFile
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
+"""Attention heads of width 128, ffn_dim, blocks: the published configs."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
+    parser.add_argument("--blocks", type=int, help="number of transformer blocks, where all of them do not fit")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(Path(folder), options.size, options.blocks, options.ranks, options.repeat)
+    print_table(report)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"switch-{report['device']}-{report['size']}".replace(" ", "_").replace("/", "_")
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat: int) -> dict[str, object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiny_checkpoints.write_checkpoints(root)
+    shape = tiny_checkpoints.SIZE_1B
+    if size in SIZES:
+        shape = write_real_size(root / tiny_checkpoints.T2V_1B / "transformer", size, blocks)
+    fresh = median(repeat, lambda: plain_diffusers(root, device))
+    gc.collect()
+    model = load_pipeline("wan21_1b", root, device, dtype=torch.bfloat16)
+    rows = []
+    for rank in ranks:
+        pair = [write_lora(root / f"{rank}-{seed}.safetensors", model, rank, seed) for seed in (1, 2)]
+        row: dict[str, object] = {"rank": rank}
+        for mode in ("adapter", "merge"):
+            model.apply_loras([pair[1]], mode)
+            seconds = median(repeat, *(lambda lora=lora, mode=mode: model.apply_loras([lora], mode) for lora in pair))
+            row |= {f"{mode}_seconds": round(seconds, 3), f"{mode}_to_fresh": round(seconds / fresh, 3)}
+        rows.append(row)
+    return {
+        "size": f"{size}-{shape.blocks}-blocks",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}",
+        "torch": torch.__version__,
+        "transformer_gigabytes": round(sum(p.nbytes for p in model._pipe.transformer.parameters()) / 1e9, 2),
+        "fresh_pipeline_seconds": round(fresh, 3),
+        "rows": rows,
+    }
+
+
+def plain_diffusers(root: Path, device: str) -> None:
+    """What a server does that makes a new pipeline for another LoRA, without loading the LoRA."""
+    WanPipeline.from_pretrained(root / tiny_checkpoints.T2V_1B, dtype=torch.bfloat16).to(device)
+
+
+def write_real_size(folder: Path, size: str, blocks: int | None) -> tiny_checkpoints.Size:
+    heads, ffn_dim, all_blocks = SIZES[size]
+    shape = tiny_checkpoints.Size(heads, ffn_dim, blocks or all_blocks)
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn_dim, num_layers=shape.blocks, text_dim=32
+        )
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10GB")
+    return shape
+
+
+def write_lora(path: Path, model: WanModel, rank: int, seed: int) -> Adapter:
+    """A LoRA on every linear layer of every block, in ai-toolkit's format."""
+    generator = torch.Generator().manual_seed(seed)
+    names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "net.0.proj": "0", "net.2": "2"}
+    tensors = {}
+    for name, module in model._pipe.transformer.named_modules():
+        _, _, layer = name.partition("blocks.")
+        block, _, layer = layer.partition(".")
+        group, _, part = layer.partition(".")
+        if part in names and isinstance(module, torch.nn.Linear):
+            group = {"attn1": "self_attn", "attn2": "cross_attn"}.get(group, group)
+            key = f"diffusion_model.blocks.{block}.{group}.{names[part]}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator).to(torch.bfloat16)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator).to(torch.bfloat16)
+    save_file(tensors, path, metadata=tiny_checkpoints.lora_metadata(path.stem, "wan_2.1"))
+    return Adapter(LoraFile.read(path), 0.5)
+
+
+def median(repeat: int, *calls: Callable[[], object]) -> float:
+    """Median seconds of a call, over `repeat` rounds through all of them."""
+    times = []
+    for _ in range(repeat):
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def print_table(report: dict[str, object]) -> None:
+    print(f"{report['size']} on {report['device']}: a fresh pipeline takes {report['fresh_pipeline_seconds']} s")
+    print("rank | adapter s | of fresh | merge s | of fresh")
+    for row in report["rows"]:  # type: ignore[attr-defined]
+        print(" | ".join(str(value) for value in row.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
