@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.base import Sampling, WanModel
     from pipelines.load import load_pipeline
-    from pipelines.lora_check import Adapter
+    from pipelines.lora_file import Adapter
 
 __all__ = ["Adapter", "Sampling", "WanModel", "load_pipeline"]
 
-_HOME = {"Adapter": "lora_check", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
+_HOME = {"Adapter": "lora_file", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import LoraIncompatible, blamed_on
-from pipelines.lora_check import Adapter, transformer_of
+from pipelines.lora_file import Adapter, transformer_of
 from pipelines.lora_layers import read_layers
 
 _NAME = "lora"

@@ -31,7 +31,8 @@ from pipelines.catalog import (
     ModelSpec,
 )
 from pipelines.errors import OutOfMemory
-from pipelines.lora_check import Adapter, LoraCheck
+from pipelines.lora_check import LoraCheck
+from pipelines.lora_file import Adapter
 from pipelines.merge import Merges
 from pipelines.recipes import Recipe, documented
 

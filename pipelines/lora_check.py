@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora_file import Adapter, LoraFile, transformer_of
 from pipelines.lora_layers import Layer, read_layers
 
-Side = Literal["high", "low"]
-
 _REMEMBERED_FILES = 1000
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA as a request wants it: which file, how strong, and on a MoE model on which side."""
-
-    file: LoraFile
-    scale: float = 1.0
-    side: Side | None = None
-
-
-def transformer_of(side: Side | None) -> str:
-    """The pipeline component that a side's LoRA belongs to."""
-    return "transformer_2" if side == "low" else "transformer"
 
 
 class LoraCheck:

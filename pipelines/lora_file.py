@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from pipelines.catalog import MODELS
 from pipelines.errors import LoraInvalid
+
+Side = Literal["high", "low"]
 
 _Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
 _BLOCK = re.compile(r"blocks[._](\d+)[._]")
@@ -134,6 +136,20 @@ class LoraFile:
         else:
             fits = [spec for spec in fits if "image_encoder" not in spec.sources]
         return [spec.id for spec in fits] if self.base_version or self.hidden_size in known_sizes else []
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA as a request wants it: which file, how strong, and on a MoE model on which side."""
+
+    file: LoraFile
+    scale: float = 1.0
+    side: Side | None = None
+
+
+def transformer_of(side: Side | None) -> str:
+    """The pipeline component that a side's LoRA belongs to."""
+    return "transformer_2" if side == "low" else "transformer"
 
 
 @lru_cache(maxsize=256)

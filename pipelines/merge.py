@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipelines.catalog import ModelSpec
 from pipelines.errors import blamed_on
-from pipelines.lora_check import Adapter, transformer_of
+from pipelines.lora_file import Adapter, transformer_of
 from pipelines.lora_layers import read_layers
 
 

@@ -17,7 +17,7 @@ from worker.download import DownloadError, fetch_bytes
 from worker.errors import Code, Problem, WorkerError
 from worker.request import is_url
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO")
 """Not what Pillow hands to other programs, as it does with EPS."""
 
 MAX_PIXELS = 64_000_000
@@ -76,8 +76,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut the values off at 255
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would cut off at 255
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")

@@ -10,21 +10,19 @@ import asyncio
 import json
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from PIL import Image
 
-from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines import Sampling, WanModel, load_pipeline
 from pipelines import errors as pipeline_errors
 from pipelines.base import Frames
-from pipelines.catalog import LoraMode, Match, Sampler
-from pipelines.lora_file import LoraFile
+from pipelines.catalog import LoraMode, Sampler
+from pipelines.lora_file import Adapter, LoraFile
 from pipelines.recipes import Recipe, documented, era_of, preview
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
@@ -32,13 +30,13 @@ from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
-from worker.report import era_warnings, prompt_settings, settings_of, trigger_warnings
-from worker.request import Request, Shot, parse, shots_of
+from worker.report import prompt_settings, result_of, settings_of, teaching_warnings
+from worker.request import Shot, parse, shots_of
+from worker.run import Run
 from worker.settings import Settings, SettingsError
 from worker.storage import Storage, Stored, storage_of, storage_of_job
-from worker.video import IMAGE, VIDEO, Encoding, encode
+from worker.video import encode
 
-T = TypeVar("T")
 Job = dict[str, Any]
 Result = dict[str, Any]
 
@@ -111,15 +109,15 @@ class JobRunner:
         mode: LoraMode = "merge" if match == "preview" else self._settings.lora_mode
         with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
             progress = Progress([prompt.sample_steps for prompt in request.prompts])
-            run = _Run(job_id, request, match, mode, storage, Path(folder), progress)
+            run = Run(job_id, request, match, mode, storage, Path(folder), progress)
             async with self._sender(job) as send, run.progress.sent_by(send):
                 adapters, images = await self._fetch(run)
-                run.shots = self._decide(run, [adapter.file for adapter in adapters])
-                run.settings = await run.in_thread(settings_of, adapters, match, mode, self._model)
+                self._decide(run, [adapter.file for adapter in adapters])
+                run.settings = await run.in_thread(settings_of, self._model.facts, adapters, match, mode)
                 stored = await self._make_and_store(run, adapters, images)
-        return self._result(run, stored)
+        return result_of(run, stored, self._model.numbers_of)
 
-    def _decide(self, run: _Run, files: list[LoraFile]) -> list[Shot]:
+    def _decide(self, run: Run, files: list[LoraFile]) -> None:
         """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler."""
         spec = self._model.spec
         era, why = era_of(files)
@@ -127,9 +125,8 @@ class JobRunner:
         def recipe_for(sampler: Sampler | None) -> Recipe:
             return preview(spec, era, why, sampler) if run.match == "preview" else documented(spec, sampler)
 
-        shots = shots_of(run.request, recipe_for)
-        run.warnings = [*era_warnings(run.match, files, shots, self._model), *trigger_warnings(files, shots)]
-        return shots
+        run.shots = shots_of(run.request, recipe_for)
+        run.warnings = teaching_warnings(run, files, self._model.numbers_of)
 
     def _timed_out(self) -> WorkerError:
         return WorkerError(
@@ -141,7 +138,7 @@ class JobRunner:
     def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
         return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
 
-    async def _fetch(self, run: _Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
+    async def _fetch(self, run: Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
         """LoRAs, checked against the model, and the control images by their source. One error tells all that is wrong."""
         fields_of: dict[str, list[str]] = {}
         for index, prompt in enumerate(run.request.prompts):
@@ -166,7 +163,7 @@ class JobRunner:
         adapters = cast("list[Adapter]", fetched[: len(loras)])
         return adapters, dict(zip(fields_of, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
 
-    def _fetch_lora(self, run: _Run, index: int) -> Adapter:
+    def _fetch_lora(self, run: Run, index: int) -> Adapter:
         lora = run.request.loras[index]
         hf_token = run.request.hf_token or _secret(self._settings.hf_token)
         file = fetch_lora(lora, index, hf_token, self._settings, run.stop)
@@ -178,7 +175,7 @@ class JobRunner:
         return adapter
 
     async def _make_and_store(
-        self, run: _Run, adapters: list[Adapter], images: dict[str, Image.Image]
+        self, run: Run, adapters: list[Adapter], images: dict[str, Image.Image]
     ) -> list[tuple[Stored, int]]:
         """(where it is, bytes) for every shot. A file is uploaded while the GPU makes the next one."""
         uploads: list[asyncio.Task[tuple[Stored, int]]] = []
@@ -211,7 +208,7 @@ class JobRunner:
         except pipeline_errors.PipelineError as error:
             raise _worker_error(error) from error
 
-    def _render(self, run: _Run, shot: Shot, image: Image.Image | None) -> Path:
+    def _render(self, run: Run, shot: Shot, image: Image.Image | None) -> Path:
         """Generate and encode one video."""
         sampling = Sampling(
             prompt=shot.prompt,
@@ -234,7 +231,7 @@ class JobRunner:
         encoding = run.encoding(shot)
         target = run.folder / f"{shot.index}{encoding.suffix}"
         start, generating = time.monotonic(), run.timings.get("generate", 0.0)
-        tag = json.dumps(run.settings | prompt_settings(shot, self._model))
+        tag = json.dumps(run.settings | prompt_settings(shot, self._model.numbers_of))
         try:
             with stage("render", job=run.id, prompt_index=shot.index):
                 encode(
@@ -251,7 +248,7 @@ class JobRunner:
         return target
 
     @staticmethod
-    def _timed_frames(run: _Run, shot: Shot, frames: Iterator[Frames]) -> Iterator[Frames]:
+    def _timed_frames(run: Run, shot: Shot, frames: Iterator[Frames]) -> Iterator[Frames]:
         """Frames as they come, with the seconds that the pipeline took for them."""
         while True:
             start = time.monotonic()
@@ -263,91 +260,12 @@ class JobRunner:
             run.progress.stage("encode", shot.index, shot.sample_steps)
             yield chunk
 
-    async def _upload(self, run: _Run, shot: Shot, file: Path) -> tuple[Stored, int]:
+    async def _upload(self, run: Run, shot: Shot, file: Path) -> tuple[Stored, int]:
         encoding, size = run.encoding(shot), file.stat().st_size
         with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=size):
             stored = await run.in_thread(run.storage.put, file, f"{run.id}/{file.name}", encoding.content_type)
         file.unlink()
         return stored, size
-
-    def _result(self, run: _Run, stored: list[tuple[Stored, int]]) -> Result:
-        outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
-        for shot, (where, size) in zip(run.shots, stored, strict=True):
-            still = shot.num_frames == 1
-            outputs["images" if still else "videos"].append(
-                {
-                    "prompt_index": shot.index,
-                    "url": where.url,
-                    "expires_at": where.expires_at,
-                    "key": where.key,
-                    "format": "png" if still else run.request.output_format,
-                    "width": shot.width,
-                    "height": shot.height,
-                    "num_frames": shot.num_frames,
-                    "fps": shot.fps,
-                    "seed": shot.seed,
-                    "bytes": size,
-                }
-            )
-        warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
-        warnings += run.warnings
-        warnings += [warning for shot in run.shots for warning in shot.warnings]
-        timings = {**run.timings, "total": round(time.monotonic() - run.started, 3)}
-        settings = run.settings | {"prompts": [prompt_settings(shot, self._model) for shot in run.shots]}
-        return {
-            "model": self._model.spec.id,
-            "outputs": outputs,
-            "warnings": warnings,
-            "settings": settings,
-            "timings": timings,
-        }
-
-
-@dataclass
-class _Run:
-    """What belongs to one job while it runs."""
-
-    id: str
-    request: Request
-    match: Match
-    mode: LoraMode
-    storage: Storage
-    folder: Path
-    progress: Progress
-    stop: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled or out of time; its threads look at it and leave."""
-    timings: dict[str, float] = field(default_factory=dict)
-    shots: list[Shot] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What decides the frames of all prompts alike."""
-    warnings: list[str] = field(default_factory=list)
-    lora_warnings: dict[int, list[str]] = field(default_factory=dict)
-    """By the LoRA's place in the request."""
-    started: float = field(default_factory=time.monotonic)
-
-    def encoding(self, shot: Shot) -> Encoding:
-        return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
-
-    def check(self) -> None:
-        """Raises Stopped when the job must not go on."""
-        if self.stop.is_set():
-            raise Stopped
-
-    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left."""
-        work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            self.stop.set()
-            while not work.done():
-                try:
-                    await asyncio.wait([work])
-                except asyncio.CancelledError:
-                    continue
-            if not work.cancelled():
-                work.exception()  # seen: asyncio complains about errors that nobody looks at
-            raise
 
 
 def _worker_error(error: BaseException) -> BaseException:

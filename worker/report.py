@@ -1,19 +1,56 @@
-"""What a result says beside its URLs: the settings that decided the frames, and warnings that teach."""
+"""What a job's result says: the outputs, the settings that decided the frames, and warnings that teach."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines import Adapter, WanModel
-from pipelines.catalog import LoraMode, Match
-from pipelines.lora_file import LoraFile
-from pipelines.recipes import documented, era_of, preview, version_of
+from pipelines.catalog import MODELS, LoraMode, Match
+from pipelines.lora_file import Adapter, LoraFile
+from pipelines.recipes import Recipe, documented, era_of, preview, version_of
 from worker.request import Shot
+from worker.run import Run
+from worker.storage import Stored
+
+NumbersOf = Callable[[Recipe], dict[str, Any]]
+"""What a recipe comes to on the loaded model; see `WanModel.numbers_of`."""
 
 
-def settings_of(adapters: Sequence[Adapter], match: Match, mode: LoraMode, model: WanModel) -> dict[str, Any]:
-    """What decides the frames and is the same for all prompts of a job."""
+def result_of(run: Run, stored: Sequence[tuple[Stored, int]], numbers_of: NumbersOf) -> dict[str, Any]:
+    """The documented result; `stored` is (where it is, bytes) for every shot."""
+    outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
+    for shot, (where, size) in zip(run.shots, stored, strict=True):
+        still = shot.num_frames == 1
+        outputs["images" if still else "videos"].append(
+            {
+                "prompt_index": shot.index,
+                "url": where.url,
+                "expires_at": where.expires_at,
+                "key": where.key,
+                "format": "png" if still else run.request.output_format,
+                "width": shot.width,
+                "height": shot.height,
+                "num_frames": shot.num_frames,
+                "fps": shot.fps,
+                "seed": shot.seed,
+                "bytes": size,
+            }
+        )
+    warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
+    warnings += run.warnings
+    warnings += [warning for shot in run.shots for warning in shot.warnings]
+    return {
+        "model": run.request.model,
+        "outputs": outputs,
+        "warnings": warnings,
+        "settings": run.settings | {"prompts": [prompt_settings(shot, numbers_of) for shot in run.shots]},
+        "timings": run.timings | {"total": round(time.monotonic() - run.started, 3)},
+    }
+
+
+def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, mode: LoraMode) -> dict[str, Any]:
+    """What decides the frames and is the same for all prompts of a job; `facts` are the loaded model's."""
     loras = [
         {
             "transformer": adapter.side,
@@ -25,10 +62,10 @@ def settings_of(adapters: Sequence[Adapter], match: Match, mode: LoraMode, model
         }
         for adapter in adapters
     ]
-    return {**model.facts, "match": match, "loras": loras}
+    return {**facts, "match": match, "loras": loras}
 
 
-def prompt_settings(shot: Shot, model: WanModel) -> dict[str, Any]:
+def prompt_settings(shot: Shot, numbers_of: NumbersOf) -> dict[str, Any]:
     """What decides the frames of one prompt, in effective numbers."""
     return {
         "prompt_index": shot.index,
@@ -41,29 +78,35 @@ def prompt_settings(shot: Shot, model: WanModel) -> dict[str, Any]:
         "sample_steps": shot.sample_steps,
         "guidance_scale": shot.guidance_scale,
         "seed": shot.seed,
-        **model.numbers_of(shot.recipe),
+        **numbers_of(shot.recipe),
         "era": shot.recipe.solver if shot.recipe.match == "preview" else None,
         "scheduler_because": shot.recipe.why,
         "trainer_dtypes": shot.recipe.trainer_dtypes,
     }
 
 
-def era_warnings(match: Match, files: Sequence[LoraFile], shots: Sequence[Shot], model: WanModel) -> list[str]:
-    """In `documented`: that the trainer's samples looked otherwise. In `preview`: that its version is a guess."""
+def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
+    """What would bring the user closer to the trainer's samples."""
+    return [*_era_warnings(run, files, numbers_of), *_trigger_warnings(files, run.shots)]
+
+
+def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
+    """In `documented`: that the trainer's samples were made otherwise. In `preview`: that its version is a guess."""
     known = any(version_of(file) for file in files)
     era, why = era_of(files)
-    if match == "preview":
+    if run.match == "preview":
         return [] if known else [f"match preview: {why}; if the samples look different, set `sampler`"]
     if not known:
         return []
-    ours, theirs = (model.numbers_of(recipe) for recipe in (documented(model.spec), preview(model.spec, era, why)))
+    spec = MODELS[run.request.model]
+    ours, theirs = numbers_of(documented(spec)), numbers_of(preview(spec, era, why))
     differences = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in theirs if theirs[name] != ours[name])
-    if not differences or all(model.numbers_of(shot.recipe) == theirs for shot in shots):
+    if not differences or all(numbers_of(shot.recipe) == theirs for shot in run.shots):
         return []
     return [f"{why}, which showed its samples with {differences}; set `match` to preview to get those"]
 
 
-def trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:
+def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:
     """A LoRA that was trained with a trigger word does little without it."""
     warnings = []
     for word in sorted({file.trigger_word for file in files if file.trigger_word}):

@@ -6,7 +6,6 @@ one error that lists every problem. It looks at nothing but the input: no file, 
 
 from __future__ import annotations
 
-import difflib
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from pipelines.catalog import (
 )
 from pipelines.recipes import Recipe
 from worker.errors import Code, Problem, WorkerError
+from worker.findings import path_of, problems_of
 
 OutputFormat = Literal["mp4", "webp", "gif", "png"]
 
@@ -55,7 +55,8 @@ class Lora(_Strict):
     """One LoRA file."""
 
     path: str = Field(
-        min_length=1,
+        repr=False,
+        json_schema_extra={"minLength": 1},
         description="File below LORA_DIR (`job/name.safetensors`), or an http(s) URL; a Hugging Face `/blob/` URL is "
         "taken as `/resolve/`.",
         examples=["my_lora_job/my_lora.safetensors"],
@@ -103,11 +104,12 @@ class Prompt(_Strict):
     fps: int = Field(default=DEFAULT_FPS, ge=1, le=120, description="Frames per second of the file.", examples=[16])
     ctrl_img: str | None = Field(
         default=None,
+        repr=False,
         description="Control image (first frame): http(s) URL, base64 or data URL.",
         examples=["https://example.com/first_frame.png"],
     )
     ctrl_img_1: str | None = Field(
-        default=None, description="The same as `ctrl_img`.", examples=["https://example.com/first_frame.png"]
+        default=None, repr=False, description="The same as `ctrl_img`.", examples=["https://example.com/first_frame.png"]
     )
     sampler: Sampler | None = Field(
         default=None,
@@ -130,7 +132,7 @@ class Request(_Strict):
 
     model: str = Field(description="Model id; the one this worker serves.", examples=["wan22_14b_t2v"])
     loras: list[Lora] = Field(
-        min_length=1,
+        json_schema_extra={"minItems": 1},
         description="One item without `transformer`; for Wan 2.2 14B one or two with `transformer` high or low.",
     )
     trigger_word: str | None = Field(default=None, description="Replaces `[trigger]` in every prompt.", examples=["sks"])
@@ -214,7 +216,9 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     try:
         request = Request.model_validate(raw)
     except ValidationError as error:
-        problems += _schema_problems(error, raw)
+        found = problems_of(error, {"": Request, "prompts[].": Prompt, "loras[].": Lora})
+        # That there is no `loras` at all has a code of its own, from `_lora_problems`.
+        problems += [problem for problem in found if problem.field != "loras" or raw.get("loras") is not None]
     spec = MODELS.get(raw["model"], served) if isinstance(raw.get("model"), str) else served
     problems += _lora_problems(raw, spec)
     problems += _prompt_problems(raw, spec)
@@ -317,7 +321,7 @@ def _unicode_problems(raw: Any) -> Iterator[Problem]:
         location, value = waiting.pop()
         if isinstance(value, str) and not _is_unicode(value):
             text = "contains a lone surrogate, which is no character; send valid Unicode"
-            yield Problem(Code.INVALID_INPUT, _path_of(location), text)
+            yield Problem(Code.INVALID_INPUT, path_of(location), text)
         elif isinstance(value, dict):
             waiting += [((*location, key), item if _is_unicode(key) else key) for key, item in value.items()]
         elif isinstance(value, list):
@@ -336,115 +340,3 @@ def is_url(text: str) -> bool:
 def is_hub(host: str) -> bool:
     """Whether a host is the Hugging Face Hub."""
     return host in ("huggingface.co", "hf.co") or host.endswith((".huggingface.co", ".hf.co"))
-
-
-# From here on: pydantic's findings in words.
-
-_ELSEWHERE = {
-    "steps": "sample_steps",
-    "num_inference_steps": "sample_steps",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "negative_prompt": "neg",
-    "image": "ctrl_img",
-    "image_url": "ctrl_img",
-    "control_image": "ctrl_img",
-    "length": "num_frames",
-    "frames": "num_frames",
-    "frame_rate": "fps",
-    "scheduler": "sampler",
-    "strength": "network_multiplier",
-    "weight": "network_multiplier",
-    "scale": "network_multiplier",
-    "lora_scale": "network_multiplier",
-    "lora": "loras",
-    "model_id": "model",
-    "format": "output_format",
-}
-"""What other servers call these fields."""
-
-_SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
-"""Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
-
-
-def _schema_problems(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
-    for problem in error.errors(include_url=False):
-        location = problem["loc"]
-        where = _path_of(location)
-        if where == "loras" and raw.get("loras") in (None, []):
-            continue  # `_lora_problems` has the better code for it
-        if problem["type"] == "string_too_short":
-            continue  # `_path_problems` says it
-        if problem["type"] == "extra_forbidden":
-            yield Problem(Code.INVALID_INPUT, where, _unknown_field(location))
-        elif problem["type"] == "missing":
-            yield Problem(Code.INVALID_INPUT, where, f"is required: {_rule(location)}")
-        else:
-            yield Problem(Code.INVALID_INPUT, where, f"must be {_rule(location)}{_instead_of(problem)}")
-
-
-def _path_of(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
-    return path
-
-
-def _shown(name: str) -> str:
-    """A field's name as far as it can be one; a client's own text is cut short."""
-    return re.sub(r"[^\w -]", "?", name)[:40]
-
-
-_MODELS_BY_PREFIX: dict[str, type[_Strict]] = {"": Request, "prompts[].": Prompt, "loras[].": Lora}
-
-
-def _home_of(location: tuple[int | str, ...]) -> str:
-    """Which of the three objects a location lies in, as a key of _MODELS_BY_PREFIX."""
-    return f"{location[0]}[]." if len(location) > 1 else ""
-
-
-def _unknown_field(location: tuple[int | str, ...]) -> str:
-    name, here = str(location[-1]).lower(), _home_of(location)
-    fields = _MODELS_BY_PREFIX[here].model_fields
-    prefix_of = {known: prefix for prefix, model in _MODELS_BY_PREFIX.items() for known in model.model_fields}
-    prefix_of |= dict.fromkeys(fields, "")
-    meant = _ELSEWHERE.get(name, name)
-    if meant not in prefix_of:
-        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
-        close += difflib.get_close_matches(name, prefix_of, n=1, cutoff=0.8)
-        if not close:
-            return f"is not a field; the fields here are {', '.join(fields)}"
-        meant = close[0]
-    place = " of the request itself" if here and meant not in fields and not prefix_of[meant] else ""
-    return f"is not a field here; did you mean `{prefix_of[meant]}{meant}`{place}?"
-
-
-def _rule(location: tuple[int | str, ...]) -> str:
-    """The rule of the field, in words, with a value that would do."""
-    home = _MODELS_BY_PREFIX[_home_of(location)]
-    name = next((part for part in reversed(location) if isinstance(part, str)), "")
-    if isinstance(location[-1], int):
-        return f"an object with the fields {', '.join(home.model_fields)}"
-    schema = home.model_json_schema()["properties"][name]
-    schema = {**schema, **next((kind for kind in schema.get("anyOf", []) if kind.get("type") != "null"), {})}
-    if "enum" in schema:
-        return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
-    if schema["type"] == "array":
-        return "a list with at least one item"
-    kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
-    if "maximum" in schema:
-        kind += f" from {schema['minimum']} to {schema['maximum']}"
-    return kind + (f", such as {schema['examples'][0]!r}" if "examples" in schema else "")
-
-
-def _instead_of(problem: Any) -> str:
-    """What was sent, when it is short and can be no secret."""
-    value, name = problem["input"], problem["loc"][-1]
-    if name in _SECRET_FIELDS:
-        return ""
-    if value is None or isinstance(value, (bool, int, float)):
-        return f"; got {str(value)[:40]}"
-    if isinstance(value, str):
-        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; got another text"
-    kind = "list" if isinstance(value, list) else "object"
-    return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,15 +17,7 @@ SEVEN_DAYS = 7 * 24 * 3600
 
 
 BUCKET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$"
-ENDPOINT_URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/\S*)?$"
-REGION = r"^[A-Za-z0-9-]+$"
-"""What boto3 can work with; it would refuse anything else only when it is called."""
-
-_PATTERNS = {
-    BUCKET_NAME: "is no bucket name; it has 3 to 63 letters, digits, dots, dashes and underscores",
-    ENDPOINT_URL: "is no endpoint; use https://host or https://host:port",
-    REGION: "is no region; use a name such as eu-central-1 or auto",
-}
+"""What boto3 takes as a bucket's name; it would refuse another only when it uploads."""
 
 
 class SettingsError(Exception):
@@ -69,14 +60,12 @@ class Settings(BaseSettings):
     )
     bucket_endpoint_url: str | None = Field(
         default=None,
-        pattern=ENDPOINT_URL,
         description="Endpoint of an S3-compatible store; not set: AWS S3 in `BUCKET_REGION`.",
     )
     bucket_access_key_id: SecretStr | None = Field(default=None, description="Access key id of the bucket.")
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the bucket.")
     bucket_region: str | None = Field(
         default=None,
-        pattern=REGION,
         description="Signing region; not set: read off the endpoint, else `us-east-1`.",
     )
     bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
@@ -109,11 +98,6 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no model id; set it to one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("bucket_endpoint_url")
-    @classmethod
-    def _proper_endpoint(cls, value: str | None) -> str | None:
-        return value and check_endpoint(value)
-
     @model_validator(mode="after")
     def _possible_offload_mode(self) -> Settings:
         modes = MODELS[self.model_id].offload_modes
@@ -139,18 +123,6 @@ class Settings(BaseSettings):
             if missing:
                 raise ValueError(f"the bucket is configured in part; set {' and '.join(missing)} too")
         return self
-
-
-def check_endpoint(url: str) -> str:
-    """The URL as it is. Raises ValueError when its host or port cannot be one, which ENDPOINT_URL does not see."""
-    parts = urlsplit(url)
-    try:
-        proper = bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        proper = False
-    if not proper:
-        raise ValueError("has a host or port that cannot be; use https://host or https://host:port")
-    return url
 
 
 def load_settings() -> Settings:
@@ -180,5 +152,5 @@ def _problem(problem: object) -> str:
         return f"{name} is not set; set it to one of {', '.join(MODELS)}"
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":
-        text = _PATTERNS[problem["ctx"]["pattern"]]
+        text = "is no bucket name; it has 3 to 63 letters, digits, dots, dashes and underscores"
     return f"{name}: {text}" if name else text

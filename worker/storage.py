@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 import boto3
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from worker.download import atomic_write
 from worker.errors import Code, Problem, WorkerError
-from worker.settings import BUCKET_NAME, ENDPOINT_URL, REGION, Settings, SettingsError, check_endpoint
+from worker.settings import BUCKET_NAME, Settings, SettingsError
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,20 @@ class LocalFolder:
         return Stored(target.as_uri(), key, None)
 
 
+class BadBucket(Exception):
+    """boto3 cannot work with these settings. `field`: endpoint_url or region."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        self.rule = {
+            "endpoint_url": "is no endpoint; use https://host or https://host:port",
+            "region": "is no region; use a name such as eu-central-1 or auto",
+        }[field]
+        super().__init__(f"{field} {self.rule}")
+
+
 class Bucket:
-    """An S3-compatible bucket; results are presigned with SigV4."""
+    """An S3-compatible bucket; results are presigned with SigV4. Raises BadBucket."""
 
     def __init__(
         self,
@@ -76,27 +88,31 @@ class Bucket:
         self._name = name
         self._key_prefix = key_prefix
         self._ttl_seconds = ttl_seconds
-        endpoint_url = _without_bucket(endpoint_url, name)
-        on_aws = endpoint_url is None or (urlsplit(endpoint_url).hostname or "").endswith("amazonaws.com")
-        if addressing_style == "auto":
-            addressing_style = "virtual" if on_aws else "path"
-        self._client = boto3.client(
-            "s3",
-            aws_access_key_id=access_key_id,
-            aws_secret_access_key=secret_access_key,
-            endpoint_url=endpoint_url,
-            region_name=region or _region_of(endpoint_url),
-            config=Config(
-                signature_version="s3v4",
-                s3={"addressing_style": addressing_style},  # type: ignore[arg-type]
-                retries={"mode": "standard", "max_attempts": 5},
-                connect_timeout=10,
-                read_timeout=60,
-                # Several S3-compatible stores refuse the checksums that boto3 adds by default.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        try:
+            endpoint_url = _without_bucket(endpoint_url, name)
+            if addressing_style == "auto":
+                addressing_style = "virtual" if _host_of(endpoint_url).endswith("amazonaws.com") else "path"
+            self._client = boto3.client(
+                "s3",
+                aws_access_key_id=access_key_id,
+                aws_secret_access_key=secret_access_key,
+                endpoint_url=endpoint_url,
+                region_name=region or _region_of(endpoint_url),
+                config=Config(
+                    signature_version="s3v4",
+                    s3={"addressing_style": addressing_style},  # type: ignore[arg-type]
+                    retries={"mode": "standard", "max_attempts": 5},
+                    connect_timeout=10,
+                    read_timeout=60,
+                    # Several S3-compatible stores refuse the checksums that boto3 adds by default.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                ),
+            )
+        except InvalidRegionError:
+            raise BadBucket("region") from None
+        except (ValueError, BotoCoreError):
+            raise BadBucket("endpoint_url") from None
 
     def put(self, file: Path, key: str, content_type: str) -> Stored:
         key = self._key_prefix + key
@@ -122,30 +138,28 @@ class S3Config(BaseModel):
     access_id: SecretStr = Field(alias="accessId", min_length=1)
     access_secret: SecretStr = Field(alias="accessSecret", min_length=1)
     bucket_name: str = Field(alias="bucketName", pattern=BUCKET_NAME)
-    endpoint_url: str = Field(alias="endpointUrl", pattern=ENDPOINT_URL)
-    region: str | None = Field(default=None, pattern=REGION)
-
-    @field_validator("endpoint_url")
-    @classmethod
-    def _proper_endpoint(cls, value: str) -> str:
-        return check_endpoint(value)
+    endpoint_url: str = Field(alias="endpointUrl", min_length=1)
+    region: str | None = None
 
 
 def storage_of(settings: Settings) -> Storage:
-    """The bucket when one is configured, else the local folder."""
+    """The bucket when one is configured, else the local folder. Raises SettingsError."""
     if not settings.bucket_name:
         return LocalFolder(settings.output_dir)
     assert settings.bucket_access_key_id and settings.bucket_secret_access_key  # Settings has checked it
-    return Bucket(
-        name=settings.bucket_name,
-        access_key_id=settings.bucket_access_key_id.get_secret_value(),
-        secret_access_key=settings.bucket_secret_access_key.get_secret_value(),
-        endpoint_url=settings.bucket_endpoint_url,
-        region=settings.bucket_region,
-        addressing_style=settings.bucket_addressing_style,
-        key_prefix=settings.bucket_key_prefix,
-        ttl_seconds=settings.presigned_url_ttl,
-    )
+    try:
+        return Bucket(
+            name=settings.bucket_name,
+            access_key_id=settings.bucket_access_key_id.get_secret_value(),
+            secret_access_key=settings.bucket_secret_access_key.get_secret_value(),
+            endpoint_url=settings.bucket_endpoint_url,
+            region=settings.bucket_region,
+            addressing_style=settings.bucket_addressing_style,
+            key_prefix=settings.bucket_key_prefix,
+            ttl_seconds=settings.presigned_url_ttl,
+        )
+    except BadBucket as error:
+        raise SettingsError(f"BUCKET_{error.field.upper()}: {error.rule}") from None
 
 
 def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
@@ -156,16 +170,20 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
         fields = sorted({str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()})
         text = "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings"
         raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}".rstrip("."), text) for name in fields]) from None
-    return Bucket(
-        name=config.bucket_name,
-        access_key_id=config.access_id.get_secret_value(),
-        secret_access_key=config.access_secret.get_secret_value(),
-        endpoint_url=config.endpoint_url,
-        region=config.region,
-        addressing_style="auto",
-        key_prefix=settings.bucket_key_prefix,
-        ttl_seconds=settings.presigned_url_ttl,
-    )
+    try:
+        return Bucket(
+            name=config.bucket_name,
+            access_key_id=config.access_id.get_secret_value(),
+            secret_access_key=config.access_secret.get_secret_value(),
+            endpoint_url=config.endpoint_url,
+            region=config.region,
+            addressing_style="auto",
+            key_prefix=settings.bucket_key_prefix,
+            ttl_seconds=settings.presigned_url_ttl,
+        )
+    except BadBucket as error:
+        name = {"endpoint_url": "endpointUrl"}.get(error.field, error.field)
+        raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}", error.rule)]) from None
 
 
 def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:
@@ -176,9 +194,19 @@ def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:
     return endpoint_url.removesuffix(f"/{bucket}")
 
 
+def _host_of(endpoint_url: str | None) -> str:
+    """Raises ValueError for what boto3 would only refuse when it uploads: other schemes, and ports that cannot be."""
+    if endpoint_url is None:
+        return "s3.amazonaws.com"
+    parts = urlsplit(endpoint_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or parts.username is not None:
+        raise ValueError("no endpoint")
+    return parts.hostname
+
+
 def _region_of(endpoint_url: str | None) -> str:
     """`s3.eu-central-1.amazonaws.com` and its kin name their region; R2 wants `auto`; MinIO-like stores take any."""
-    host = urlsplit(endpoint_url or "").hostname or ""
+    host = _host_of(endpoint_url)
     if host.endswith(".r2.cloudflarestorage.com"):
         return "auto"
     named = re.match(r"s3[.-]([a-z]{2,}-[a-z0-9-]+)\.", host)

@@ -244,7 +244,7 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
     ("tensors", "error", "says"),
     [
         ({"model.weight": torch.ones(2)}, LoraIncompatible, "looks trained for wan_2.1|no lora_A"),
-        ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraIncompatible, "a LoKr file"),
+        ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w2"),
         (
             lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(2)},
             LoraIncompatible,
@@ -274,7 +274,7 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
     ],
     ids=[
         "no LoRA",
-        "LoKr",
+        "half a LoKr",
         "DoRA",
         "a key too many",
         "a single bias",

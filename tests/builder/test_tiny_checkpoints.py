@@ -1,0 +1,50 @@
+"""The tiny checkpoints and LoRAs that everything else stands on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from builder import tiny_checkpoints
+from pipelines.catalog import MODELS
+from pipelines.lora_file import LoraFile
+
+
+def test_every_repo_of_the_catalog_is_written(tiny: Path) -> None:
+    for spec in MODELS.values():
+        for source in spec.sources.values():
+            assert any((tiny / source.repo / source.subfolder).iterdir()), source
+
+
+def test_14b_t2v_has_other_transformers_in_the_base_repo_than_in_the_toolkit_repo(tiny: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        base, toolkit = (load_file(tiny / repo / file) for repo in (tiny_checkpoints.T2V_BASE, tiny_checkpoints.T2V_TOOLKIT))
+        assert {key: value.shape for key, value in base.items()} == {key: value.shape for key, value in toolkit.items()}
+        assert not any(torch.equal(base[key], toolkit[key]) for key in base if key.endswith("attn1.to_q.weight"))
+
+
+def test_two_runs_write_the_same_bytes_and_few_of_them(tiny: Path, tmp_path: Path) -> None:
+    tiny_checkpoints.write_checkpoints(tmp_path)
+    tiny_checkpoints.write_loras(tmp_path / "loras")
+
+    def sums(root: Path) -> dict[str, str]:
+        files = (path for path in root.rglob("*.safetensors"))
+        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    assert sums(tmp_path) == sums(tiny)
+    assert sum(path.stat().st_size for path in tiny.rglob("*") if path.is_file()) < 20e6
+
+
+@pytest.mark.parametrize("name", ["wan21_1b/rank4", "wan22_14b_t2v/wan22_14b_t2v_low_noise", "wan21_i2v/rank8"])
+def test_loras_have_ai_toolkits_keys_and_metadata(tiny: Path, name: str) -> None:
+    file = LoraFile.read(tiny / f"loras/{name}.safetensors")
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.shapes
+    assert json.loads(file.metadata["software"])["name"] == "ai-toolkit"
+    assert file.base_version.startswith("wan_2.")
+    assert file.has_image_keys == ("i2v" in name and "wan21" in name)

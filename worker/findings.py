@@ -1,0 +1,126 @@
+"""pydantic's findings about a request, in words: the rule, what would do, and the field that was meant.
+
+What a client sent is repeated only where it is short and can be no secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from worker.errors import Code, Problem
+
+_ELSEWHERE = {
+    "steps": "sample_steps",
+    "num_inference_steps": "sample_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "negative_prompt": "neg",
+    "image": "ctrl_img",
+    "image_url": "ctrl_img",
+    "control_image": "ctrl_img",
+    "length": "num_frames",
+    "frames": "num_frames",
+    "frame_rate": "fps",
+    "scheduler": "sampler",
+    "strength": "network_multiplier",
+    "weight": "network_multiplier",
+    "scale": "network_multiplier",
+    "lora_scale": "network_multiplier",
+    "lora": "loras",
+    "model_id": "model",
+    "format": "output_format",
+}
+"""What other servers call these fields."""
+
+_SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
+"""Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
+
+
+Location = tuple[int | str, ...]
+"""pydantic's: `("prompts", 1, "width")`."""
+
+Models = Mapping[str, type[BaseModel]]
+"""The objects of the schema by the prefix of their fields: `""`, `prompts[].`, `loras[].`."""
+
+
+def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
+    """Every finding, with the rule of its field and a value that would do."""
+    for problem in error.errors(include_url=False):
+        location = problem["loc"]
+        where = path_of(location)
+        if problem["type"] == "extra_forbidden":
+            yield Problem(Code.INVALID_INPUT, where, _unknown_field(location, models))
+        elif problem["type"] == "missing":
+            yield Problem(Code.INVALID_INPUT, where, f"is required: {_rule(location, models)}")
+        else:
+            yield Problem(Code.INVALID_INPUT, where, f"must be {_rule(location, models)}{_instead_of(problem)}")
+
+
+def path_of(location: Location) -> str:
+    """`prompts[1].width`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
+    return path
+
+
+def _shown(name: str) -> str:
+    """A field's name as far as it can be one; a client's own text is cut short."""
+    return re.sub(r"[^\w -]", "?", name)[:40]
+
+
+def _home_of(location: Location) -> str:
+    """Which object a location lies in, as a key of Models."""
+    return f"{location[0]}[]." if len(location) > 1 else ""
+
+
+def _unknown_field(location: Location, models: Models) -> str:
+    name, here = str(location[-1]).lower(), _home_of(location)
+    fields = models[here].model_fields
+    prefix_of = {known: prefix for prefix, model in models.items() for known in model.model_fields}
+    prefix_of |= dict.fromkeys(fields, "")
+    meant = _ELSEWHERE.get(name, name)
+    if meant not in prefix_of:
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+        close += difflib.get_close_matches(name, prefix_of, n=1, cutoff=0.8)
+        if not close:
+            return f"is not a field; the fields here are {', '.join(fields)}"
+        meant = close[0]
+    place = " of the request itself" if here and meant not in fields and not prefix_of[meant] else ""
+    return f"is not a field here; did you mean `{prefix_of[meant]}{meant}`{place}?"
+
+
+def _rule(location: Location, models: Models) -> str:
+    """The rule of the field, in words, with a value that would do."""
+    home = models[_home_of(location)]
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    if isinstance(location[-1], int):
+        return f"an object with the fields {', '.join(home.model_fields)}"
+    schema = home.model_json_schema()["properties"][name]
+    schema = {**schema, **next((kind for kind in schema.get("anyOf", []) if kind.get("type") != "null"), {})}
+    if "enum" in schema:
+        return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
+    if schema["type"] == "array":
+        return "a list with at least one item"
+    kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
+    if "maximum" in schema:
+        kind += f" from {schema['minimum']} to {schema['maximum']}"
+    return kind + (f", such as {schema['examples'][0]!r}" if "examples" in schema else "")
+
+
+def _instead_of(problem: Any) -> str:
+    """What was sent, when it is short and can be no secret."""
+    value, name = problem["input"], problem["loc"][-1]
+    if name in _SECRET_FIELDS:
+        return ""
+    if value is None or isinstance(value, (bool, int, float)):
+        return f"; got {str(value)[:40]}"
+    if isinstance(value, str):
+        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; got another text"
+    kind = "list" if isinstance(value, list) else "object"
+    return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

@@ -1,0 +1,71 @@
+"""What belongs to one job while it runs, and how its blocking work runs in threads that leave when they must."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipelines.catalog import LoraMode, Match
+from worker.download import Stopped
+from worker.progress import Progress
+from worker.request import Request, Shot
+from worker.storage import Storage
+from worker.video import IMAGE, VIDEO, Encoding
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """One job: what was asked, where its files go, and what has become of it so far."""
+
+    id: str
+    request: Request
+    match: Match
+    mode: LoraMode
+    storage: Storage
+    folder: Path
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the job is cancelled or out of time; its threads look at it and leave."""
+    shots: list[Shot] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decides the frames of all prompts alike."""
+    warnings: list[str] = field(default_factory=list)
+    lora_warnings: dict[int, list[str]] = field(default_factory=dict)
+    """By the LoRA's place in the request."""
+    timings: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def encoding(self, shot: Shot) -> Encoding:
+        """How the prompt's file is written: one frame is an image whatever the format."""
+        return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
+
+    def check(self) -> None:
+        """Raises Stopped when the job must not go on."""
+        if self.stop.is_set():
+            raise Stopped
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left.
+
+        Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU.
+        """
+        work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.stop.set()
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    continue
+            if not work.cancelled():
+                work.exception()  # seen: asyncio complains about errors that nobody looks at
+            raise
