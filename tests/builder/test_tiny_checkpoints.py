@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -29,15 +28,13 @@ def test_14b_t2v_has_other_transformers_in_the_base_repo_than_in_the_toolkit_rep
         assert not any(torch.equal(base[key], toolkit[key]) for key in base if key.endswith("attn1.to_q.weight"))
 
 
-def test_two_runs_write_the_same_bytes_and_few_of_them(tiny: Path, tmp_path: Path) -> None:
+def test_two_runs_write_the_same_tensors_in_few_bytes(tiny: Path, tmp_path: Path) -> None:
     tiny_checkpoints.write_checkpoints(tmp_path)
     tiny_checkpoints.write_loras(tmp_path / "loras")
-
-    def sums(root: Path) -> dict[str, str]:
-        files = (path for path in root.rglob("*.safetensors"))
-        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    assert sums(tmp_path) == sums(tiny)
+    for path in tiny.rglob("*.safetensors"):
+        one, other = load_file(path), load_file(tmp_path / path.relative_to(tiny))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
     assert sum(path.stat().st_size for path in tiny.rglob("*") if path.is_file()) < 20e6
 
 
