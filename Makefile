@@ -34,7 +34,7 @@ serve: $(TINY)/.ready
 	$(TINY_WORKER) --rp_serve_api
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .
