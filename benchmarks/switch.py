@@ -83,8 +83,14 @@ def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat:
 
 
 def plain_diffusers(root: Path, device: str) -> None:
-    """What a server does that makes a new pipeline for another LoRA, without loading the LoRA."""
-    WanPipeline.from_pretrained(root / tiny_checkpoints.T2V_1B, dtype=torch.bfloat16).to(device)
+    """What a server does that makes a new pipeline for another LoRA, without loading the LoRA.
+
+    On a CPU the weights stay memory-mapped until they are used; the copy stands for their way to a device.
+    """
+    pipe = WanPipeline.from_pretrained(root / tiny_checkpoints.T2V_1B, dtype=torch.bfloat16).to(device)
+    if device == "cpu":
+        for parameter in pipe.transformer.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def write_real_size(folder: Path, size: str, blocks: int | None) -> tiny_checkpoints.Size:

@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipelines.catalog import Match
 from worker.download import DownloadError, fetch_bytes
 from worker.errors import Code, Problem, WorkerError
 from worker.request import is_url
@@ -24,14 +25,16 @@ MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
 
 
-def load_control_image(source: str, fields: Sequence[str], max_bytes: int, stop: threading.Event) -> Image.Image:
-    """The image as the model takes it: upright by its EXIF, without alpha, the first frame of an animation.
+def load_control_image(source: str, match: Match, fields: Sequence[str], max_bytes: int, stop: threading.Event) -> Image.Image:
+    """The image as the model takes it, RGB: the first frame of an animation.
 
-    Transparency is flattened on black, the trainer's default (`control_transparent_color`). Raises WorkerError with
+    In `documented` it is turned upright by its EXIF, and transparency is flattened on black, the trainer's default for its
+    data (`control_transparent_color`). In `preview` it is what the trainer's samples see, which know neither: as it is
+    stored, the alpha channel left out. Raises WorkerError with
     CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
-        return decode(_read(source, max_bytes, stop))
+        return decode(_read(source, max_bytes, stop), match)
     except (DownloadError, ValueError) as error:
         raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error)) for where in fields]) from error
 
@@ -57,14 +60,14 @@ def _read(source: str, max_bytes: int, stop: threading.Event) -> bytes:
         raise ValueError("it is neither an http(s) URL nor base64 nor a data URL; send one of them") from None
 
 
-def decode(data: bytes) -> Image.Image:
-    """Raises ValueError with what is wrong in words."""
+def decode(data: bytes, match: Match = "documented") -> Image.Image:
+    """See `load_control_image`. Raises ValueError with what is wrong in words."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.seek(0)
-                return _flattened(ImageOps.exif_transpose(image))
+                return image.convert("RGB") if match == "preview" else _flattened(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         width = height = 0
     except Exception as error:  # Pillow's parsers raise whatever the damage makes of them

@@ -148,7 +148,7 @@ class JobRunner:
         with stage("fetch", run.timings, job=run.id):
             loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
             images = [
-                run.in_thread(load_control_image, source, fields, self._settings.max_image_bytes, run.stop)
+                run.in_thread(load_control_image, source, run.match, fields, self._settings.max_image_bytes, run.stop)
                 for source, fields in fields_of.items()
             ]
             fetched = await asyncio.gather(*loras, *images, return_exceptions=True)

@@ -39,6 +39,14 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     assert all((page.parent / link).exists() for link in links if not link.startswith("http"))
 
 
+def test_every_command_of_the_documentation_exists() -> None:
+    commands = {name for page in PAGES for name in re.findall(r"python -m ((?:tools|benchmarks)\.\w+)", page.read_text())}
+    assert {"tools.inspect_lora", "tools.requests_from_config", "tools.compare"} <= commands
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "usage: " in done.stdout
+
+
 def test_test_input_json_is_valid() -> None:
     request = json.loads((ROOT / "test_input.json").read_text())["input"]
     assert parse(request, MODELS["wan22_14b_t2v"]).loras

@@ -37,7 +37,7 @@ BASE64 = base64.b64encode(PNG).decode()
 @pytest.fixture
 def load(stop):
     def load(source: str, max_bytes: int = 1_000_000) -> Image.Image:
-        return load_control_image(source, ["prompts[0].ctrl_img"], max_bytes, stop)
+        return load_control_image(source, "documented", ["prompts[0].ctrl_img"], max_bytes, stop)
 
     return load
 
@@ -83,7 +83,7 @@ def test_every_way_to_write_an_image_as_text_gives_the_same_image(load, source):
 def test_padding_is_never_needed(data):
     """Whatever the length, the bytes are found again: here behind an image, where they do no harm."""
     text = base64.b64encode(PNG + data).decode().rstrip("=")
-    assert is_picture(load_control_image(text, [], 1_000_000, None))  # type: ignore[arg-type]
+    assert is_picture(load_control_image(text, "documented", [], 1_000_000, None))  # type: ignore[arg-type]
 
 
 # What comes out
@@ -240,7 +240,7 @@ def test_a_url_of_an_empty_file_is_no_image(load, web):
 def test_an_image_that_several_prompts_name_is_told_for_each(stop):
     fields = ["prompts[0].ctrl_img", "prompts[2].ctrl_img_1"]
     with pytest.raises(WorkerError) as caught:
-        load_control_image("****", fields, 1_000_000, stop)
+        load_control_image("****", "documented", fields, 1_000_000, stop)
     assert [problem.field for problem in caught.value.problems] == fields
 
 
@@ -321,3 +321,16 @@ def test_a_damaged_image_gives_an_image_or_a_text(data):
     except ValueError as error:
         outcome = str(error)
     assert outcome == "RGB" or " " in outcome
+
+
+# As the trainer's samples see it
+
+
+def test_in_preview_an_image_is_taken_as_it_is_stored():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rotated = encoded(picture(), "PNG", exif=exif)
+    assert decode(rotated, "preview").tobytes() == picture().tobytes() != decode(rotated).tobytes()
+    red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert decode(encoded(red, "PNG"), "preview").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(encoded(red, "PNG")).getpixel((0, 0)) == (0, 0, 0)

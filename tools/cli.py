@@ -1,0 +1,41 @@
+"""What the commands share: how one ends when it cannot use its input. No command of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Main(Protocol):
+    """`argv` without the program's name; None takes the process's own. Returns the exit status."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+FITS, DIFFERS, BAD_INPUT = 0, 1, 2
+"""Exit statuses, the same for every command."""
+
+
+class BadInput(Exception):
+    """An input that cannot be used; the text says why and what would do."""
+
+
+def one_line_errors(main: Main) -> Main:
+    """Turn BadInput, and files that cannot be opened, into one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except BadInput as error:
+            text = str(error)
+        except OSError as error:
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{Path(inspect.getfile(main)).stem}: {text}", file=sys.stderr)
+        return BAD_INPUT
+
+    return guarded

@@ -1,0 +1,221 @@
+"""Compare two videos: how far they are apart, in numbers, in words and as a picture, and which settings differ.
+
+    python -m tools.compare preview.webp mine.mp4 --sheet sheet.png
+
+It compares what was made. What a request would make is `tools.requests_from_config`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
+from tools.frames import Clip, pairs, read_clip
+from tools.metrics import WINDOW, FrameDistance, Verdict, distance, overall_psnr, verdict
+from tools.noise import noise_between
+from tools.sheet import Row, contact_sheet
+
+_EPILOG = """\
+A and B: MP4, animated WebP, GIF, a zip of PNGs, a folder of images, or one image.
+
+PSNR is over R, G and B; SSIM (Wang et al. 2004) is of the BT.709 luma, with a Gaussian window of 11x11, sigma 1.5.
+MP4 is decoded as BT.709. Where sizes or frame counts differ, the part that both have is compared, from the top left and
+from the first frame. The trainer's previews are WebP at quality 80: a request with "output_format": "webp" is encoded in
+the same way, and with "png" nothing is lost.
+
+The list of settings needs both sides: the worker's MP4s carry theirs; for other files give the job's result JSON.
+
+exit status: 0 equal, if need be within encoding noise; 1 not equal, or one has more frames or pixels; 2 bad input
+
+example:
+  python -m tools.compare samples/1718000000__000001000_0.webp 0.webp --settings-b result.json --sheet sheet.png
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was found out."""
+
+    a: Clip
+    b: Clip
+    frames: list[FrameDistance]
+    verdict: Verdict
+    uncommon: list[str]
+    """What one has and the other has not, in words."""
+    settings: dict[str, tuple[Any, Any]] | None
+    """Setting to its values in A and B where they differ; None when one side has no settings."""
+
+    @property
+    def equal(self) -> bool:
+        return self.verdict.equal and not self.uncommon
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    a, b = read_clip(args.a), read_clip(args.b)
+    settings_a = settings_of_result(args.settings_a, args.prompt) if args.settings_a else a.settings
+    settings_b = settings_of_result(args.settings_b, args.prompt) if args.settings_b else b.settings
+    found = compare(a, b, settings_a, settings_b)
+    print(json.dumps(as_json(found), indent=2) if args.json else as_text(found))
+    if args.sheet:
+        contact_sheet(args.sheet, (a, b), _rows(found, args.rows), found.verdict.text.partition(":")[0])
+        print(f"contact sheet: {args.sheet}", file=sys.stderr)
+    return FITS if found.equal else DIFFERS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare",
+        description="Compare two videos frame by frame, and say whether they are the same.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="a video, an image, or a zip or folder of images")
+    parser.add_argument("b", metavar="B", type=Path, help="the other one")
+    parser.add_argument("--sheet", metavar="OUT.png", type=Path, help="write a picture of A, B and their difference")
+    parser.add_argument("--rows", metavar="N", type=int, default=5, help="frames in the sheet, evenly spaced (default: 5)")
+    for side in "ab":
+        parser.add_argument(
+            f"--settings-{side}",
+            metavar="RESULT.json",
+            type=Path,
+            help=f"{side.upper()}'s settings from a job's result",
+        )
+    parser.add_argument("--prompt", metavar="N", type=int, default=0, help="which prompt of a result JSON, from 0 (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def compare(a: Clip, b: Clip, settings_a: dict[str, Any] | None = None, settings_b: dict[str, Any] | None = None) -> Comparison:
+    """Compare what both have. Raises BadInput when that is smaller than SSIM's window."""
+    if min(*a.frames.shape[1:3], *b.frames.shape[1:3]) < WINDOW:
+        raise BadInput(f"the frames are {a.size} and {b.size} pixels; SSIM needs at least {WINDOW}x{WINDOW}")
+    frames = [distance(left, right) for left, right in pairs(a.frames, b.frames)]
+    settings = differing(settings_a, settings_b) if settings_a is not None and settings_b is not None else None
+    return Comparison(a, b, frames, verdict(frames, noise_between(a, b)), list(_uncommon(a, b)), settings)
+
+
+def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
+    if a.size != b.size:
+        common = f"{min(a.frames.shape[2], b.frames.shape[2])}x{min(a.frames.shape[1], b.frames.shape[1])}"
+        yield f"A is {a.size} and B is {b.size} pixels; compared: the {common} at the top left"
+    if len(a.frames) != len(b.frames):
+        common_count = min(len(a.frames), len(b.frames))
+        yield f"A has {len(a.frames)} frames and B has {len(b.frames)}; compared: the first {common_count}"
+
+
+def settings_of_result(path: Path, prompt: int) -> dict[str, Any]:
+    """The settings of one prompt in a result JSON, flat as in an MP4's comment.
+
+    Takes the result itself, RunPod's answer around it (`output`), and bare settings.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: this is no JSON ({error})") from error
+    for wrapper in ("output", "settings"):
+        if isinstance(result, dict) and isinstance(result.get(wrapper), dict):
+            result = result[wrapper]
+    if not isinstance(result, dict) or "match" not in result:
+        raise BadInput(f"{path}: no `settings` in it; give the JSON that a job returned")
+    prompts = result.pop("prompts", None)
+    if not isinstance(prompts, list):
+        return dict(result)
+    if not 0 <= prompt < len(prompts):
+        raise BadInput(f"{path}: it has the prompts 0 to {len(prompts) - 1}; --prompt {prompt} is none of them")
+    return {**result, **prompts[prompt]}
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Path of a setting to its two values, where they differ; a missing one counts as None."""
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    paths = [path for path in (flat_a | flat_b) if path != "prompt_index"]
+    return {path: (flat_a.get(path), flat_b.get(path)) for path in paths if flat_a.get(path) != flat_b.get(path)}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _flat(item, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _rows(found: Comparison, count: int) -> list[Row]:
+    """Evenly spaced over the common frames, the first and the last among them."""
+    last = len(found.frames) - 1
+    count = max(1, min(count, last + 1))
+    numbers = [round(i * last / max(count - 1, 1)) for i in range(count)]
+    common = list(pairs(found.a.frames, found.b.frames))
+    return [Row(number, *common[number], found.frames[number]) for number in numbers]
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """All numbers; a PSNR of equal frames is null, since JSON has no infinity."""
+    settings = found.settings
+    return {
+        "equal": found.equal,
+        "verdict": asdict(found.verdict),
+        "a": _clip_json(found.a),
+        "b": _clip_json(found.b),
+        "uncommon": found.uncommon,
+        "psnr": _finite(overall_psnr(found.frames)),
+        "ssim": round(sum(pair.ssim for pair in found.frames) / len(found.frames), 6),
+        "max_difference": max(pair.max_difference for pair in found.frames),
+        "frames": [
+            {"frame": number, "psnr": _finite(pair.psnr), "ssim": round(pair.ssim, 6), "max_difference": pair.max_difference}
+            for number, pair in enumerate(found.frames)
+        ],
+        "settings": None if settings is None else {path: {"a": left, "b": right} for path, (left, right) in settings.items()},
+    }
+
+
+def _clip_json(clip: Clip) -> dict[str, Any]:
+    count, height, width = clip.frames.shape[:3]
+    return {"name": clip.name, "kind": clip.kind, "width": width, "height": height, "num_frames": count, "fps": clip.fps}
+
+
+def _finite(psnr: float) -> float | None:
+    return round(psnr, 3) if math.isfinite(psnr) else None
+
+
+def as_text(found: Comparison) -> str:
+    """The same for a reader, the verdict last."""
+    lines = [f"A  {found.a}", f"B  {found.b}", *(f"!  {text}" for text in found.uncommon)]
+    lines += ["", "frame      PSNR    SSIM  largest difference"]
+    lines += [_line(f"{number:5d}", pair.psnr, pair.ssim, pair.max_difference) for number, pair in enumerate(found.frames)]
+    mean_ssim = sum(pair.ssim for pair in found.frames) / len(found.frames)
+    lines.append(_line("  all", overall_psnr(found.frames), mean_ssim, max(pair.max_difference for pair in found.frames)))
+    lines += ["", *_settings_lines(found.settings), ""]
+    lines.append(found.verdict.text + (" (in the part that both have)" if found.uncommon else ""))
+    return "\n".join(lines + [f"hint: {found.verdict.advice}"] * bool(found.verdict.advice))
+
+
+def _line(label: str, psnr: float, ssim: float, largest: int) -> str:
+    shown = f"{psnr:6.2f} dB" if math.isfinite(psnr) else "equal    "
+    return f"{label}  {shown:>9}  {ssim:.4f}  {largest:3d} of 255"
+
+
+def _settings_lines(settings: dict[str, tuple[Any, Any]] | None) -> list[str]:
+    if settings is None:
+        return ["settings: not known on both sides (an MP4 of the worker has them; else --settings-a, --settings-b)"]
+    if not settings:
+        return ["settings: all the same"]
+    width = max(map(len, settings))
+    shown = {path: tuple(json.dumps(value, ensure_ascii=False) for value in values) for path, values in settings.items()}
+    return ["settings that differ (A, then B):", *(f"  {path:{width}}  {a}  {b}" for path, (a, b) in shown.items())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""What a LoRA file's header tells: which models it fits, which trainer made it, and how that trainer sampled.
+
+    python -m tools.inspect_lora my_lora.safetensors --model wan22_14b_t2v
+
+It reads the header and the checksum, so it needs no model, no GPU and no torch. Whether the values are sound is checked by
+the worker when a job comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.catalog import MODELS, ModelSpec
+from pipelines.errors import LoraInvalid
+from pipelines.lora_file import LoraFile
+from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
+from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
+
+_EPILOG = """\
+exit status: 0 it fits (the model given, or any); 1 it does not; 2 bad input
+
+example:
+  python -m tools.inspect_lora loras/my_lora/my_lora_high_noise.safetensors --model wan22_14b_t2v
+"""
+
+_PART = re.compile(r"(?P<layer>.+)\.(?P<part>lora_(?:A|B|down|up)|lokr_\w+)(?:\.\w+)*$")
+_BLOCK_LAYER = re.compile(r"blocks[._]\d+[._](.+)$")
+_ATTENTION = re.compile(r"self\.attn\.|cross\.attn\.|attn[12]\.")
+_SOLVERS = {"unipc": "UniPC", "flowmatch": "FlowMatch Euler"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted linear layer; a size is 0 where the header does not tell it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int | None
+    """None for a LoKr with whole factors."""
+
+    @property
+    def width(self) -> int | None:
+        """The transformer's width as this layer shows it; None for layers that do not."""
+        match = _BLOCK_LAYER.search(self.name)
+        role = re.sub(r"\W|_", ".", match[1]) if match else ""
+        if _ATTENTION.match(role) or role in ("ffn.0", "ffn.net.0.proj"):
+            return self.inputs or None
+        return (self.outputs or None) if role in ("ffn.2", "ffn.net.2") else None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file, and what its keys say."""
+
+    file: LoraFile
+    kind: str
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        return sorted({width for layer in self.layers if (width := layer.width)})
+
+    @property
+    def fitting(self) -> list[str]:
+        """Ids of the models that nothing speaks against."""
+        return [spec.id for spec in MODELS.values() if not misfits(self, spec)]
+
+    @property
+    def side(self) -> str | None:
+        """`high` or `low`, by the file's name."""
+        return next((side for side in ("high", "low") if self.file.path.stem.endswith(f"_{side}_noise")), None)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    found = inspect(args.file)
+    spec = MODELS[args.model] if args.model else None
+    print(json.dumps(as_json(found, spec), indent=2) if args.json else as_text(found, spec))
+    fits = not misfits(found, spec) if spec else bool(found.fitting)
+    return FITS if fits else DIFFERS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_lora",
+        description="Say what a LoRA file is, which models it fits, and how its trainer made the previews.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
+    parser.add_argument("--model", metavar="ID", choices=MODELS, help=f"say whether it fits this one of {', '.join(MODELS)}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def inspect(path: Path) -> Inspection:
+    """Read the header of `path`. Raises BadInput, OSError."""
+    path.stat()
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; name the .safetensors file in it")
+    try:
+        file = LoraFile.read(path)
+    except LoraInvalid as error:
+        raise BadInput(f"{path}: {error}") from error
+    return Inspection(file, kind_of(file), tuple(_layers(file.shapes)))
+
+
+def kind_of(file: LoraFile) -> str:
+    """How the file changes weights, from its keys."""
+    marks = {".lora_": "LoRA", ".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", "dora_scale": "DoRA"}
+    kinds = [kind for mark, kind in marks.items() if any(mark in key for key in file.shapes)]
+    if "DoRA" in kinds:
+        kinds.remove("LoRA")
+    both = all(any(f"transformer_{number}." in key for key in file.shapes) for number in (1, 2))
+    return (" and ".join(kinds) or "no adapter") + (", high and low side in one file" if both else "")
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if match := _PART.match(key):
+            parts.setdefault(match["layer"], {})[match["part"].removeprefix("lora_").removeprefix("lokr_")] = shape
+    for name, shape_of in parts.items():
+        down = shape_of.get("A", shape_of.get("down"))
+        up = shape_of.get("B", shape_of.get("up"))
+        if down or up:
+            rank = down[0] if down else up[1] if up and len(up) > 1 else None
+            yield Layer(name, down[1] if down and len(down) > 1 else 0, up[0] if up else 0, rank)
+        else:
+            yield _lokr_layer(name, shape_of)
+
+
+def _lokr_layer(name: str, shape_of: Mapping[str, tuple[int, ...]]) -> Layer:
+    """Kronecker's product: the sizes of the two factors multiply."""
+    inputs = outputs = 1
+    rank = None
+    for factor in ("w1", "w2"):
+        left, right = shape_of.get(f"{factor}_a", ()), shape_of.get(f"{factor}_b", ())
+        whole = shape_of.get(factor, ())
+        if len(whole) != 2 and len(left) == len(right) == 2:
+            whole, rank = (left[0], right[1]), right[0]
+        outputs, inputs = (outputs * whole[0], inputs * whole[1]) if len(whole) == 2 else (0, 0)
+    return Layer(name, inputs, outputs, rank)
+
+
+def misfits(found: Inspection, spec: ModelSpec) -> list[str]:
+    """Why the LoRA is not one for `spec`; empty when nothing speaks against it."""
+    file, why = found.file, []
+    if found.kind not in ("LoRA", "LoKr"):
+        why.append(f"it is {found.kind}; the worker takes LoRA and LoKr, each side as its own file")
+    if not found.widths:
+        why.append("it has no attention or feed-forward layers of transformer blocks, by which a model is known")
+    elif found.widths != [spec.hidden_size]:
+        why.append(f"its layers are {' and '.join(map(str, found.widths))} wide, those of {spec.id} {spec.hidden_size}")
+    if file.num_blocks > spec.num_blocks:
+        why.append(f"it has layers up to block {file.num_blocks - 1}, and {spec.id} has the blocks 0 to {spec.num_blocks - 1}")
+    takes_images = "image_encoder" in spec.sources
+    if file.has_image_keys and not takes_images:
+        why.append(f"it has image keys (k_img, v_img), which only Wan 2.1 I2V has, not {spec.id}")
+    if takes_images and file.has_text_keys and not file.has_image_keys:
+        why.append(f"it has no image keys (k_img, v_img), which a LoRA trained on {spec.id} has")
+    if file.base_version not in ("", spec.lora_base_version):
+        why.append(f"its base model version is {file.base_version}, that of {spec.id} is {spec.lora_base_version}")
+    return why
+
+
+def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:
+    """What a person should know before using the file."""
+    specs = [spec] if spec else [MODELS[id] for id in found.fitting]
+    texts = []
+    if found.kind == "LoKr":
+        texts.append('a LoKr can only be merged: set "match" to "preview", or start the worker with LORA_MODE=merge')
+    if any(spec.moe for spec in specs):
+        texts.append(
+            f'send it as the {found.side} side: "transformer": "{found.side}"'
+            if found.side
+            else "its name does not end in _high_noise or _low_noise, so it does not tell its side"
+        )
+    if len([spec for spec in specs if spec.moe]) > 1:
+        texts.append("Wan 2.2 14B T2V and I2V have the same layers: the file cannot tell which of them it was trained on")
+    if found.file.trigger_word:
+        texts.append(f"it was trained with the trigger word {found.file.trigger_word!r}; write it in the prompt")
+    return texts
+
+
+def sampling(found: Inspection, spec: ModelSpec) -> str:
+    """How the trainer made its previews for `spec`, in words."""
+    era, why = era_of([found.file])
+    recipe = preview(spec, era, why)
+    boundary = f", boundary {recipe.boundary_ratio}" if recipe.boundary_ratio else ""
+    return f"{_SOLVERS[recipe.solver]}, shift {recipe.shift:g}{boundary}"
+
+
+def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
+    """Everything as data; `model`, `fits_model` and `why_not` only when a model was asked about."""
+    file = found.file
+    era, why = era_of([file])
+    report: dict[str, Any] = {
+        "file": file.path.name,
+        "fits": found.fitting,
+        "kind": found.kind,
+        "ranks": sorted({layer.rank for layer in found.layers if layer.rank}),
+        "keys": len(file.shapes),
+        "layers": len(found.layers),
+        "blocks": file.num_blocks,
+        "hidden_size": found.widths[0] if len(found.widths) == 1 else None,
+        "image_keys": file.has_image_keys,
+        "side": found.side,
+        "dtypes": sorted(set(file.dtypes.values())),
+        "base_model_version": file.base_version or None,
+        "trainer": _metadata(file, "software").get("name"),
+        "trainer_version": file.trainer_version or None,
+        "era": era,
+        "era_because": why,
+        "step": file.training_step,
+        "epoch": _metadata(file, "training_info").get("epoch"),
+        "trigger_word": file.trigger_word or None,
+        "bytes": file.path.stat().st_size,
+        "sha256": file.sha256,
+        "notes": notes(found, spec),
+    }
+    if spec:
+        why_not = misfits(found, spec)
+        report |= {"model": spec.id, "fits_model": not why_not, "why_not": why_not}
+    return report
+
+
+def _metadata(file: LoraFile, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.metadata.get(name, "{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def as_text(found: Inspection, spec: ModelSpec | None) -> str:
+    """The same for a reader, one fact a line."""
+    facts = as_json(found, spec)
+    counted = Counter(f"{layer.rank or 'full'}" for layer in found.layers)
+    ranks = ", ".join(rank + f" ({count} layers)" * (len(counted) > 1) for rank, count in counted.items())
+    width = " and ".join(map(str, found.widths)) or "unknown"
+    lines = {
+        "file": facts["file"],
+        "fits": ", ".join(facts["fits"]) or "none of the models",
+        "kind": f"{facts['kind']}, rank {ranks or 'unknown'}",
+        "keys": f"{facts['keys']} in {facts['layers']} layers of {facts['blocks']} blocks, {' and '.join(facts['dtypes'])}",
+        "width": width + ", with image keys" * facts["image_keys"],
+        "side": facts["side"],
+        "base model": facts["base_model_version"] or "not noted",
+        "trainer": f"{facts['trainer'] or 'not noted'} {facts['trainer_version'] or ''}".strip(),
+        "previews": _previews(found, spec),
+        "step": None if facts["step"] is None else f"{facts['step']}, epoch {facts['epoch']}",
+        "trigger": facts["trigger_word"],
+        "size": f"{facts['bytes'] / 1e6:.1f} MB",
+        "sha256": facts["sha256"],
+    }
+    text = [f"{name:<11} {value}" for name, value in lines.items() if value is not None]
+    text += [f"{'note':<11} {note}" for note in facts["notes"]]
+    if spec:
+        text += ["", f"It fits {spec.id}." if facts["fits_model"] else f"It does not fit {spec.id}:"]
+        text += [f"  - {reason}" for reason in facts["why_not"]]
+    return "\n".join(text)
+
+
+def _previews(found: Inspection, spec: ModelSpec | None) -> str:
+    era, why = era_of([found.file])
+    since = ".".join(map(str, FLOWMATCH_SINCE))
+    when = f"{'from' if era == 'flowmatch' else 'before'} {since}"
+    ways: dict[str, list[str]] = {}
+    for id in [spec.id] if spec and spec.id in found.fitting else found.fitting:
+        ways.setdefault(sampling(found, MODELS[id]), []).append(id)
+    how = "; ".join(way + (f" ({', '.join(ids)})" if len(ways) > 1 else "") for way, ids in ways.items())
+    return f"{how or _SOLVERS[era]} (trainer {when}; {why})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

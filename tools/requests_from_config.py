@@ -1,0 +1,278 @@
+"""Turn the samples of an ai-toolkit training config into requests that make the same videos.
+
+    python -m tools.requests_from_config config.yaml --out requests
+
+How the trainer comes to its values is in `tools.trainer_samples`; here they become requests of the documented schema. It
+sends nothing: give the files to the endpoint, then compare with `tools.compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.catalog import MODELS, ModelSpec
+from tools.cli import FITS, BadInput, one_line_errors
+from tools.trainer_samples import RANDOM_SEED, Sample, Training, read_training
+from worker.errors import WorkerError
+from worker.images import decode
+from worker.request import Lora, Prompt, parse
+
+_EPILOG = """\
+CONFIG is the training's YAML or JSON; in the trainer's output folder it is config.yaml or .job_config.json.
+
+Without --lora the trainer's names are taken, below LORA_DIR: NAME/NAME.safetensors, for Wan 2.2 14B
+NAME/NAME_high_noise.safetensors and NAME/NAME_low_noise.safetensors. A preview of step 1500 is matched by that step's save,
+--lora NAME/NAME_000001500.safetensors. For the 14B models write high=PATH and low=PATH, unless the names tell the side.
+
+Control images are looked for below the current folder, as the trainer does, and then beside the config.
+
+What the trainer ignores, what cannot be matched, and what the schema cannot take (the nearest value is sent) is said on
+stderr.
+
+exit status: 0 written; 2 bad input
+
+example:
+  python -m tools.requests_from_config output/my_lora/config.yaml --output-format webp --out requests
+  curl -H "Authorization: Bearer $RUNPOD_API_KEY" https://api.runpod.ai/v2/ENDPOINT/run -d @requests/sample_0.json
+"""
+
+_LARGEST_JOB = 10_000_000
+"""Bytes; RunPod's limit on the body of `/run`. `/runsync` takes twice as much."""
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    training = read_training(args.config)
+    model = args.model or model_of(training.model)
+    requests, warnings = requests_of(training, MODELS[model], args.lora, args.config.parent, args.output_format)
+    if args.model and (told := told_by(training.model)) and told != args.model:
+        warnings.insert(0, f"the config's model looks like {told}; the requests are for {args.model}, as you said")
+    folder = args.out or (None if args.json else Path(f"{training.name or args.config.stem}_requests"))
+    files = _written(requests, folder) if folder else []
+    print("\n".join(f"warning: {text}" for text in warnings), end="\n" * bool(warnings), file=sys.stderr)
+    print(json.dumps(requests, indent=2, ensure_ascii=False) if args.json else as_text(requests, files))
+    return FITS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.requests_from_config",
+        description="Make a request of every sample in an ai-toolkit training config, with the trainer's own values.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="the training's config, YAML or JSON")
+    parser.add_argument("--model", metavar="ID", choices=MODELS, help=f"where the config does not tell: {', '.join(MODELS)}")
+    parser.add_argument("--lora", metavar="PATH", nargs="+", help="what to send as loras[].path")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder, one file per sample (default: NAME_requests; with --json: none)",
+    )
+    parser.add_argument(
+        "--output-format",
+        choices=("mp4", "webp", "gif", "png"),
+        help="write it into the requests; webp is the previews' own",
+    )
+    parser.add_argument("--json", action="store_true", help="print the requests as one JSON list")
+    return parser
+
+
+def model_of(model: Mapping[str, Any]) -> str:
+    """The model id of a config's `model` section. Raises BadInput where it does not tell."""
+    told = told_by(model)
+    if not told:
+        shown = f"arch {model.get('arch')!r} and name_or_path {model.get('name_or_path')!r}"
+        raise BadInput(f"{shown} do not tell the model; say it with --model, one of {', '.join(MODELS)}")
+    return told
+
+
+def told_by(model: Mapping[str, Any]) -> str | None:
+    """The model id that `arch` and `name_or_path` tell; the UI writes a size behind the arch, such as `wan21:1b`."""
+    arch, _, tag = str(model.get("arch") or "").partition(":")
+    single = {"wan22_14b": "wan22_14b_t2v", "wan22_14b_i2v": "wan22_14b_i2v", "wan22_5b": "wan22_5b"}
+    if arch in single:
+        return single[arch]
+    sizes = {
+        "wan21": {r"1(\.3)?b": "wan21_1b", r"14b": "wan21_14b"},
+        "wan21_i2v": {r"480p": "wan21_i2v_14b480p", r"720p|\A14b": "wan21_i2v_14b"},
+    }.get(arch, {})
+    # The name is what the trainer loads; the tag is dropped there, and decides only where the name says nothing.
+    for text in (str(model.get("name_or_path") or ""), tag):
+        ids = [id for pattern, id in sizes.items() if re.search(rf"(?<!\d)(?:{pattern})(?![a-z\d])", text, re.IGNORECASE)]
+        if len(ids) == 1:
+            return ids[0]
+    return None
+
+
+def requests_of(
+    training: Training, spec: ModelSpec, paths: Sequence[str] | None, folder: Path, output_format: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(one request per sample, warnings), every request checked against the schema. Raises BadInput, OSError."""
+    loras = _loras(spec, paths, training)
+    warnings = [*training.warnings, *_unmatchable(training, spec)]
+    requests = []
+    for number, sample in enumerate(training.samples):
+        warnings += sample.warnings
+        where = f"sample {number}"
+        multiplier = _allowed(Lora, "network_multiplier", sample.network_multiplier, where, warnings)
+        inner: dict[str, Any] = {
+            "model": spec.id,
+            "match": "preview",
+            "loras": [{**lora, "network_multiplier": multiplier} for lora in loras],
+            "prompts": [_prompt(sample, spec, where, folder, warnings)],
+        }
+        if output_format:
+            inner["output_format"] = output_format
+        try:
+            parse(inner, spec)
+        except WorkerError as error:
+            raise BadInput(f"{where}: the worker would not take its request: {error}") from error
+        requests.append({"input": inner})
+        if (size := len(json.dumps(requests[-1]))) > _LARGEST_JOB:
+            warnings.append(f"{where}: {size / 1e6:.0f} MB with its image, and /run takes 10 MB; put the image behind a URL")
+    return requests, warnings
+
+
+def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: Training) -> list[dict[str, Any]]:
+    if not spec.moe:
+        return [{"path": path} for path in paths or [f"{_name(training)}/{training.name}.safetensors"]]
+    if paths:
+        return [_sided(path) for path in paths]
+    kwargs = training.model.get("model_kwargs")
+    trained = kwargs if isinstance(kwargs, dict) else {}
+    sides = [side for side in ("high", "low") if trained.get(f"train_{side}_noise", True)]
+    return [{"path": f"{_name(training)}/{training.name}_{side}_noise.safetensors", "transformer": side} for side in sides]
+
+
+def _name(training: Training) -> str:
+    if not training.name:
+        raise BadInput("the config has no name, after which the LoRA would be named; say the file with --lora")
+    return training.name
+
+
+def _sided(path: str) -> dict[str, Any]:
+    """`high=PATH`, or a path whose name ends as the trainer writes it."""
+    if match := re.match(r"(high|low)=(.+)", path):
+        return {"path": match[2], "transformer": match[1]}
+    if match := re.search(r"_(high|low)_noise(\.safetensors)?([?#].*)?$", path):
+        return {"path": path, "transformer": match[1]}
+    raise BadInput(f"{path} does not tell its side; write high={path} or low={path}")
+
+
+def _unmatchable(training: Training, spec: ModelSpec) -> list[str]:
+    """What in the config keeps a preview from being met exactly."""
+    model, texts = training.model, []
+    for key, what in (("quantize", "transformer"), ("quantize_te", "text encoder")):
+        if model.get(key, model.get("quantize")):
+            texts.append(f"model.{key}: the previews were made with a quantized {what}, so they can only be met closely")
+    kwargs = model.get("model_kwargs")
+    tiled = model.get("low_vram") or (isinstance(kwargs, dict) and kwargs.get("vae_tiling"))
+    if tiled and spec.id in ("wan21_1b", "wan21_14b", "wan22_14b_t2v", "wan22_5b"):
+        texts.append("model.low_vram: the previews were decoded in tiles, so they can only be met closely")
+    if len({sample.network_multiplier for sample in training.samples}) > 1:
+        texts.append(
+            "the samples have different network_multipliers, so the trainer does not merge the LoRA; expect small differences"
+        )
+    return texts
+
+
+def _prompt(sample: Sample, spec: ModelSpec, where: str, folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """Every number is written, since the trainer's defaults are not the worker's."""
+    if sample.seed == RANDOM_SEED:
+        warnings.append(f"{where}: its seed is -1, so the trainer drew one and did not note it; the preview cannot be met")
+    numbers = {
+        name: _allowed(Prompt, name, getattr(sample, name), where, warnings)
+        for name in ("width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed")
+    }
+    prompt: dict[str, Any] = {"prompt": sample.prompt, "neg": sample.neg, **numbers}
+    if sample.ctrl_img and spec.control_image == "none":
+        warnings.append(f"{where}: {spec.id} takes no control image: `ctrl_img` has no effect in the trainer, and is not sent")
+    elif sample.ctrl_img:
+        prompt["ctrl_img"] = inlined(sample.ctrl_img, folder, where)
+    elif spec.control_image == "required":
+        raise BadInput(f"{where} has no `ctrl_img`, and {spec.id} makes no video without one; the trainer's fails there too")
+    return prompt
+
+
+def _allowed(model: type[Lora | Prompt], name: str, value: Any, where: str, warnings: list[str]) -> Any:
+    """The value, or the nearest that the schema takes, with a warning."""
+    rule = model.model_json_schema()["properties"][name]
+    rule = rule | next((kind for kind in rule.get("anyOf", []) if "maximum" in kind), {})
+    nearest = min(max(value, rule["minimum"]), rule["maximum"])
+    if nearest != value:
+        warnings.append(f"{where}: {name} {value:g} is outside what the worker takes; {nearest:g} is sent")
+    return type(value)(nearest)
+
+
+def inlined(source: str, folder: Path, where: str) -> str:
+    """The image as base64, so that the worker sees the pixels that the trainer sees. Raises BadInput, OSError.
+
+    The trainer drops transparency and ignores EXIF's orientation, the worker does neither; where that shows, the trainer's
+    pixels go as PNG, else the file as it is.
+    """
+    path = next((path for path in (Path(source), folder / source) if path.is_file()), None)
+    if path is None:
+        raise BadInput(f"{where}: there is no control image {source}, neither from here nor beside the config")
+    data = path.read_bytes()
+    try:
+        ours = decode(data)
+        with Image.open(io.BytesIO(data)) as image:
+            theirs = image.convert("RGB")
+    except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
+        raise BadInput(f"{where}: the control image {source} cannot be read: {error}") from error
+    if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
+        buffer = io.BytesIO()
+        theirs.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    return base64.b64encode(data).decode()
+
+
+def _written(requests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """One file each, numbered like the trainer's previews."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(requests)))
+    files = []
+    for number, request in enumerate(requests):
+        files.append(folder / f"sample_{number:0{digits}}.json")
+        files[-1].write_text(json.dumps(request, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return files
+
+
+def as_text(requests: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> str:
+    """One line a request."""
+    lines = [f"{file}  {_summary(request)}" for request, file in zip(requests, files, strict=True)]
+    inner = requests[0]["input"]
+    return "\n".join([f"{inner['model']} with {', '.join(lora['path'] for lora in inner['loras'])}", *lines])
+
+
+def _summary(request: Mapping[str, Any]) -> str:
+    [prompt] = request["input"]["prompts"]
+    text, count = prompt["prompt"], prompt["num_frames"]
+    facts = (
+        f"{prompt['width']}x{prompt['height']}",
+        f"{count} frame{'s' * (count > 1)} at {prompt['fps']} fps",
+        f"{prompt['sample_steps']} steps",
+        f"guidance {prompt['guidance_scale']:g}",
+        f"seed {prompt['seed']}",
+        f"LoRA x {request['input']['loras'][0]['network_multiplier']:g}",
+        *(["with image"] if "ctrl_img" in prompt else []),
+    )
+    return f"{', '.join(facts)}: {text if len(text) <= 60 else text[:59] + '…'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

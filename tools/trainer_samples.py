@@ -1,0 +1,291 @@
+"""An ai-toolkit training config → the samples its trainer shows, every value as the trainer takes it.
+
+Knows the trainer's rules and nothing of the worker; `requests_from_config` makes requests of the samples. Source: ai-toolkit
+at 0.12.26, `toolkit/config.py`, `toolkit/config_modules.py` (SampleConfig, SampleItem, GenerateImageConfig) and
+`BaseSDTrainProcess.sample`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped,unused-ignore]
+
+from tools.cli import BadInput
+
+RANDOM_SEED = -1
+"""The trainer draws a seed of its own."""
+
+_DEFAULTS: dict[str, Any] = {
+    "width": 512,
+    "height": 512,
+    "neg": False,
+    "seed": 0,
+    "walk_seed": False,
+    "guidance_scale": 7,
+    "sample_steps": 20,
+    "network_multiplier": 1,
+    "num_frames": 1,
+    "fps": 16,
+}
+"""What SampleConfig takes where the config says nothing."""
+
+_VALUES = tuple(name for name in _DEFAULTS if name not in ("seed", "walk_seed"))
+"""What a sample can say of its own, beside the seed, which depends on the samples before it."""
+
+_FLAGS: dict[str, tuple[str, type]] = {
+    "n": ("neg", str),
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "seed": ("seed", int),
+    "l": ("guidance_scale", float),
+    "cfg": ("guidance_scale", float),
+    "s": ("sample_steps", int),
+    "steps": ("sample_steps", int),
+    "m": ("network_multiplier", float),
+    "network_multiplier": ("network_multiplier", float),
+    "frames": ("num_frames", int),
+    "num_frames": ("num_frames", int),
+    "fps": ("fps", int),
+    "ctrl_img": ("ctrl_img", str),
+}
+"""A prompt's flag to the value it replaces."""
+
+_FLAGS_WITHOUT_EFFECT = ("p2", "n2", "gr", "a", "ref", "ev", "extra_values", "ctrl_idx")
+"""Flags that the trainer reads and its Wan models do not look at."""
+
+_KEYS_WITHOUT_EFFECT = ("ctrl_idx", "ctrl_img_2", "ctrl_img_3")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One preview of the trainer."""
+
+    prompt: str
+    """With the trigger word in its place, and without flags."""
+    neg: str
+    width: int
+    height: int
+    """Pixels, floored to 8 and at least 64, before the model floors them further."""
+    sample_steps: int
+    guidance_scale: float
+    seed: int
+    """0 to 2**64 - 1, or RANDOM_SEED."""
+    num_frames: int
+    """Before the model brings it to 4n+1."""
+    fps: int
+    network_multiplier: float
+    ctrl_img: str | None
+    """A path, as the config has it."""
+    warnings: tuple[str, ...] = ()
+    """What the trainer leaves out of it."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The part of a training config that decides its samples."""
+
+    name: str | None
+    """Of the job, after which the LoRA files are named; None for a bare process."""
+    model: Mapping[str, Any]
+    samples: tuple[Sample, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def read_training(path: Path) -> Training:
+    """Read a config as the trainer does: environment variables, `[name]`, then YAML or JSON. Raises BadInput, OSError."""
+    document = _parsed(path, _with_environment(path.read_text(encoding="utf-8")))
+    if not isinstance(document, dict):
+        raise BadInput(f"{path}: this is no training config; it should have `job` and `config`")
+    config = document.get("config", document)
+    name = config.get("name") if isinstance(config, dict) else None
+    if isinstance(name, str):
+        config = _with_name(config, name)
+    process = _process_of(config, path)
+    section = process.get("sample")
+    if not isinstance(section, dict):
+        raise BadInput(f"{path}: its process has no `sample` section, so there are no previews to make requests of")
+    warnings = ["`first_sample` describes another preview, made before the training; it is not converted"] * (
+        process.get("first_sample") is not None
+    )
+    model = process.get("model")
+    trigger_word = process.get("trigger_word")
+    return Training(
+        name=name if isinstance(name, str) else None,
+        model=model if isinstance(model, dict) else {},
+        samples=tuple(resolve(section, None if trigger_word is None else str(trigger_word))),
+        warnings=tuple(warnings),
+    )
+
+
+def _with_environment(text: str) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise BadInput(f"the config uses ${{{match[1]}}}, and the environment has none; set it as for training")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{([^}]+)\}", value_of, text)
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text) if path.suffix.lower() in (".json", ".jsonc") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path}: cannot be read as YAML or JSON ({' '.join(str(error).split())})") from error
+
+
+def _with_name(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("[name]", name)
+    if isinstance(value, list):
+        return [_with_name(item, name) for item in value]
+    return {key: _with_name(item, name) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _process_of(config: Any, path: Path) -> dict[str, Any]:
+    process = config.get("process", config) if isinstance(config, dict) else config
+    if isinstance(process, list) and process:
+        process = process[0]
+    if not isinstance(process, dict):
+        raise BadInput(f"{path}: this is no training config; it should have `config.process` with a `sample` section")
+    return process
+
+
+def resolve(section: Mapping[str, Any], trigger_word: str | None) -> list[Sample]:
+    """The samples of a `sample` section, in the order in which the trainer makes them. Raises BadInput."""
+    items = section.get("samples")
+    if items is None:
+        items = [{"prompt": prompt} for prompt in section.get("prompts") or []]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise BadInput("`sample.samples` must be a list of objects such as {prompt: …}")
+    # The trainer counts the prompts that are there, and takes the other values from the item of the same number.
+    prompts = [item["prompt"] for item in items if item.get("prompt") is not None]
+    if not prompts:
+        raise BadInput("the `sample` section has no prompts, so the trainer makes no previews")
+    seeds = _seeds(section, items, len(prompts))
+    return [
+        _sample(f"sample {number}", prompt, item, section, seed, trigger_word)
+        for number, (prompt, item, seed) in enumerate(zip(prompts, items, seeds, strict=False))
+    ]
+
+
+def _seeds(section: Mapping[str, Any], items: list[dict[str, Any]], count: int) -> list[int]:
+    """Without walk_seed a sample's own seed stays in force for the samples after it, until the next one."""
+    start = _number(_given(section, "seed", "sample"), int, "sample.seed")
+    current, seeds = start, []
+    for number, item in enumerate(items[:count]):
+        if _given(section, "walk_seed", "sample"):
+            current = start + number
+        if item.get("seed") is not None:
+            current = _number(item["seed"], int, f"the seed of sample {number}")
+        seeds.append(current)
+    return seeds
+
+
+def _sample(
+    where: str, prompt: Any, item: Mapping[str, Any], section: Mapping[str, Any], seed: int, trigger_word: str | None
+) -> Sample:
+    if not isinstance(prompt, str):
+        raise BadInput(f"{where}: its prompt is {prompt!r}, not a text; put it in quotes")
+    if trigger_word is not None:
+        prompt = prompt.replace("[name]", trigger_word).replace("[trigger]", trigger_word)
+    values: dict[str, Any] = {name: _given({**section, **item}, name, where) for name in _VALUES} | {
+        "seed": seed if seed == RANDOM_SEED else _torch_seed(seed, where),
+        "ctrl_img": item.get("ctrl_img") or None,
+    }
+    prompt, flags, warnings = split_flags(prompt, where)
+    if "seed" in flags:
+        flags["seed"] = _torch_seed(flags["seed"], where)  # where -1 is a seed like others
+    values |= flags
+    warnings += [f"{where}: `{key}` has no effect on the trainer's Wan models" for key in _KEYS_WITHOUT_EFFECT if item.get(key)]
+    if item.get("ctrl_img_1") not in (None, item.get("ctrl_img")):
+        warnings.append(f"{where}: `ctrl_img_1` has no effect on the trainer's Wan models, which look at `ctrl_img`")
+    return Sample(
+        prompt=prompt,
+        neg=str(values["neg"]) if values["neg"] not in (None, False) else "",
+        width=_floored(_number(values["width"], int, f"the width of {where}")),
+        height=_floored(_number(values["height"], int, f"the height of {where}")),
+        sample_steps=_number(values["sample_steps"], int, f"sample_steps of {where}"),
+        guidance_scale=_number(values["guidance_scale"], float, f"guidance_scale of {where}"),
+        seed=values["seed"],
+        num_frames=_number(values["num_frames"], int, f"num_frames of {where}"),
+        fps=_number(values["fps"], int, f"fps of {where}"),
+        network_multiplier=_multiplier(values["network_multiplier"], where),
+        ctrl_img=values["ctrl_img"],
+        warnings=tuple(warnings),
+    )
+
+
+def split_flags(prompt: str, where: str) -> tuple[str, dict[str, Any], list[str]]:
+    """(the prompt before the first `--`, values of its flags, what is dropped): the trainer cuts at every `--`.
+
+    A flag ends at the first space, its value at the next `--`; the last flag of a name wins. What the trainer does not know
+    it drops, with the text after it.
+    """
+    text, *pieces = prompt.strip().split("--")
+    values: dict[str, Any] = {}
+    warnings = []
+    for piece in pieces:
+        flag = piece.split(" ")[0].strip()
+        content = piece[len(flag) :].strip()
+        if flag in _FLAGS:
+            name, kind = _FLAGS[flag]
+            values[name] = content if kind is str else _flag_number(content, kind, f"--{flag} in the prompt of {where}")
+        elif flag in _FLAGS_WITHOUT_EFFECT:
+            warnings.append(f"{where}: --{flag} has no effect on the trainer's Wan models")
+        else:
+            warnings.append(f"{where}: the trainer knows no flag --{flag} and leaves `--{piece.rstrip()}` out of the prompt")
+    return text.strip(), values, warnings
+
+
+def _flag_number(content: str, kind: Callable[[str], Any], where: str) -> Any:
+    try:
+        return kind(content)
+    except ValueError:
+        raise BadInput(f"{where} should be a number, not {content!r}; the trainer stops there") from None
+
+
+def _given(section: Mapping[str, Any], name: str, where: str) -> Any:
+    value = section.get(name, _DEFAULTS[name])
+    if value is None and name != "neg":
+        raise BadInput(f"{where}: `{name}` is empty; the trainer stops there. Leave the line out for {_DEFAULTS[name]}")
+    return value
+
+
+def _number(value: Any, kind: type, where: str) -> Any:
+    """YAML reads `1e0` as a text, which the trainer's own loader takes for a number."""
+    try:
+        number = float("nan") if isinstance(value, bool) else kind(value) if isinstance(value, str) else value
+        if math.isfinite(number) and number == kind(number):
+            return kind(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise BadInput(f"{where} is {value!r}; it should be a {'whole ' * (kind is int)}number")
+
+
+def _multiplier(value: Any, where: str) -> float:
+    try:
+        return float(_number(value, float, f"network_multiplier of {where}"))
+    except BadInput:
+        if isinstance(value, str):
+            return 1.0  # as the trainer does
+        raise
+
+
+def _floored(side: int) -> int:
+    return max(64, side - side % 8)
+
+
+def _torch_seed(seed: int, where: str) -> int:
+    """torch counts negative seeds down from 2**64."""
+    if not -(2**63) <= seed < 2**64:
+        raise BadInput(f"the seed of {where} is {seed}; torch takes none beyond 64 bits, and the trainer stops there")
+    return seed % 2**64
