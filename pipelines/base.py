@@ -237,6 +237,7 @@ class KeptInFloat32:
     """The tensors of a bf16 model that diffusers keeps in a wider dtype, and the trainer does not."""
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._is_cast = False
         self._wide = [
             (place, name, tensor)
             for model in models
@@ -252,11 +253,14 @@ class KeptInFloat32:
             narrow = tensor.detach().to(dtype)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             place[name] = torch.nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
+        self._is_cast = True
 
     def restore(self) -> None:
         """Put the very tensors of the load back."""
-        for place, name, tensor in self._wide:
-            place[name] = tensor
+        if self._is_cast:
+            for place, name, tensor in self._wide:
+                place[name] = tensor
+            self._is_cast = False
 
 
 def load_part(spec: ModelSpec, name: str, checkpoints: Path, dtype: torch.dtype) -> Any:
