@@ -30,6 +30,7 @@ from pipelines.catalog import (
     LoraMode,
     ModelSpec,
 )
+from pipelines.decode import decode
 from pipelines.errors import OutOfMemory
 from pipelines.lora_check import LoraCheck
 from pipelines.lora_file import Adapter
@@ -133,7 +134,7 @@ class WanModel:
             try:
                 with torch.no_grad(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
-                yield self._decode(latents)
+                yield from decode(self._pipe.vae, latents, self.device)
             finally:
                 self._pipe.maybe_free_model_hooks()
 
@@ -201,22 +202,6 @@ class WanModel:
             arguments["image"] = sampling.control_image
         latents: torch.Tensor = self._pipe(**arguments).frames
         return latents
-
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> Frames:
-        """Latents [1, C, T, H, W] → frames, by the arithmetic of diffusers' pipelines and its PIL output.
-
-        The decoded video is brought to 0..1 in the VAE's dtype and to 0..255 in float32; the other order differs by one
-        grey level on a quarter of the values in bf16.
-        """
-        vae = self._pipe.vae
-        latents = latents.to(self.device, vae.dtype)
-        mean = torch.tensor(vae.config.latents_mean).view(1, vae.config.z_dim, 1, 1, 1).to(latents)
-        inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, vae.config.z_dim, 1, 1, 1).to(latents)
-        video = vae.decode(latents / inverse_std + mean, return_dict=False)[0][0]
-        video = (video * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
-        frames: Frames = video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-        return frames
 
     @contextmanager
     def _out_of_memory_as_error(self) -> Iterator[None]:
