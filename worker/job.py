@@ -11,8 +11,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,11 +30,11 @@ from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
-from worker.report import prompt_settings, result_of, settings_of, teaching_warnings
+from worker.report import Output, prompt_settings, result_of, settings_of, teaching_warnings
 from worker.request import Shot, parse, shots_of
 from worker.run import Run
 from worker.settings import Settings, SettingsError
-from worker.storage import Storage, Stored, storage_of, storage_of_job
+from worker.storage import Storage, storage_of, storage_of_job
 from worker.video import encode
 
 Job = dict[str, Any]
@@ -85,17 +85,9 @@ class JobRunner:
         job_id = _safe_id(job.get("id"))
         try:
             with stage("job", job=job_id):
-                try:
-                    async with asyncio.timeout(self._settings.job_timeout):
-                        return await self._run(job, job_id)
-                except TimeoutError:
-                    raise self._timed_out() from None
-        except WorkerError as error:
-            log.warning("%s", error, extra={"fields": {"job": job_id}})
-            return {"error": str(error)}
-        except Exception:
-            log.exception("the job failed", extra={"fields": {"job": job_id}})
-            return {"error": str(WorkerError(Code.INTERNAL, f"a fault of the worker; its log says more under {job_id}"))}
+                return await self._run(job, job_id)
+        except Exception as error:
+            return {"error": str(_told(error, job_id))}
 
     async def _run(self, job: Job, job_id: str) -> Result:
         request = parse(job.get("input"), self._model.spec)
@@ -111,11 +103,14 @@ class JobRunner:
             progress = Progress([prompt.sample_steps for prompt in request.prompts])
             run = Run(job_id, request, match, mode, storage, Path(folder), progress)
             async with self._sender(job) as send, run.progress.sent_by(send):
-                adapters, images = await self._fetch(run)
-                self._decide(run, [adapter.file for adapter in adapters])
-                run.settings = await run.in_thread(settings_of, self._model.facts, adapters, match, mode)
-                stored = await self._make_and_store(run, adapters, images)
-        return result_of(run, stored, self._model.numbers_of)
+                async with self._in_time(run):
+                    adapters, images = await self._fetch(run)
+                    self._decide(run, [adapter.file for adapter in adapters])
+                    run.settings = await run.in_thread(settings_of, self._model.facts, adapters, match, mode)
+                outcomes = await self._make_and_store(run, adapters, images)
+        if not any(isinstance(outcome, Output) for outcome in outcomes):
+            raise next(outcome for outcome in outcomes if isinstance(outcome, WorkerError))
+        return result_of(run, outcomes, self._model.numbers_of)
 
     def _decide(self, run: Run, files: list[LoraFile]) -> None:
         """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler."""
@@ -128,12 +123,19 @@ class JobRunner:
         run.shots = shots_of(run.request, recipe_for)
         run.warnings = teaching_warnings(run, files, self._model.numbers_of)
 
-    def _timed_out(self) -> WorkerError:
-        return WorkerError(
-            Code.TIMEOUT,
-            f"the job took longer than the {self._settings.job_timeout:g} s of JOB_TIMEOUT; ask for fewer steps, frames or "
-            "pixels, or raise it",
-        )
+    @asynccontextmanager
+    async def _in_time(self, run: Run) -> AsyncIterator[None]:
+        """Stops the block when the job has used up its time. Raises WorkerError with TIMEOUT."""
+        limit = self._settings.job_timeout
+        left = None if limit is None else limit - (time.monotonic() - run.started)
+        try:
+            async with asyncio.timeout(left):
+                yield
+        except TimeoutError:
+            text = (
+                f"the job took longer than the {limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise it"
+            )
+            raise WorkerError(Code.TIMEOUT, text) from None
 
     def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
         return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
@@ -157,7 +159,7 @@ class JobRunner:
             if isinstance(outcome, WorkerError) and outcome.problems:
                 problems += outcome.problems
             elif isinstance(outcome, BaseException):
-                raise _worker_error(outcome)
+                raise outcome
         if problems:
             raise WorkerError.of(problems)
         adapters = cast("list[Adapter]", fetched[: len(loras)])
@@ -176,37 +178,64 @@ class JobRunner:
 
     async def _make_and_store(
         self, run: Run, adapters: list[Adapter], images: dict[str, Image.Image]
-    ) -> list[tuple[Stored, int]]:
-        """(where it is, bytes) for every shot. A file is uploaded while the GPU makes the next one."""
-        uploads: list[asyncio.Task[tuple[Stored, int]]] = []
+    ) -> list[Output | WorkerError]:
+        """What became of every shot, in their order. A file is uploaded while the GPU makes the next one.
+
+        A prompt that fails takes none of the others with it. Raises WorkerError when the LoRAs cannot be applied.
+        """
+        outcomes: list[asyncio.Future[Output] | WorkerError] = []
         try:
-            run.progress.stage("wait")
-            with ExitStack() as waiting:
-                waiting.enter_context(stage("wait", run.timings, job=run.id))
-                async with self._gpu:
-                    waiting.close()
-                    run.progress.stage("load")
-                    with stage("load", run.timings, job=run.id):
-                        await run.in_thread(self._apply_loras, adapters, run.mode)
-                    for shot in run.shots:
-                        _, source = run.request.prompts[shot.index].control_image or ("", "")
-                        image = images.get(source)
-                        file = await run.in_thread(self._render, run, shot, image)
-                        uploads.append(asyncio.create_task(self._upload(run, shot, file)))
+            try:
+                async with self._in_time(run), self._turn_on_the_gpu(run):
+                    await self._make(run, adapters, images, outcomes)
+            except WorkerError as error:
+                if not outcomes:
+                    raise
+                outcomes += [error] * (len(run.shots) - len(outcomes))
             run.progress.stage("upload", len(run.shots) - 1, run.shots[-1].sample_steps)
-            return list(await asyncio.gather(*uploads))
+            return [outcome if isinstance(outcome, WorkerError) else await self._outcome(outcome, run) for outcome in outcomes]
         finally:
+            uploads = [outcome for outcome in outcomes if isinstance(outcome, asyncio.Future)]
             for upload in uploads:
                 upload.cancel()
             await asyncio.gather(*uploads, return_exceptions=True)
+
+    async def _make(
+        self,
+        run: Run,
+        adapters: list[Adapter],
+        images: dict[str, Image.Image],
+        outcomes: list[asyncio.Future[Output] | WorkerError],
+    ) -> None:
+        """Fill `outcomes`, shot by shot, with errors and with uploads under way."""
+        run.progress.stage("load")
+        with stage("load", run.timings, job=run.id):
+            await run.in_thread(self._apply_loras, adapters, run.mode)
+        for shot in run.shots:
+            _, source = run.request.prompts[shot.index].control_image or ("", "")
+            try:
+                file = await run.in_thread(self._render, run, shot, images.get(source))
+            except Exception as error:
+                outcomes.append(_told(error, run.id))
+            else:
+                outcomes.append(asyncio.create_task(self._upload(run, shot, file)))
+
+    @asynccontextmanager
+    async def _turn_on_the_gpu(self, run: Run) -> AsyncIterator[None]:
+        """Waits until no other job is on the GPU, and keeps it for the block."""
+        run.progress.stage("wait")
+        with stage("wait", run.timings, job=run.id):
+            await self._gpu.acquire()
+        try:
+            yield
+        finally:
+            self._gpu.release()
 
     def _apply_loras(self, adapters: list[Adapter], mode: LoraMode) -> None:
         try:
             self._model.apply_loras(adapters, mode)
         except pipeline_errors.LoraError as error:
             raise _lora_error(error, error.position or 0) from error
-        except pipeline_errors.PipelineError as error:
-            raise _worker_error(error) from error
 
     def _render(self, run: Run, shot: Shot, image: Image.Image | None) -> Path:
         """Generate and encode one video."""
@@ -232,17 +261,9 @@ class JobRunner:
         target = run.folder / f"{shot.index}{encoding.suffix}"
         start, generating = time.monotonic(), run.timings.get("generate", 0.0)
         tag = json.dumps(run.settings | prompt_settings(shot, self._model.numbers_of))
-        try:
-            with stage("render", job=run.id, prompt_index=shot.index):
-                encode(
-                    self._timed_frames(run, shot, self._model.generate(sampling, shot.recipe, on_step)),
-                    target,
-                    encoding,
-                    shot.fps,
-                    tag,
-                )
-        except pipeline_errors.PipelineError as error:
-            raise _worker_error(error) from error
+        frames = self._timed_frames(run, shot, self._model.generate(sampling, shot.recipe, on_step))
+        with stage("render", job=run.id, prompt_index=shot.index):
+            encode(frames, target, encoding, shot.fps, tag)
         encoding_seconds = time.monotonic() - start - (run.timings["generate"] - generating)
         run.timings["encode"] = round(run.timings.get("encode", 0.0) + encoding_seconds, 3)
         return target
@@ -260,20 +281,36 @@ class JobRunner:
             run.progress.stage("encode", shot.index, shot.sample_steps)
             yield chunk
 
-    async def _upload(self, run: Run, shot: Shot, file: Path) -> tuple[Stored, int]:
+    async def _upload(self, run: Run, shot: Shot, file: Path) -> Output:
         encoding, size = run.encoding(shot), file.stat().st_size
         with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=size):
             stored = await run.in_thread(run.storage.put, file, f"{run.id}/{file.name}", encoding.content_type)
         file.unlink()
-        return stored, size
+        return Output(shot, stored, size)
+
+    async def _outcome(self, upload: asyncio.Future[Output], run: Run) -> Output | WorkerError:
+        try:
+            return await upload
+        except Exception as error:
+            return _told(error, run.id)
 
 
-def _worker_error(error: BaseException) -> BaseException:
+def _worker_error(error: Exception) -> Exception:
     """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
     if isinstance(error, Stopped):
         return WorkerError(Code.CANCELLED, "the job was stopped")
-    code = _CODE_OF.get(type(error))  # type: ignore[arg-type]
+    code = _CODE_OF.get(type(error))
     return WorkerError(code, str(error)) if code else error
+
+
+def _told(error: Exception, job_id: str) -> WorkerError:
+    """Log what a client will be told: its own error in a line, and a fault of the worker with its traceback."""
+    error = _worker_error(error)
+    if isinstance(error, WorkerError):
+        log.warning("%s", error, extra={"fields": {"job": job_id}})
+        return error
+    log.error("a fault of the worker", exc_info=error, extra={"fields": {"job": job_id}})
+    return WorkerError(Code.INTERNAL, f"a fault of the worker; its log says more under {job_id}")
 
 
 def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:

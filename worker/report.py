@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.catalog import MODELS, LoraMode, Match
 from pipelines.lora_file import Adapter, LoraFile
 from pipelines.recipes import Recipe, documented, era_of, preview, version_of
+from worker.errors import WorkerError
 from worker.request import Shot
 from worker.run import Run
 from worker.storage import Stored
@@ -17,35 +19,52 @@ NumbersOf = Callable[[Recipe], dict[str, Any]]
 """What a recipe comes to on the loaded model; see `WanModel.numbers_of`."""
 
 
-def result_of(run: Run, stored: Sequence[tuple[Stored, int]], numbers_of: NumbersOf) -> dict[str, Any]:
-    """The documented result; `stored` is (where it is, bytes) for every shot."""
+@dataclass(frozen=True)
+class Output:
+    """A finished file: of which shot, where it is, and its size in bytes."""
+
+    shot: Shot
+    stored: Stored
+    size: int
+
+
+def result_of(run: Run, outcomes: Sequence[Output | WorkerError], numbers_of: NumbersOf) -> dict[str, Any]:
+    """The documented result; `outcomes` is what became of every shot, in their order."""
     outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
-    for shot, (where, size) in zip(run.shots, stored, strict=True):
-        still = shot.num_frames == 1
-        outputs["images" if still else "videos"].append(
-            {
-                "prompt_index": shot.index,
-                "url": where.url,
-                "expires_at": where.expires_at,
-                "key": where.key,
-                "format": "png" if still else run.request.output_format,
-                "width": shot.width,
-                "height": shot.height,
-                "num_frames": shot.num_frames,
-                "fps": shot.fps,
-                "seed": shot.seed,
-                "bytes": size,
-            }
-        )
+    errors = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, WorkerError):
+            errors.append({"prompt_index": index, "code": outcome.code.value, "message": outcome.message})
+        else:
+            still = outcome.shot.num_frames == 1
+            outputs["images" if still else "videos"].append(_item(outcome, "png" if still else run.request.output_format))
     warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
     warnings += run.warnings
     warnings += [warning for shot in run.shots for warning in shot.warnings]
     return {
         "model": run.request.model,
         "outputs": outputs,
+        **({"errors": errors} if errors else {}),
         "warnings": warnings,
         "settings": run.settings | {"prompts": [prompt_settings(shot, numbers_of) for shot in run.shots]},
         "timings": run.timings | {"total": round(time.monotonic() - run.started, 3)},
+    }
+
+
+def _item(output: Output, format: str) -> dict[str, Any]:
+    shot, stored = output.shot, output.stored
+    return {
+        "prompt_index": shot.index,
+        "url": stored.url,
+        "expires_at": stored.expires_at,
+        "key": stored.key,
+        "format": format,
+        "width": shot.width,
+        "height": shot.height,
+        "num_frames": shot.num_frames,
+        "fps": shot.fps,
+        "seed": shot.seed,
+        "bytes": output.size,
     }
 
 

@@ -1,0 +1,134 @@
+"""JobRunner in this process: what a job keeps when a part of it fails, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_local_api import request_for
+from worker.errors import Code, WorkerError
+from worker.job import JobRunner, cold_start
+from worker.settings import Settings
+from worker.storage import Stored
+
+Runner = Callable[..., JobRunner]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
+    output_dir = tmp_path_factory.mktemp("output")
+    return cold_start(
+        Settings(model_id="wan21_1b", checkpoint_dir=tiny, lora_dir=tiny / "loras", device="cpu", output_dir=output_dir)
+    )
+
+
+@pytest.fixture
+def runner(loaded: JobRunner) -> Runner:
+    """The loaded model with other settings, or another place for its files."""
+
+    def make(storage: Any = None, **settings: Any) -> JobRunner:
+        return JobRunner(loaded._settings.model_copy(update=settings), loaded._model, storage or loaded._storage)
+
+    return make
+
+
+class FussyStorage:
+    """Takes only some of the files."""
+
+    def __init__(self, refused: set[int]) -> None:
+        self.refused = refused
+
+    def put(self, file: Path, key: str, content_type: str) -> Stored:
+        if int(file.stem) in self.refused:
+            raise WorkerError(Code.UPLOAD_FAILED, "the bucket is away")
+        return Stored(f"https://example.com/{key}", key, None)
+
+
+def job(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
+    request = request_for("wan21_1b", tiny)
+    return {"id": "test", "input": request | {"prompts": [request["prompts"][0] | prompt for prompt in prompts]}}
+
+
+def run(runner: JobRunner, job: dict[str, Any]) -> dict[str, Any]:
+    return asyncio.run(runner.run(job))
+
+
+def test_a_prompt_that_fails_takes_no_finished_one_with_it(runner: Runner, tiny: Path) -> None:
+    result = run(runner(FussyStorage({1})), job(tiny, {}, {}, {}))
+    assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [0, 2]
+    assert result["errors"] == [{"prompt_index": 1, "code": "UPLOAD_FAILED", "message": "the bucket is away"}]
+
+
+def test_a_job_of_which_nothing_was_made_fails(runner: Runner, tiny: Path) -> None:
+    assert run(runner(FussyStorage({0, 1})), job(tiny, {}, {})) == {"error": "UPLOAD_FAILED: the bucket is away"}
+
+
+def test_a_result_without_failures_has_no_errors(runner: Runner, tiny: Path) -> None:
+    assert "errors" not in run(runner(), job(tiny, {}))
+
+
+def test_what_was_finished_when_the_time_ran_out_is_kept(runner: Runner, tiny: Path) -> None:
+    endless = {"width": 512, "height": 512, "num_frames": 81, "sample_steps": 150}
+    result = run(runner(job_timeout=8), job(tiny, {}, endless, {}))
+    assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [0]
+    assert [(error["prompt_index"], error["code"]) for error in result["errors"]] == [(1, "TIMEOUT"), (2, "TIMEOUT")]
+
+
+def test_a_job_that_finishes_nothing_in_time_fails_with_timeout_and_the_next_one_is_served(runner: Runner, tiny: Path) -> None:
+    slow = runner(job_timeout=1)
+    answer = run(slow, job(tiny, {"width": 512, "height": 512, "num_frames": 81, "sample_steps": 150}))
+    assert answer["error"].startswith("TIMEOUT: the job took longer than the 1 s of JOB_TIMEOUT")
+    assert "outputs" in run(runner(), job(tiny, {}))
+
+
+def test_a_cancelled_job_has_left_the_gpu_when_its_task_ends(runner: Runner, tiny: Path) -> None:
+    async def cancel_and_go_on() -> dict[str, Any]:
+        worker = runner()
+        task = asyncio.create_task(worker.run(job(tiny, {"width": 512, "height": 512, "num_frames": 81, "sample_steps": 150})))
+        while not worker._gpu.locked():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not worker._gpu.locked()
+        return await worker.run(job(tiny, {}))
+
+    assert "outputs" in asyncio.run(cancel_and_go_on())
+
+
+def test_two_jobs_at_once_each_get_their_own_frames(runner: Runner, tiny: Path) -> None:
+    async def both() -> list[dict[str, Any]]:
+        worker = runner()
+        jobs = [job(tiny, {"seed": seed}) | {"id": f"job{seed}"} for seed in (1, 2)]
+        return await asyncio.gather(*(worker.run(each) for each in jobs))
+
+    together = [result["outputs"]["videos"][0] for result in asyncio.run(both())]
+    alone = [run(runner(), job(tiny, {"seed": seed}) | {"id": f"alone{seed}"})["outputs"]["videos"][0] for seed in (1, 2)]
+    contents = [Path(item["url"].removeprefix("file://")).read_bytes() for item in (*together, *alone)]
+    assert contents[0] == contents[2] != contents[1] == contents[3]
+
+
+def test_nothing_is_left_in_the_temp_folder(runner: Runner, tiny: Path) -> None:
+    def ours() -> set[str]:
+        return {path.name for path in Path(tempfile.gettempdir()).glob("worker-wan-lora-*")}
+
+    before = ours()
+    run(runner(), job(tiny, {}))
+    run(runner(FussyStorage({0})), job(tiny, {}))
+    run(runner(job_timeout=1), job(tiny, {"width": 512, "height": 512, "sample_steps": 150}))
+    assert ours() <= before
+
+
+def test_a_fault_of_the_worker_is_internal_and_says_nothing_of_it(runner: Runner, tiny: Path) -> None:
+    class Broken:
+        def put(self, file: Path, key: str, content_type: str) -> Stored:
+            raise ZeroDivisionError(f"secret {file}")
+
+    answer = run(runner(Broken()), job(tiny, {}))
+    assert answer["error"] == "INTERNAL: a fault of the worker; its log says more under test"
