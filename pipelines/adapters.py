@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipelines.catalog import ModelSpec
 from pipelines.errors import LoraIncompatible, blamed_on
 from pipelines.lora_file import Adapter, transformer_of
 from pipelines.lora_layers import read_layers
@@ -21,9 +22,9 @@ _NAME = "lora"
 class Adapters:
     """The adapters of one pipeline, by the transformer that carries them."""
 
-    def __init__(self, pipe: Any, model_id: str) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
+        self._spec = spec
         self._pipe = pipe
-        self._model_id = model_id
         self._loaded: dict[str, Adapter] = {}
 
     def apply(self, adapters: Sequence[Adapter]) -> None:
@@ -44,9 +45,8 @@ class Adapters:
 
     def drop_all(self) -> None:
         """Leave every transformer plain, whatever state it is in."""
-        for name in ("transformer", "transformer_2"):
-            if getattr(self._pipe, name, None) is not None:
-                self._drop(name)
+        for name in self._spec.transformers:
+            self._drop(name)
 
     def _drop(self, name: str) -> None:
         getattr(self._pipe, name).unload_lora()
@@ -66,9 +66,9 @@ class Adapters:
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise LoraIncompatible(f"the LoRA could not be loaded into {self._model_id}; nothing of it was kept") from error
+            raise LoraIncompatible(f"the LoRA could not be loaded into {self._spec.id}; nothing of it was kept") from error
         # A LoRA never silently does nothing: every layer the file has must have arrived.
-        wanted = read_layers(adapter.file, self._pipe, self._model_id)[0].keys()
+        wanted = read_layers(adapter.file, self._pipe, self._spec.id)[0].keys()
         modules = getattr(self._pipe, name).named_modules()
         if lost := wanted - {layer for layer, module in modules if _NAME in getattr(module, "lora_A", {})}:
             raise LoraIncompatible(f"{len(lost)} of {len(wanted)} layers of the LoRA were not loaded, such as {min(lost)}")

@@ -31,7 +31,7 @@ from pipelines.catalog import (
     ModelSpec,
 )
 from pipelines.decode import decode
-from pipelines.errors import OutOfMemory
+from pipelines.errors import OutOfMemory, blamed_on
 from pipelines.lora_check import LoraCheck
 from pipelines.lora_file import Adapter
 from pipelines.merge import Merges
@@ -62,8 +62,6 @@ UNIPC = {
 }
 """UniPC as the model pages and the trainer's older versions set it by hand; the flow_shift is the model's."""
 
-_TRANSFORMERS = ("transformer", "transformer_2")
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -93,9 +91,9 @@ class WanModel:
         self._checkpoint_scheduler = pipe.scheduler
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         self._check = LoraCheck(spec, pipe)
-        self._adapters = Adapters(pipe, spec.id)
+        self._adapters = Adapters(spec, pipe)
         self._merges = Merges(spec, pipe, checkpoints)
-        self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in _TRANSFORMERS if name in spec.sources])
+        self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
 
     def check_lora(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
         """See `LoraCheck.check`; touches no weight of the model."""
@@ -106,6 +104,9 @@ class WanModel:
 
         Raises LoraError with its `position`, OutOfMemory; every transformer is plain then.
         """
+        for position, adapter in enumerate(adapters):
+            with blamed_on(position):
+                adapter.file.check_unchanged()
         self._kept_in_float32.restore()
         try:
             with self._out_of_memory_as_error():

@@ -69,6 +69,11 @@ class ModelSpec:
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
     offload_modes: tuple[OffloadMode, ...] = ("none", "model", "sequential")
 
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The components that take LoRAs."""
+        return ("transformer", "transformer_2") if self.moe else ("transformer",)
+
 
 def _all_from(repo: str, *parts: str) -> dict[str, Source]:
     return {part: Source(repo, part) for part in parts}

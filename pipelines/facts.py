@@ -37,7 +37,7 @@ def facts_of(
 def revision_of(repo: Path) -> str | None:
     """The Hub commit a folder was downloaded at, as `huggingface_hub` notes it beside the files; None when it does not."""
     for note in sorted((repo / ".cache/huggingface/download").rglob("*.metadata")):
-        if match := _COMMIT.match(note.read_text()):
+        if match := _COMMIT.match(_text(note)):
             return match[0]
     return None
 
@@ -45,7 +45,7 @@ def revision_of(repo: Path) -> str | None:
 def toolkit_version(checkout: Path) -> str | None:
     """`VERSION` of the checkout's version.py."""
     file = checkout / "version.py"
-    match = re.search(r'VERSION\s*=\s*"([^"]+)"', file.read_text()) if file.is_file() else None
+    match = re.search(r'VERSION\s*=\s*"([^"]+)"', _text(file))
     return match[1] if match else None
 
 
@@ -62,4 +62,4 @@ def commit_of(checkout: Path) -> str | None:
 
 
 def _text(file: Path) -> str:
-    return file.read_text() if file.is_file() else ""
+    return file.read_text(errors="replace") if file.is_file() else ""

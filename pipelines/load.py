@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from pipelines.wan22_5b import Wan22TextImageToVideo
 from pipelines.wan22_i2v import Wan22ImageToVideo
 from pipelines.wan22_t2v import Wan22TextToVideo
 from pipelines.wan22_toolkit import Wan22Toolkit
-
-_WEIGHTS = {"transformer", "transformer_2", "vae", "text_encoder", "image_encoder"}
+from pipelines.weights import STEM_OF, file_names
 
 
 def load_pipeline(
@@ -43,15 +41,14 @@ def load_pipeline(
     target = _check_device(spec, device, offload_mode)
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     toolkit = load_toolkit(toolkit_path) if spec.needs_toolkit else None
-    _check_checkpoints(spec, checkpoints)
-
     try:
+        _check_checkpoints(spec, checkpoints)
         model = _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
-        model.facts = facts_of(spec, checkpoints, toolkit_path, target, dtype)
-        return model
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
+    model.facts = facts_of(spec, checkpoints, toolkit_path, target, dtype) | {"offload_mode": offload_mode}
+    return model
 
 
 def _load(
@@ -104,8 +101,8 @@ def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
         folder = checkpoints / source.repo / source.subfolder
         if not folder.is_dir() or not any(folder.iterdir()):
             missing.append(f"{source}/")
-        elif part in _WEIGHTS:
-            missing += [f"{source}/{name}" for name in _missing_weights(folder)]
+        elif part in STEM_OF:
+            missing += [f"{source}/{name}" for name in _missing_weights(folder, part)]
     if not spec.needs_toolkit and not (checkpoints / spec.sources["vae"].repo / "model_index.json").is_file():
         missing.append(f"{spec.sources['vae'].repo}/model_index.json")
     if missing:
@@ -115,12 +112,6 @@ def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
         )
 
 
-def _missing_weights(folder: Path) -> list[str]:
+def _missing_weights(folder: Path, part: str) -> list[str]:
     """Names of files that a model's folder lacks: its config, its weights, or a shard that the index lists."""
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    shards: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        shards.update(json.loads(index.read_text())["weight_map"].values())
-    if shards:
-        return missing + sorted(name for name in shards if not (folder / name).is_file())
-    return missing if any(folder.glob("*.safetensors")) else [*missing, "*.safetensors"]
+    return [name for name in ("config.json", *file_names(folder, part)) if not (folder / name).is_file()]

@@ -22,9 +22,7 @@ class LoraCheck:
     def __init__(self, spec: ModelSpec, pipe: Any) -> None:
         self._spec = spec
         self._pipe = pipe
-        self._linears = {
-            name: _linear_shapes(getattr(pipe, name)) for name in ("transformer", "transformer_2") if name in spec.sources
-        }
+        self._linears = {name: _linear_shapes(getattr(pipe, name)) for name in spec.transformers}
         self._has_effect: dict[tuple[int, ...], bool] = {}
         """By file identity, for files whose values have been read."""
 

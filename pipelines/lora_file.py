@@ -1,6 +1,6 @@
 """What a LoRA file's header tells: keys, shapes, metadata, and the model it looks trained for. No torch in this file.
 
-Only the header is read. Whether the LoRA fits a loaded transformer is decided in `adapters`.
+Only the header is read. Whether the LoRA fits a loaded transformer is decided in `lora_check`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipelines.errors import LoraInvalid
 Side = Literal["high", "low"]
 
 _Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
+_Q_LOKR = re.compile(r"blocks[._]\d+[._]self_attn[._]q\.lokr_(w[12])(?:_b)?$")
 _BLOCK = re.compile(r"blocks[._](\d+)[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
 _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
@@ -51,6 +52,11 @@ class LoraFile:
         except (SafetensorError, OSError) as error:
             raise LoraInvalid(_why_unreadable(path, error)) from error
 
+    def check_unchanged(self) -> None:
+        """Raises LoraInvalid when the file is no longer the one whose header was read."""
+        if LoraFile.read(self.path).identity != self.identity:
+            raise LoraInvalid("the file was replaced while the job waited; send the job again")
+
     @cached_property
     def sha256(self) -> str:
         """Of the whole file, as hexadecimal digits."""
@@ -64,22 +70,25 @@ class LoraFile:
 
     @property
     def trainer_version(self) -> str:
-        """The version of ai-toolkit that wrote the file, such as `0.12.26`, or ""."""
-        return str(_json_object(self.metadata.get("software", "")).get("version", ""))
+        """The version of ai-toolkit that wrote the file, such as `0.12.26`; "" for other programs."""
+        software = _json_object(self.metadata.get("software", ""))
+        version = software.get("version")
+        return version if software.get("name") == "ai-toolkit" and isinstance(version, str) else ""
 
     @property
     def training_step(self) -> int | None:
         """The step at which the file was saved, or None."""
         step = _json_object(self.metadata.get("training_info", "")).get("step")
-        return step if isinstance(step, int) else None
+        return step if isinstance(step, int) and not isinstance(step, bool) else None
 
     @property
     def hidden_size(self) -> int | None:
-        """Input width of the first block's query projection; None when there is no such key."""
+        """Input width of a block's query projection; None when there is no such key."""
         for key, shape in self.shapes.items():
             if _Q_DOWN.search(key) and len(shape) == 2:
                 return shape[1]
-        return None
+        factors = {match[1]: shape[1] for key, shape in self.shapes.items() if (match := _Q_LOKR.search(key)) and shape[1:]}
+        return factors["w1"] * factors["w2"] if len(factors) == 2 else None
 
     @property
     def num_blocks(self) -> int:
@@ -98,11 +107,11 @@ class LoraFile:
 
     @property
     def trigger_word(self) -> str:
-        """The trigger word the trainer wrote into `ss_tag_frequency`, or ""."""
+        """The trigger word of the training, or "". ai-toolkit writes `{"1_WORD": {"WORD": 1}}`; others write real counts."""
         tags = _json_object(self.metadata.get("ss_tag_frequency", ""))
-        for counts in tags.values():
-            if isinstance(counts, dict) and counts:
-                return str(next(iter(counts)))
+        for folder, counts in tags.items():
+            if len(tags) == 1 and folder.startswith("1_") and counts == {folder.removeprefix("1_"): 1}:
+                return folder.removeprefix("1_")
         return ""
 
     def looks_trained_for(self, but_not: str = "") -> str:
@@ -186,6 +195,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

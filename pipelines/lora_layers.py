@@ -5,6 +5,7 @@ Names are converted by diffusers' own code, on empty tensors, so that what is ch
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,7 +71,15 @@ def _lora_layer(layer: str, parts: dict[str, str], file: LoraFile) -> Layer:
     if shapes["A"][0] != shapes["B"][1]:
         raise LoraInvalid(f"layer {layer} has rank {shapes['A'][0]} in lora_A and {shapes['B'][1]} in lora_B")
     alpha = re.split(r"\.lora_", parts["A"])[0] + ".alpha"
-    return Layer("lora", shapes["A"][1], shapes["B"][0], parts | ({"alpha": alpha} if alpha in file.shapes else {}))
+    if alpha in file.shapes:
+        _check_alpha(layer, file.shapes[alpha])
+        parts = parts | {"alpha": alpha}
+    return Layer("lora", shapes["A"][1], shapes["B"][0], parts)
+
+
+def _check_alpha(layer: str, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) != 1:
+        raise LoraInvalid(f"layer {layer} has an alpha of {math.prod(shape)} numbers, where one belongs")
 
 
 def _lokr_layers(file: LoraFile, pipe: Any, model_id: str) -> tuple[dict[str, Layer], list[str]]:
@@ -86,6 +95,7 @@ def _lokr_layers(file: LoraFile, pipe: Any, model_id: str) -> tuple[dict[str, La
     layers = {}
     for layer, keys in parts.items():
         shapes = {part: file.shapes[key] for part, key in keys.items()}
+        _check_alpha(layer, shapes.get("alpha", ()))
         (out1, in1), (out2, in2) = (_factor_shape(layer, shapes, factor) for factor in ("w1", "w2"))
         layers[name_of[layer]] = Layer("lokr", in1 * in2, out1 * out2, keys)
     used = {key for keys in parts.values() for key in keys.values()}

@@ -7,7 +7,6 @@ file stays memory-mapped, which costs no memory of its own, and every merge star
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipelines.catalog import ModelSpec
 from pipelines.errors import blamed_on
 from pipelines.lora_file import Adapter, transformer_of
 from pipelines.lora_layers import read_layers
+from pipelines.weights import file_names, index_of
 
 
 class Merges:
@@ -30,8 +30,7 @@ class Merges:
         self._pipe = pipe
         self._files = {
             name: _CheckpointFile(checkpoints / spec.sources[name].repo / spec.sources[name].subfolder)
-            for name in ("transformer", "transformer_2")
-            if name in spec.sources
+            for name in spec.transformers
         }
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
@@ -85,27 +84,17 @@ class Merges:
 
 
 class _CheckpointFile:
-    """A model's safetensors file or shards, memory-mapped on first use."""
+    """A transformer's safetensors file or shards, memory-mapped on first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._shard_of: dict[str, Path] | None = None
-        self._open: dict[Path, Any] = {}
+        self._shard_of = index_of(folder, "transformer")
+        self._open: dict[str, Any] = {}
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor in the file's dtype, in memory only while it is used."""
-        if self._shard_of is None:
-            self._shard_of = self._find_shards()
-        path = self._shard_of[key]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(key)
+        name = self._shard_of[key] if self._shard_of else file_names(self._folder, "transformer")[0]
+        if name not in self._open:
+            self._open[name] = safe_open(self._folder / name, framework="pt")
+        tensor: torch.Tensor = self._open[name].get_tensor(key)
         return tensor
-
-    def _find_shards(self) -> dict[str, Path]:
-        index = next(self._folder.glob("*.safetensors.index.json"), None)
-        if index is not None:
-            return {key: self._folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
-        (path,) = self._folder.glob("*.safetensors")
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path)

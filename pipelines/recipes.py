@@ -38,6 +38,9 @@ class Recipe:
     """Cast what diffusers keeps in float32 (time embedder, modulation tables, norm2, RoPE) to the model's dtype."""
     why: str
     """Why this solver, in words for the result."""
+    era: Era | None = None
+    """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
+    era_why: str | None = None
 
     def effective_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height in pixels, each floored to a multiple of `size_divisor`."""
@@ -86,6 +89,8 @@ def preview(spec: ModelSpec, era: Era, why: str, sampler: Sampler | None = None)
         drops_incomplete_frames=spec.drops_incomplete_frames,
         trainer_dtypes=True,
         why=f"sampler is {sampler}" if sampler else why,
+        era=era,
+        era_why=why,
     )
 
 
@@ -101,5 +106,5 @@ def era_of(files: Sequence[LoraFile]) -> tuple[Era, str]:
 
 def version_of(file: LoraFile) -> tuple[int, ...] | None:
     """ai-toolkit's version as numbers, or None."""
-    match = re.match(r"\d+(\.\d+)*", file.trainer_version)
+    match = re.match(r"\d{1,6}(\.\d{1,6})*", file.trainer_version)
     return tuple(int(part) for part in match[0].split(".")) if match else None

@@ -17,6 +17,6 @@ class Wan22TextToVideo(WanModel):
 
     @staticmethod
     def load(spec: ModelSpec, checkpoints: Path, dtype: torch.dtype) -> Any:
-        transformers = {name: load_part(spec, name, checkpoints, dtype) for name in ("transformer", "transformer_2")}
+        transformers = {name: load_part(spec, name, checkpoints, dtype) for name in spec.transformers}
         folder = checkpoints / spec.sources["vae"].repo
         return WanPipeline.from_pretrained(folder, **transformers, dtype=dtype, local_files_only=True, use_safetensors=True)

@@ -89,7 +89,7 @@ def verdict(distances: Sequence[FrameDistance], noise: Noise) -> Verdict:
     if likeness >= SAME_SCENE_LIKENESS and coarse <= SAME_SCENE_COARSE:
         return Verdict(
             "same_scene",
-            "same scene, but settings differ: the same things in the same places, drawn otherwise",
+            "same scene, made differently: the same things in the same places, drawn otherwise",
             "look at solver and shift, guidance_scale, sample_steps, the LoRA's strength or step, quantization in the trainer",
         )
     return Verdict(

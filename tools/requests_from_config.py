@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from pipelines.catalog import MODELS, ModelSpec
 from tools.cli import FITS, BadInput, one_line_errors
@@ -219,25 +215,15 @@ def _allowed(model: type[Lora | Prompt], name: str, value: Any, where: str, warn
 
 
 def inlined(source: str, folder: Path, where: str) -> str:
-    """The image as base64, so that the worker sees the pixels that the trainer sees. Raises BadInput, OSError.
-
-    The trainer drops transparency and ignores EXIF's orientation, the worker does neither; where that shows, the trainer's
-    pixels go as PNG, else the file as it is.
-    """
+    """The image as base64; in `preview` the worker sees in it what the trainer sees. Raises BadInput, OSError."""
     path = next((path for path in (Path(source), folder / source) if path.is_file()), None)
     if path is None:
         raise BadInput(f"{where}: there is no control image {source}, neither from here nor beside the config")
     data = path.read_bytes()
     try:
-        ours = decode(data)
-        with Image.open(io.BytesIO(data)) as image:
-            theirs = image.convert("RGB")
-    except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
+        decode(data, "preview")
+    except ValueError as error:
         raise BadInput(f"{where}: the control image {source} cannot be read: {error}") from error
-    if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
-        buffer = io.BytesIO()
-        theirs.save(buffer, format="PNG")
-        data = buffer.getvalue()
     return base64.b64encode(data).decode()
 
 

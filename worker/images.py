@@ -30,8 +30,9 @@ def load_control_image(source: str, match: Match, fields: Sequence[str], max_byt
 
     In `documented` it is turned upright by its EXIF, and transparency is flattened on black, the trainer's default for its
     data (`control_transparent_color`). In `preview` it is what the trainer's samples see, which know neither: as it is
-    stored, the alpha channel left out. Raises WorkerError with
-    CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
+    stored, the alpha channel left out.
+
+    Raises WorkerError with CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
         return decode(_read(source, max_bytes, stop), match)

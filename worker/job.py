@@ -22,7 +22,7 @@ from pipelines import Sampling, WanModel, load_pipeline
 from pipelines import errors as pipeline_errors
 from pipelines.base import Frames
 from pipelines.catalog import LoraMode, Sampler
-from pipelines.lora_file import Adapter, LoraFile
+from pipelines.lora_file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
@@ -105,16 +105,16 @@ class JobRunner:
             async with self._sender(job) as send, run.progress.sent_by(send):
                 async with self._in_time(run):
                     adapters, images = await self._fetch(run)
-                    self._decide(run, [adapter.file for adapter in adapters])
-                    run.settings = await run.in_thread(settings_of, self._model.facts, adapters, match, mode)
+                    await run.in_thread(self._decide, run, adapters, images)
                 outcomes = await self._make_and_store(run, adapters, images)
         if not any(isinstance(outcome, Output) for outcome in outcomes):
             raise next(outcome for outcome in outcomes if isinstance(outcome, WorkerError))
-        return result_of(run, outcomes, self._model.numbers_of)
+        return result_of(run, outcomes)
 
-    def _decide(self, run: Run, files: list[LoraFile]) -> None:
-        """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler."""
+    def _decide(self, run: Run, adapters: list[Adapter], images: dict[str, Image.Image]) -> None:
+        """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler; and what is said of it."""
         spec = self._model.spec
+        files = [adapter.file for adapter in adapters]
         era, why = era_of(files)
 
         def recipe_for(sampler: Sampler | None) -> Recipe:
@@ -122,6 +122,10 @@ class JobRunner:
 
         run.shots = shots_of(run.request, recipe_for)
         run.warnings = teaching_warnings(run, files, self._model.numbers_of)
+        run.settings = settings_of(self._model.facts, adapters, run.match, run.mode)
+        run.prompt_settings = [
+            prompt_settings(shot, self._model.numbers_of(shot.recipe), _image_of(run, shot, images)) for shot in run.shots
+        ]
 
     @asynccontextmanager
     async def _in_time(self, run: Run) -> AsyncIterator[None]:
@@ -212,9 +216,8 @@ class JobRunner:
         with stage("load", run.timings, job=run.id):
             await run.in_thread(self._apply_loras, adapters, run.mode)
         for shot in run.shots:
-            _, source = run.request.prompts[shot.index].control_image or ("", "")
             try:
-                file = await run.in_thread(self._render, run, shot, images.get(source))
+                file = await run.in_thread(self._render, run, shot, _image_of(run, shot, images))
             except Exception as error:
                 outcomes.append(_told(error, run.id))
             else:
@@ -260,7 +263,7 @@ class JobRunner:
         encoding = run.encoding(shot)
         target = run.folder / f"{shot.index}{encoding.suffix}"
         start, generating = time.monotonic(), run.timings.get("generate", 0.0)
-        tag = json.dumps(run.settings | prompt_settings(shot, self._model.numbers_of))
+        tag = json.dumps(run.settings | run.prompt_settings[shot.index])
         frames = self._timed_frames(run, shot, self._model.generate(sampling, shot.recipe, on_step))
         with stage("render", job=run.id, prompt_index=shot.index):
             encode(frames, target, encoding, shot.fps, tag)
@@ -293,6 +296,11 @@ class JobRunner:
             return await upload
         except Exception as error:
             return _told(error, run.id)
+
+
+def _image_of(run: Run, shot: Shot, images: dict[str, Image.Image]) -> Image.Image | None:
+    _, source = run.request.prompts[shot.index].control_image or ("", "")
+    return images.get(source)
 
 
 def _worker_error(error: Exception) -> Exception:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from pipelines.catalog import MODELS, LoraMode, Match
 from pipelines.lora_file import Adapter, LoraFile
-from pipelines.recipes import Recipe, documented, era_of, preview, version_of
+from pipelines.recipes import Recipe, era_of, preview, version_of
 from worker.errors import WorkerError
 from worker.request import Shot
 from worker.run import Run
@@ -28,7 +31,7 @@ class Output:
     size: int
 
 
-def result_of(run: Run, outcomes: Sequence[Output | WorkerError], numbers_of: NumbersOf) -> dict[str, Any]:
+def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, Any]:
     """The documented result; `outcomes` is what became of every shot, in their order."""
     outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
     errors = []
@@ -46,7 +49,7 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError], numbers_of: Nu
         "outputs": outputs,
         **({"errors": errors} if errors else {}),
         "warnings": warnings,
-        "settings": run.settings | {"prompts": [prompt_settings(shot, numbers_of) for shot in run.shots]},
+        "settings": run.settings | {"prompts": run.prompt_settings},
         "timings": run.timings | {"total": round(time.monotonic() - run.started, 3)},
     }
 
@@ -84,8 +87,8 @@ def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match
     return {**facts, "match": match, "loras": loras}
 
 
-def prompt_settings(shot: Shot, numbers_of: NumbersOf) -> dict[str, Any]:
-    """What decides the frames of one prompt, in effective numbers."""
+def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image: Image.Image | None) -> dict[str, Any]:
+    """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model."""
     return {
         "prompt_index": shot.index,
         "prompt": shot.prompt,
@@ -97,11 +100,18 @@ def prompt_settings(shot: Shot, numbers_of: NumbersOf) -> dict[str, Any]:
         "sample_steps": shot.sample_steps,
         "guidance_scale": shot.guidance_scale,
         "seed": shot.seed,
-        **numbers_of(shot.recipe),
-        "era": shot.recipe.solver if shot.recipe.match == "preview" else None,
+        "control_image_sha256": control_image and _sum_of_pixels(control_image),
+        **numbers,
         "scheduler_because": shot.recipe.why,
+        "era": shot.recipe.era,
+        "era_because": shot.recipe.era_why,
         "trainer_dtypes": shot.recipe.trainer_dtypes,
     }
+
+
+def _sum_of_pixels(image: Image.Image) -> str:
+    """Of the image as the model takes it, before it is resized: what EXIF and transparency made of the file counts."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
@@ -115,14 +125,22 @@ def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) ->
     era, why = era_of(files)
     if run.match == "preview":
         return [] if known else [f"match preview: {why}; if the samples look different, set `sampler`"]
-    if not known:
+    theirs = preview(MODELS[run.request.model], era, why)
+    differences = {name: None for shot in run.shots for name in _differences(run, shot, theirs, numbers_of)} if known else {}
+    if not differences:
         return []
-    spec = MODELS[run.request.model]
-    ours, theirs = numbers_of(documented(spec)), numbers_of(preview(spec, era, why))
-    differences = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in theirs if theirs[name] != ours[name])
-    if not differences or all(numbers_of(shot.recipe) == theirs for shot in run.shots):
-        return []
-    return [f"{why}, which showed its samples with {differences}; set `match` to preview to get those"]
+    return [f"{why}, which showed its samples with {', '.join(differences)}; set `match` to preview to get those"]
+
+
+def _differences(run: Run, shot: Shot, theirs: Recipe, numbers_of: NumbersOf) -> Iterator[str]:
+    ours, others = numbers_of(shot.recipe), numbers_of(theirs)
+    for name in others:
+        if others[name] != ours[name]:
+            yield f"{name} {others[name]} instead of {ours[name]}"
+    prompt = run.request.prompts[shot.index]
+    width, height = theirs.effective_size(prompt.width, prompt.height)
+    if (width, height) != (shot.width, shot.height):
+        yield f"size {width}x{height} instead of {shot.width}x{shot.height}"
 
 
 def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:

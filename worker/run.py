@@ -36,6 +36,8 @@ class Run:
     shots: list[Shot] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the frames of all prompts alike."""
+    prompt_settings: list[dict[str, Any]] = field(default_factory=list)
+    """What decides the frames of each prompt, in effective numbers."""
     warnings: list[str] = field(default_factory=list)
     lora_warnings: dict[int, list[str]] = field(default_factory=dict)
     """By the LoRA's place in the request."""

@@ -28,9 +28,9 @@ from tests.worker_process import LocalApi, environment, local_api
 TOOLKIT = REAL_TOOLKIT or STAND_IN
 
 
-def picture_as_base64() -> str:
+def as_base64(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    PICTURE.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -38,7 +38,7 @@ def request_for(model_id: str, tiny: Path, **changes: Any) -> dict[str, Any]:
     """A whole request for lossless frames; `changes` go into its one prompt."""
     prompt = {"prompt": "[trigger] a boat", "width": 70, "height": 64, "num_frames": 7, "sample_steps": 3, **changes}
     if MODELS[model_id].control_image == "required":
-        prompt["ctrl_img"] = picture_as_base64()
+        prompt["ctrl_img"] = as_base64(PICTURE)
     loras = [
         {"path": str(path.relative_to(tiny / "loras"))} | ({"transformer": side} if side else {})
         for path, side in lora_paths(model_id, tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from builder.tiny_checkpoints import SIZE_14B, lora_metadata, lora_tensors
 from pipelines import Adapter, load_pipeline
 from pipelines.lora_file import LoraFile
 from pipelines.recipes import Era, preview
-from tests.integration.test_local_api import file_of, frames_of, output_of, request_for
-from tests.worker_process import LocalApi, environment, local_api
+from tests.conftest import STAND_IN
+from tests.integration.test_local_api import as_base64, file_of, frames_of, output_of, request_for
+from tests.pipelines.test_models import PICTURE
+from tests.worker_process import ROOT, LocalApi, environment, local_api
 
 MODEL = "wan22_14b_t2v"
 
@@ -138,6 +141,43 @@ def test_settings_say_all_that_decides_the_frames_and_nothing_of_the_machine(
     assert [lora["sha256"] for lora in settings["loras"]] == sums
     assert str(lora_dir) not in json.dumps(settings)
     assert "/tmp" not in json.dumps(settings)
+
+
+def test_settings_tell_two_control_images_apart(tiny: Path, tmp_path: Path) -> None:
+    env = environment(tiny, "wan22_5b", AI_TOOLKIT_PATH=STAND_IN, OUTPUT_DIR=tmp_path)
+    with local_api(env, tmp_path) as api:
+        request = request_for("wan22_5b", tiny)
+        sums = []
+        for image in (None, PICTURE, PICTURE.rotate(180)):
+            request["prompts"][0]["ctrl_img"] = image and as_base64(image)
+            sums.append(output_of(api, request)["settings"]["prompts"][0]["control_image_sha256"])
+    assert sums[0] is None
+    assert len(set(sums)) == 3
+
+
+def test_an_explicit_sampler_leaves_the_era_of_the_lora_in_the_settings(api: LocalApi, request_: Request) -> None:
+    (settings,) = output_of(api, request_("new", sampler="unipc"))["settings"]["prompts"]
+    assert (settings["era"], settings["scheduler"]) == ("flowmatch", "UniPCMultistepScheduler")
+
+
+def test_the_warning_compares_with_what_was_really_made(api: LocalApi, request_: Request) -> None:
+    """With flowmatch in documented, shift and scheduler are the trainer's; only the size floor differs."""
+    warnings = output_of(api, request_("new", "documented", sampler="flowmatch"))["warnings"]
+    (warning,) = [w for w in warnings if "showed its samples with" in w]
+    assert "size 112x64 instead of 96x64" in warning
+    assert "shift" not in warning
+
+
+def test_the_documented_result_has_the_fields_of_a_real_one(api: LocalApi, request_: Request) -> None:
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
+    (documented,) = [block for block in map(json.loads, blocks) if "outputs" in block]
+    real = output_of(api, request_("new", None) | {"output_format": "mp4"})
+    assert list(documented) == list(real)
+    assert documented["outputs"]["videos"][0].keys() == real["outputs"]["videos"][0].keys()
+    assert documented["settings"].keys() == real["settings"].keys()
+    assert documented["settings"]["loras"][0].keys() == real["settings"]["loras"][0].keys()
+    assert list(documented["settings"]["prompts"][0]) == list(real["settings"]["prompts"][0])
+    assert documented["timings"].keys() == real["timings"].keys()
 
 
 def test_an_mp4_carries_its_settings(api: LocalApi, request_: Request) -> None:

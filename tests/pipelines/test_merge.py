@@ -17,7 +17,7 @@ from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora_file import LoraFile
-from pipelines.recipes import era_of, preview
+from pipelines.recipes import preview
 from tests.conftest import STAND_IN
 from tests.pipelines.test_models import adapters, make
 
@@ -131,6 +131,40 @@ def test_weights_of_a_float32_checkpoint_in_shards_come_back_in_bf16_as_loaded(t
     assert same(weights(model), fresh)
 
 
+def test_weights_of_another_name_beside_them_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    shutil.copytree(tiny / repo, tmp_path / repo)
+    folder = tmp_path / repo / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    save_file({key: value.half() * 0 for key, value in tensors.items()}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    model = load_pipeline("wan21_1b", tmp_path, "cpu")
+    fresh = weights(model)
+    model.apply_loras(adapters("wan21_1b", tiny), "merge")
+    model.apply_loras([], "merge")
+    assert same(weights(model), fresh)
+
+
+def test_a_file_replaced_while_the_job_waited_is_not_applied_unchecked(small: WanModel, write: Write) -> None:
+    adapter = Adapter(write(lora_tensors(SIZE_1B, 4, seed=1)))
+    small.check_lora(adapter, "merge")
+    write(lora_tensors(SIZE_1B, 8, seed=2))
+    with pytest.raises(LoraInvalid, match="was replaced") as error:
+        small.apply_loras([adapter], "merge")
+    assert error.value.position == 0
+
+
+def test_an_alpha_of_several_numbers_is_invalid(small: WanModel, write: Write) -> None:
+    alpha = {"diffusion_model.blocks.0.self_attn.q.alpha": torch.ones(3)}
+    with pytest.raises(LoraInvalid, match="an alpha of 3 numbers"):
+        small.check_lora(Adapter(write(lora_tensors(SIZE_1B, 4, 1) | alpha)), "merge")
+
+
+def test_a_lokr_file_of_another_model_is_told_where_it_belongs(tiny: Path, write: Write) -> None:
+    model = load_pipeline("wan21_14b", tiny, "cpu")
+    with pytest.raises(LoraIncompatible, match=r"looks trained for .*hidden size 24"):
+        model.check_lora(Adapter(write(lokr_tensors(False))), "merge")
+
+
 def test_the_trainers_dtypes_are_put_back_for_the_documented_mode(tiny: Path) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16)
     model.apply_loras([], "adapter")
@@ -184,18 +218,3 @@ def test_a_lokr_file_that_lacks_a_factor_is_invalid(tiny: Path, write: Write) ->
     del tensors["diffusion_model.blocks.1.self_attn.q.lokr_w2_a"]
     with pytest.raises(LoraInvalid, match="lacks its lokr_w2"):
         model.check_lora(Adapter(write(tensors)), "merge")
-
-
-@pytest.mark.parametrize(
-    ("versions", "era"),
-    [
-        (["0.9.2"], "unipc"),
-        (["0.9.3"], "flowmatch"),
-        (["0.10.0"], "flowmatch"),
-        (["0.7.22", "0.12.26"], "flowmatch"),
-        ([""], "flowmatch"),
-    ],
-)
-def test_the_era_comes_from_the_newest_trainer_version(write: Write, versions: list[str], era: str) -> None:
-    files = [write(lora_tensors(SIZE_1B, 4, 1), f"lora{number}", version) for number, version in enumerate(versions)]
-    assert era_of(files)[0] == era

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipelines.catalog import MODELS
 from tools.cli import BadInput
 from tools.requests_from_config import main, told_by
 from tools.trainer_samples import resolve
+from worker.images import decode
 from worker.request import parse
 
 WAN21_1B = {"arch": "wan21", "name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
@@ -255,9 +255,10 @@ def test_the_worker_gets_the_pixels_that_the_trainer_sees(kind, tmp_path, capsys
     path = picture(tmp_path / "a.png", "RGBA") if kind == "transparent" else picture(tmp_path / "a.jpg", exif=exif)
     section = {"samples": [{"prompt": "a", "ctrl_img": path.name}]}
     [request], _ = converted(capsys, config(tmp_path, section, {"arch": "wan22_5b"}))
-    with Image.open(io.BytesIO(base64.b64decode(request["prompts"][0]["ctrl_img"]))) as sent, Image.open(path) as image:
-        assert (sent.mode, sent.getexif().get(0x0112)) == ("RGB", None)
-        assert sent.tobytes() == image.convert("RGB").tobytes()
+    sent = base64.b64decode(request["prompts"][0]["ctrl_img"])
+    assert sent == path.read_bytes()
+    with Image.open(path) as image:
+        assert decode(sent, request["match"]).tobytes() == image.convert("RGB").tobytes()
 
 
 def test_an_image_model_without_an_image_is_bad_input_and_a_text_model_leaves_it_out(tmp_path, capsys):
