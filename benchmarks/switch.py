@@ -102,7 +102,7 @@ def write_real_size(folder: Path, size: str, blocks: int | None) -> tiny_checkpo
         )
     model = model.to_empty(device="cpu").to(torch.bfloat16)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
+        parameter.data.uniform_(-0.03, 0.03)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="10GB")
     return shape

@@ -70,8 +70,8 @@ class Merges:
         weights = self._weights(name, layers)
         for layer, weight in weights.items():
             pristine = self._files[name].read(f"{layer}.weight").to(weight.device, weight.dtype)
-            delta = layers[layer].delta(tensors, weight.device)
-            weight.copy_(pristine.float() + adapter.scale * delta)
+            merged = layers[layer].delta(tensors, weight.device).mul_(adapter.scale).add_(pristine)
+            weight.copy_(merged)
 
     def _restore(self, name: str, layers: Iterable[str]) -> None:
         for layer, weight in self._weights(name, set(layers)).items():
