@@ -30,7 +30,7 @@ from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
-from worker.report import Output, prompt_settings, result_of, settings_of, teaching_warnings
+from worker.report import Output, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
 from worker.request import Shot, parse, shots_of
 from worker.run import Run
 from worker.settings import Settings, SettingsError
@@ -123,8 +123,9 @@ class JobRunner:
         run.shots = shots_of(run.request, recipe_for)
         run.warnings = teaching_warnings(run, files, self._model.numbers_of)
         run.settings = settings_of(self._model.facts, adapters, run.match, run.mode)
+        sums = {source: sum_of_pixels(image) for source, image in images.items()}
         run.prompt_settings = [
-            prompt_settings(shot, self._model.numbers_of(shot.recipe), _image_of(run, shot, images)) for shot in run.shots
+            prompt_settings(shot, self._model.numbers_of(shot.recipe), sums.get(run.control_image(shot))) for shot in run.shots
         ]
 
     @asynccontextmanager
@@ -217,7 +218,7 @@ class JobRunner:
             await run.in_thread(self._apply_loras, adapters, run.mode)
         for shot in run.shots:
             try:
-                file = await run.in_thread(self._render, run, shot, _image_of(run, shot, images))
+                file = await run.in_thread(self._render, run, shot, images.get(run.control_image(shot)))
             except Exception as error:
                 outcomes.append(_told(error, run.id))
             else:
@@ -296,11 +297,6 @@ class JobRunner:
             return await upload
         except Exception as error:
             return _told(error, run.id)
-
-
-def _image_of(run: Run, shot: Shot, images: dict[str, Image.Image]) -> Image.Image | None:
-    _, source = run.request.prompts[shot.index].control_image or ("", "")
-    return images.get(source)
 
 
 def _worker_error(error: Exception) -> Exception:

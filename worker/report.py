@@ -87,7 +87,7 @@ def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match
     return {**facts, "match": match, "loras": loras}
 
 
-def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image: Image.Image | None) -> dict[str, Any]:
+def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image_sum: str | None) -> dict[str, Any]:
     """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model."""
     return {
         "prompt_index": shot.index,
@@ -100,7 +100,7 @@ def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image: Image.Im
         "sample_steps": shot.sample_steps,
         "guidance_scale": shot.guidance_scale,
         "seed": shot.seed,
-        "control_image_sha256": control_image and _sum_of_pixels(control_image),
+        "control_image_sha256": control_image_sum,
         **numbers,
         "scheduler_because": shot.recipe.why,
         "era": shot.recipe.era,
@@ -109,8 +109,8 @@ def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image: Image.Im
     }
 
 
-def _sum_of_pixels(image: Image.Image) -> str:
-    """Of the image as the model takes it, before it is resized: what EXIF and transparency made of the file counts."""
+def sum_of_pixels(image: Image.Image) -> str:
+    """sha256 of the image as the model takes it, before it is resized: what EXIF and transparency made of the file counts."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 

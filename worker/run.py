@@ -48,6 +48,11 @@ class Run:
         """How the prompt's file is written: one frame is an image whatever the format."""
         return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
 
+    def control_image(self, shot: Shot) -> str:
+        """The source of the prompt's control image, as in the request; "" when there is none."""
+        _, source = self.request.prompts[shot.index].control_image or ("", "")
+        return source
+
     def check(self) -> None:
         """Raises Stopped when the job must not go on."""
         if self.stop.is_set():

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     )
     bucket_key_prefix: str = Field(default="", description="Put before every object key, such as `videos/`.")
     presigned_url_ttl: int = Field(
-        default=86400, ge=60, le=SEVEN_DAYS, description="How long result URLs are valid, in seconds; 7 days at most."
+        default=86400, ge=1, le=SEVEN_DAYS, description="How long result URLs are valid, in seconds; 7 days at most."
     )
     hf_token: SecretStr | None = Field(
         default=None, description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`."
