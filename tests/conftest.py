@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from builder import tiny_checkpoints
 # The tensors are tiny: a second thread only waits, and on a busy machine waits long. Worker subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 STAND_IN = Path(__file__).parent / "ai_toolkit_stand_in"
 REAL_TOOLKIT = Path(os.environ["AI_TOOLKIT_PATH"]) if os.environ.get("AI_TOOLKIT_PATH") else None
