@@ -6,14 +6,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
 
 from tests import s3_server
 from tests.worker import web_server
 from worker.settings import Settings
-
-settings.register_profile("worker", deadline=None)  # a busy machine is no failure
-settings.load_profile("worker")
 
 
 @pytest.fixture(autouse=True)
