@@ -1,13 +1,15 @@
 """The Wan models: torch and diffusers, and nothing of jobs, HTTP or buckets.
 
-    from pipelines import load_pipeline, Sampling, Adapter
+    from pipelines import Adapter, Sampling, load_pipeline
+    from pipelines.lora_file import LoraFile
+
     pipeline = load_pipeline("wan21_1b", checkpoints=Path("/checkpoints"), device="cuda")
     pipeline.apply_loras([Adapter(LoraFile.read(path), scale=1.0)])
     for frames in pipeline.generate(Sampling(prompt="a boat", seed=42)):  # uint8 [n, height, width, 3]
         ...
 
-`catalog`, `errors` and `lora_file` import no torch, so that the worker can check a job before anything heavy is loaded.
-The names above are imported on first use, for the same reason.
+`catalog`, `errors`, `lora_file`, `recipes` and `weights` import no torch, so that the worker can check a job before anything
+heavy is loaded. The names above are imported on first use, for the same reason.
 """
 
 from typing import TYPE_CHECKING, Any

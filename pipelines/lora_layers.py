@@ -1,6 +1,6 @@
 """A LoRA file's layers under the transformer's own names, and what each adds to a weight.
 
-Names are converted by diffusers' own code, on empty tensors, so that what is checked here is what would be loaded.
+Names are converted by diffusers' own code, on small stand-ins for the tensors, so that what is checked is what would be loaded.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _convert(
             f"it looks trained for {file.looks_trained_for()}"
         ) from error
     names = {name.removeprefix("transformer."): keys[int(tensor)] for name, tensor in converted.items()}
-    return names, [key for key in keys if key not in set(names.values())]
+    kept = set(names.values())
+    return names, [key for key in keys if key not in kept]
 
 
 def _strangest(keys: Iterable[str]) -> str:

@@ -89,11 +89,12 @@ class _CheckpointFile:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._shard_of = index_of(folder, "transformer")
+        self._names = file_names(folder, "transformer")
         self._open: dict[str, Any] = {}
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor in the file's dtype, in memory only while it is used."""
-        name = self._shard_of[key] if self._shard_of else file_names(self._folder, "transformer")[0]
+        name = self._shard_of[key] if self._shard_of else self._names[0]
         if name not in self._open:
             self._open[name] = safe_open(self._folder / name, framework="pt")
         tensor: torch.Tensor = self._open[name].get_tensor(key)

@@ -323,8 +323,7 @@ def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:
 
 def _safe_id(job_id: Any) -> str:
     """The job's id as a part of a key or a file name."""
-    text = re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
-    return text or "job"
+    return re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
 
 
 def _secret(value: Any) -> str | None:
