@@ -23,7 +23,7 @@ Side = Literal["high", "low"]
 
 _Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
 _Q_LOKR = re.compile(r"blocks[._]\d+[._]self_attn[._]q\.lokr_(w[12])(?:_b)?$")
-_BLOCK = re.compile(r"blocks[._](\d+)[._]")
+_BLOCK = re.compile(r"blocks[._](\d{1,9})[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
 _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
 

@@ -157,6 +157,8 @@ def _unsupported_kind(keys: Iterable[str]) -> str:
     for mark, kind in ((".hada_", "LoHa"), (".oft_", "OFT"), ("dora_scale", "DoRA")):
         if any(mark in key for key in keys):
             return f"a {kind} file"
+    if any(re.search(r"blocks[._]\d{4}", key) for key in keys):  # the conversion counts through all numbers in between
+        return "a file with block numbers beyond 999, which no Wan model has"
     if any("transformer_1.blocks." in key for key in keys):
         return "a file that holds the high and the low side together; split it and send each side as its own item"
     return ""

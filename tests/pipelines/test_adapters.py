@@ -262,6 +262,14 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
         ),
         ({"diffusion_model.transformer_1.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "split it"),
         ({"diffusion_model.img_in.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "keys"),
+        (
+            {
+                "diffusion_model.blocks.0.a.lora_A.weight": torch.ones(4, 4),
+                f"diffusion_model.blocks.{'9' * 5000}.a": torch.ones(1),
+            },
+            LoraIncompatible,
+            "block numbers beyond 999",
+        ),
         ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraInvalid, "lacks one of"),
         (
             {
@@ -276,7 +284,8 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
         "no LoRA",
         "half a LoKr",
         "DoRA",
-        "a key too many",
+        "foreign keys",
+        "endless blocks",
         "a single bias",
         "both sides in one",
         "foreign keys",
