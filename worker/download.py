@@ -6,17 +6,16 @@ Says in a few words why a download failed, without the URL, which can be signed.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 import requests
 import urllib3
+
+from worker.files import atomic_write
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 60.0
@@ -53,24 +52,6 @@ def fetch_file(url: str, target: Path, max_bytes: int, stop: threading.Event, he
         if status == 304:
             temporary.unlink()
     return etag
-
-
-@contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place when the block ends well; gone when it does not.
-
-    A block that removes the temporary file leaves `target` as it was.
-    """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        if temporary.exists():
-            temporary.chmod(0o644)
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fetch(

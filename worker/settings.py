@@ -40,6 +40,13 @@ class Settings(BaseSettings):
     lora_cache_dir: Path = Field(
         default=Path(tempfile.gettempdir()) / "lora-cache", description="Where LoRAs from URLs are kept."
     )
+    lora_cache_max_bytes: int = Field(
+        default=20 * 1024**3, gt=0, description="Size of LORA_CACHE_DIR above which the longest unused LoRAs go, in bytes."
+    )
+    allow_private_downloads: bool = Field(
+        default=False,
+        description="`1`: requests may name URLs in private networks, this machine included. For a local machine only.",
+    )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` (bf16) or `cpu` (float32).")
     offload_mode: OffloadMode = Field(
         default="none",
@@ -74,6 +81,13 @@ class Settings(BaseSettings):
     bucket_key_prefix: str = Field(default="", description="Put before every object key, such as `videos/`.")
     presigned_url_ttl: int = Field(
         default=86400, ge=1, le=SEVEN_DAYS, description="How long result URLs are valid, in seconds; 7 days at most."
+    )
+    upload_timeout: float = Field(
+        default=300, gt=0, description="Seconds for which an upload is tried again before its file goes to `RECOVERY_DIR`."
+    )
+    recovery_dir: Path = Field(
+        default=Path(tempfile.gettempdir()) / "worker-wan-lora-recovery",
+        description="Where results wait that the bucket did not take, for the next worker to upload; best on a network volume.",
     )
     hf_token: SecretStr | None = Field(
         default=None, description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`."

@@ -17,8 +17,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from worker.download import atomic_write
 from worker.errors import Code, Problem, WorkerError
+from worker.files import atomic_write
 from worker.settings import BUCKET_NAME, Settings, SettingsError
 
 

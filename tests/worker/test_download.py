@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from worker.download import DownloadError, Stopped, atomic_write, fetch_bytes, fetch_file
+from worker.download import DownloadError, Stopped, fetch_bytes, fetch_file
 
 LIMIT = 1_000_000
 
@@ -250,24 +250,3 @@ def test_headers_are_sent(web, target, stop):
 def test_a_written_file_can_be_read_by_everyone(web, target, stop):
     fetch_file(web.gives("/a", b"x"), target, LIMIT, stop, {})
     assert target.stat().st_mode & 0o777 == 0o644
-
-
-def test_an_atomic_write_goes_through_a_file_in_the_same_folder(tmp_path):
-    with atomic_write(tmp_path / "a") as temporary:
-        assert (temporary.parent, left_in(tmp_path)) == (tmp_path, [temporary.name])
-    assert left_in(tmp_path) == ["a"]
-
-
-def test_an_atomic_write_that_fails_leaves_the_older_file(tmp_path):
-    target = tmp_path / "a"
-    target.write_bytes(b"old")
-
-    def write_half():
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(b"half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_half()
-    assert target.read_bytes() == b"old"
-    assert left_in(tmp_path) == ["a"]
