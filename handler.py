@@ -10,6 +10,7 @@ is the request of docs/api.md, and what comes back is its result, or `{"error": 
 
 import os
 import sys
+from typing import NoReturn
 
 from worker import logs
 from worker.errors import WorkerError
@@ -18,23 +19,39 @@ from worker.settings import SettingsError, load_settings
 
 def main() -> None:
     logs.configure()
+    in_cloud = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
+    one_local_run = not in_cloud and "--rp_serve_api" not in sys.argv
+    # The SDK's default level logs whole results, presigned URLs included. One local run prints its result: it was asked for.
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO" if one_local_run else "WARN")
     try:
         settings = load_settings()
+        logs.hide(settings.secrets)
         from worker.job import cold_start
 
         runner = cold_start(settings)
     except (SettingsError, WorkerError) as error:
-        sys.exit(f"worker-wan-lora cannot start: {error}")
+        fail(str(error), in_cloud)
     except Exception as error:
         logs.log.exception("the start failed")
-        sys.exit(f"worker-wan-lora cannot start: {type(error).__name__}; the log line above has the traceback")
+        fail(f"{type(error).__name__}; the log line above has the traceback", in_cloud)
 
-    # The SDK's default level logs whole results, presigned URLs included. One local run prints its result: it was asked for.
-    one_local_run = not settings.in_cloud and "--rp_serve_api" not in sys.argv
-    os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO" if one_local_run else "WARN")
-    import runpod
+    from worker import cloud
 
-    runpod.serverless.start({"handler": runner.run})
+    if not one_local_run:
+        cloud.redact_the_log()
+    cloud.serve(runner.run)
+    if runner.device_is_lost:
+        sys.exit(1)
+
+
+def fail(reason: str, in_cloud: bool) -> NoReturn:
+    """One line on stderr, status 1, and in the cloud a word to the platform."""
+    print(f"worker-wan-lora cannot start: {reason}", file=sys.stderr)
+    if in_cloud:
+        from worker import cloud
+
+        cloud.report_unhealthy(reason)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
