@@ -5,7 +5,9 @@ A model's own file says how its pipeline is loaded and called; everything else a
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ from pipelines.catalog import (
     ModelSpec,
 )
 from pipelines.decode import decode
-from pipelines.errors import OutOfMemory, blamed_on
+from pipelines.errors import DeviceLost, OutOfMemory, blamed_on
 from pipelines.lora_check import LoraCheck
 from pipelines.lora_file import Adapter
 from pipelines.merge import Merges
@@ -102,14 +104,14 @@ class WanModel:
     def apply_loras(self, adapters: Sequence[Adapter], mode: LoraMode = "adapter") -> None:
         """Bring the model to carry exactly these LoRAs at these scales; what is applied already stays.
 
-        Raises LoraError with its `position`, OutOfMemory; every transformer is plain then.
+        Raises LoraError with its `position`, OutOfMemory, DeviceLost; every transformer is plain then.
         """
         for position, adapter in enumerate(adapters):
             with blamed_on(position):
                 adapter.file.check_unchanged()
         self._kept_in_float32.restore()
         try:
-            with self._out_of_memory_as_error():
+            with self._device_errors():
                 if mode == "adapter":
                     self._merges.take_out_all()
                     self._adapters.apply(adapters)
@@ -125,17 +127,17 @@ class WanModel:
         """Make one video, by default as the model page says, yielding its frames as they are decoded.
 
         The same arguments give bit-equal frames on the same machine whatever ran before. Nothing is computed before the
-        first frames are asked for. Raises OutOfMemory, ValueError (the model needs a control image, or takes none), and
-        whatever `on_step` raises.
+        first frames are asked for. Raises OutOfMemory, DeviceLost, ValueError (the model needs a control image, or takes
+        none), and whatever `on_step` raises.
         """
         recipe = recipe or documented(self.spec)
         sampling = self._fit(sampling, recipe)
-        with self._out_of_memory_as_error():
+        with self._device_errors():
             self._follow(recipe)
             try:
                 with torch.no_grad(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
-                yield from decode(self._pipe.vae, latents, self.device)
+                yield from self._decode(latents)
             finally:
                 self._pipe.maybe_free_model_hooks()
 
@@ -204,19 +206,71 @@ class WanModel:
         latents: torch.Tensor = self._pipe(**arguments).frames
         return latents
 
+    def _decode(self, latents: torch.Tensor) -> Iterator[Frames]:
+        """The frames of the latents. Where the memory does not do, again with the rest of the model out of the way.
+
+        The arithmetic is the same, and so are the frames; tiles, the usual remedy, would change them.
+        """
+        out_of_the_way: list[torch.nn.Module] = []
+        waiting = self._rest_of_the_model()
+        number = 0
+        try:
+            while True:
+                try:
+                    for frames in itertools.islice(decode(self._pipe.vae, latents, self.device), number, None):
+                        yield frames
+                        number += 1
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if not waiting or not _is_out_of_memory(error):
+                        raise
+                    self._free(error)
+                out_of_the_way.append(waiting.pop(0))
+                out_of_the_way[-1].to("cpu")
+        finally:
+            for module in out_of_the_way:
+                module.to(self.device)
+
+    def _rest_of_the_model(self) -> list[torch.nn.Module]:
+        """What a decode does not need and another memory could hold."""
+        if self.device.type == "cpu" or any(hasattr(part, "_hf_hook") for part in self._pipe.components.values()):
+            return []
+        names = ("text_encoder", "image_encoder", "transformer", "transformer_2")
+        parts = {id(part): part for name in names if (part := getattr(self._pipe, name, None)) is not None}
+        return list(parts.values())
+
+    def device_answers(self) -> bool:
+        """Whether the device still computes: after an illegal access, an assert or an ECC error it does not, for ever."""
+        try:
+            probe = torch.ones(8, device=self.device)
+            return float((probe + probe).sum()) == 16
+        except torch.OutOfMemoryError:
+            return True
+        except RuntimeError:
+            return False
+
     @contextmanager
-    def _out_of_memory_as_error(self) -> Iterator[None]:
+    def _device_errors(self) -> Iterator[None]:
+        """What the device raises, told apart by a probe of the device and not by the text of the exception."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            # The dead call's frames hold its tensors: without this there is nothing to free yet.
-            traceback.clear_frames(error.__traceback__)
-            gc.collect()
-            if self.device.type == "cuda":
+            out_of_memory = _is_out_of_memory(error)
+            if out_of_memory:
+                self._free(error)
+            if not self.device_answers():
+                raise DeviceLost("the device no longer answers") from error
+            if out_of_memory:
+                raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size") from None
+            raise
+
+    def _free(self, error: Exception) -> None:
+        """Give back what the call that died of `error` had in memory."""
+        traceback.clear_frames(error.__traceback__)  # they hold its tensors: without this there is nothing to free yet
+        gc.collect()
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # a dead device
                 torch.cuda.empty_cache()
-            raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size") from None
 
 
 class KeptInFloat32:

@@ -44,5 +44,9 @@ class LoraIncompatible(LoraError):
     """The file is fine, but its keys or shapes do not fit the loaded transformer."""
 
 
+class DeviceLost(PipelineError):
+    """The device no longer computes, whatever it is given: only a new process, or another device, helps."""
+
+
 class OutOfMemory(PipelineError):
     """The device ran out of memory; caches were freed and the pipeline can be used again."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +27,19 @@ from pipelines.base import Frames
 from pipelines.catalog import LoraMode, Sampler
 from pipelines.lora_file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
+from worker import logs
+from worker.deadline import Deadline
+from worker.delivery import Delivery, Identity
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.recovery import Recovery
 from worker.report import Output, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
 from worker.request import Shot, parse, shots_of
-from worker.run import Run
+from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
 from worker.storage import Storage, storage_of, storage_of_job
 from worker.video import encode
@@ -49,9 +56,25 @@ _CODE_OF: dict[type[Exception], Code] = {
 }
 
 
+Outcome = asyncio.Future[Output] | Output | WorkerError
+Outcomes = dict[int, Outcome]
+"""By the index of the prompt: its file, on its way or there, or why there is none."""
+
+_ID_OF_A_LOCAL_RUN = "local_test"
+"""What the SDK calls every job of `python handler.py` that names no id."""
+_SECONDS_TO_UPLOAD = 15.0
+"""For what was finished just before the job's time was over."""
+
+
 def cold_start(settings: Settings) -> JobRunner:
-    """Load the model of `settings`. Raises SettingsError, and WorkerError: AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND."""
+    """Check where results go, and load the model of `settings`.
+
+    Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
+    """
     storage = storage_of(settings)
+    storage.check()
+    # What an earlier worker could not deliver; in the background, since the model takes longer to load.
+    threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device):
             model = load_pipeline(
@@ -64,7 +87,7 @@ def cold_start(settings: Settings) -> JobRunner:
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
-        raise _worker_error(error) from error
+        raise WorkerError(_CODE_OF[type(error)], str(error)) from error
     return JobRunner(settings, model, storage)
 
 
@@ -75,7 +98,10 @@ class JobRunner:
         self._settings = settings
         self._model = model
         self._storage = storage
+        self._recovery = Recovery(settings.recovery_dir)
         self._gpu = asyncio.Lock()
+        self.device_is_lost = False
+        """Set when the device no longer computes: the worker must be replaced."""
 
     async def run(self, job: Job) -> Result:
         """The handler. Takes `{"id", "input", "s3Config"?}` and returns the documented result, or `{"error": "CODE: …"}`.
@@ -84,32 +110,54 @@ class JobRunner:
         """
         job_id = _safe_id(job.get("id"))
         try:
-            with stage("job", job=job_id):
-                return await self._run(job, job_id)
+            with logs.hidden(_secrets_of(job)), stage("job", job=job_id), self._starting(job, job_id) as run:
+                async with self._sender(job) as send, run.progress.sent_by(send):
+                    return await self._run(run)
         except Exception as error:
-            return {"error": str(_told(error, job_id))}
+            return {"error": str(self._told(error, job_id))}
+        finally:
+            self._leave_if_the_device_is_lost()
 
-    async def _run(self, job: Job, job_id: str) -> Result:
+    @contextmanager
+    def _starting(self, job: Job, job_id: str) -> Iterator[Run]:
+        """The job as it begins: its request checked, a folder for its files, nothing fetched."""
         request = parse(job.get("input"), self._model.spec)
-        storage = self._storage
-        if job.get("s3Config"):
-            storage = storage_of_job(job["s3Config"], self._settings)
         match = request.match or self._settings.default_match
         if match == "preview" and self._settings.offload_mode == "sequential":
             text = "this worker runs with OFFLOAD_MODE=sequential, which cannot merge LoRAs; send documented"
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
-        mode: LoraMode = "merge" if match == "preview" else self._settings.lora_mode
+        s3_config = job.get("s3Config")
+        storage = storage_of_job(s3_config, self._settings) if s3_config else self._storage
+        identity = Identity.of(None if job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, job.get("input"))
         with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
-            progress = Progress([prompt.sample_steps for prompt in request.prompts])
-            run = Run(job_id, request, match, mode, storage, Path(folder), progress)
-            async with self._sender(job) as send, run.progress.sent_by(send):
-                async with self._in_time(run):
-                    adapters, images = await self._fetch(run)
-                    await run.in_thread(self._decide, run, adapters, images)
-                outcomes = await self._make_and_store(run, adapters, images)
+            run = Run(
+                id=job_id,
+                identity=identity,
+                request=request,
+                match=match,
+                mode="merge" if match == "preview" else self._settings.lora_mode,
+                delivery=Delivery(storage, not s3_config, self._recovery, job_id, identity),
+                folder=Path(folder),
+                progress=Progress([prompt.sample_steps for prompt in request.prompts]),
+                deadline=Deadline(self._settings.seconds_per_job),
+            )
+            with run.held:
+                yield run
+
+    async def _run(self, run: Run) -> Result:
+        async with self._in_time(run):
+            await run.in_thread(run.delivery.check)
+            if recalled := await run.in_thread(run.delivery.recall):
+                return recalled
+            adapters, images = await self._fetch(run)
+            await run.in_thread(self._decide, run, adapters, images)
+        outcomes = await self._make_and_store(run, adapters, images)
         if not any(isinstance(outcome, Output) for outcome in outcomes):
             raise next(outcome for outcome in outcomes if isinstance(outcome, WorkerError))
-        return result_of(run, outcomes)
+        result = result_of(run, outcomes)
+        if "errors" not in result:
+            await run.in_thread(run.delivery.remember, result)
+        return result
 
     def _decide(self, run: Run, adapters: list[Adapter], images: dict[str, Image.Image]) -> None:
         """How each prompt is made, from `match`, the LoRAs' metadata and the prompt's sampler; and what is said of it."""
@@ -120,7 +168,7 @@ class JobRunner:
         def recipe_for(sampler: Sampler | None) -> Recipe:
             return preview(spec, era, why, sampler) if run.match == "preview" else documented(spec, sampler)
 
-        run.shots = shots_of(run.request, recipe_for)
+        run.shots = shots_of(run.request, recipe_for, run.identity.seed)
         run.warnings = teaching_warnings(run, files, self._model.numbers_of)
         run.settings = settings_of(self._model.facts, adapters, run.match, run.mode)
         sums = {source: sum_of_pixels(image) for source, image in images.items()}
@@ -131,16 +179,11 @@ class JobRunner:
     @asynccontextmanager
     async def _in_time(self, run: Run) -> AsyncIterator[None]:
         """Stops the block when the job has used up its time. Raises WorkerError with TIMEOUT."""
-        limit = self._settings.job_timeout
-        left = None if limit is None else limit - (time.monotonic() - run.started)
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(run.deadline.left()):
                 yield
         except TimeoutError:
-            text = (
-                f"the job took longer than the {limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise it"
-            )
-            raise WorkerError(Code.TIMEOUT, text) from None
+            raise run.deadline.error() from None
 
     def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
         return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
@@ -186,43 +229,60 @@ class JobRunner:
     ) -> list[Output | WorkerError]:
         """What became of every shot, in their order. A file is uploaded while the GPU makes the next one.
 
-        A prompt that fails takes none of the others with it. Raises WorkerError when the LoRAs cannot be applied.
+        A prompt that fails takes none of the others with it, and what an earlier delivery of the job finished is not made
+        again. Raises WorkerError when the LoRAs cannot be applied.
         """
-        outcomes: list[asyncio.Future[Output] | WorkerError] = []
+        outcomes = await self._find(run)
         try:
-            try:
-                async with self._in_time(run), self._turn_on_the_gpu(run):
-                    await self._make(run, adapters, images, outcomes)
-            except WorkerError as error:
-                if not outcomes:
-                    raise
-                outcomes += [error] * (len(run.shots) - len(outcomes))
+            if missing := [shot for shot in run.shots if shot.index not in outcomes]:
+                await self._make(run, missing, adapters, images, outcomes)
             run.progress.stage("upload", len(run.shots) - 1, run.shots[-1].sample_steps)
-            return [outcome if isinstance(outcome, WorkerError) else await self._outcome(outcome, run) for outcome in outcomes]
+            return [await self._settled(outcomes[shot.index], run) for shot in run.shots]
         finally:
-            uploads = [outcome for outcome in outcomes if isinstance(outcome, asyncio.Future)]
+            uploads = [outcome for outcome in outcomes.values() if isinstance(outcome, asyncio.Future)]
             for upload in uploads:
                 upload.cancel()
             await asyncio.gather(*uploads, return_exceptions=True)
 
+    async def _find(self, run: Run) -> Outcomes:
+        """The shots that an earlier delivery of the job finished."""
+        found: Outcomes = {}
+        for shot in run.shots:
+            encoding = run.encoding(shot)
+            arguments = (f"{shot.index}{encoding.suffix}", encoding.content_type, self._give_up_at(run), run.stop_delivery)
+            try:
+                stored = await in_thread(run.stop_delivery, run.delivery.find, *arguments)
+            except WorkerError as error:
+                found[shot.index] = error
+            else:
+                if stored:
+                    found[shot.index] = Output(shot, stored)
+        return found
+
     async def _make(
-        self,
-        run: Run,
-        adapters: list[Adapter],
-        images: dict[str, Image.Image],
-        outcomes: list[asyncio.Future[Output] | WorkerError],
+        self, run: Run, missing: list[Shot], adapters: list[Adapter], images: dict[str, Image.Image], outcomes: Outcomes
     ) -> None:
         """Fill `outcomes`, shot by shot, with errors and with uploads under way."""
-        run.progress.stage("load")
-        with stage("load", run.timings, job=run.id):
-            await run.in_thread(self._apply_loras, adapters, run.mode)
-        for shot in run.shots:
-            try:
-                file = await run.in_thread(self._render, run, shot, images.get(run.control_image(shot)))
-            except Exception as error:
-                outcomes.append(_told(error, run.id))
-            else:
-                outcomes.append(asyncio.create_task(self._upload(run, shot, file)))
+        try:
+            async with self._in_time(run), self._turn_on_the_gpu(run):
+                run.progress.stage("load")
+                with stage("load", run.timings, job=run.id):
+                    await run.in_thread(self._apply_loras, adapters, run.mode)
+                for shot in missing:
+                    try:
+                        file = await run.in_thread(self._render, run, shot, images.get(run.control_image(shot)))
+                    except pipeline_errors.DeviceLost:
+                        raise
+                    except Exception as error:
+                        outcomes[shot.index] = self._told(error, run.id)
+                    else:
+                        outcomes[shot.index] = asyncio.create_task(self._upload(run, shot, file))
+        except (WorkerError, pipeline_errors.PipelineError) as error:
+            if not outcomes:
+                raise
+            told = self._told(error, run.id)
+            for shot in missing:
+                outcomes.setdefault(shot.index, told)
 
     @asynccontextmanager
     async def _turn_on_the_gpu(self, run: Run) -> AsyncIterator[None]:
@@ -255,9 +315,12 @@ class JobRunner:
             control_image=image,
         )
 
+        in_time = run.deadline.watch(shot)
+
         def on_step(step: int) -> None:
             run.check()
             run.progress.step(shot.index, step)
+            in_time(step)
 
         run.check()
         run.progress.step(shot.index, 0)
@@ -286,35 +349,54 @@ class JobRunner:
             yield chunk
 
     async def _upload(self, run: Run, shot: Shot, file: Path) -> Output:
-        encoding, size = run.encoding(shot), file.stat().st_size
-        with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=size):
-            stored = await run.in_thread(run.storage.put, file, f"{run.id}/{file.name}", encoding.content_type)
+        arguments = (file, run.encoding(shot).content_type, self._give_up_at(run), run.stop_delivery)
+        with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=file.stat().st_size):
+            stored = await in_thread(run.stop_delivery, run.delivery.put, *arguments)
         file.unlink()
-        return Output(shot, stored, size)
+        return Output(shot, stored)
 
-    async def _outcome(self, upload: asyncio.Future[Output], run: Run) -> Output | WorkerError:
+    def _give_up_at(self, run: Run) -> float:
+        """Until when an upload is tried again: UPLOAD_TIMEOUT from now, but the job has to end in time."""
+        seconds, left = self._settings.upload_timeout, run.deadline.left()
+        return time.monotonic() + (seconds if left is None else min(seconds, max(left, _SECONDS_TO_UPLOAD)))
+
+    async def _settled(self, outcome: Outcome, run: Run) -> Output | WorkerError:
+        if not isinstance(outcome, asyncio.Future):
+            return outcome
         try:
-            return await upload
+            return await outcome
         except Exception as error:
-            return _told(error, run.id)
+            return self._told(error, run.id)
 
+    def _told(self, error: Exception, job_id: str) -> WorkerError:
+        """Log what a client will be told: its own error in a line, and a fault of the worker with its traceback."""
+        error = self._worker_error(error)
+        if isinstance(error, WorkerError):
+            log.warning("%s", error, extra={"fields": {"job": job_id}})
+            return error
+        log.error("a fault of the worker", exc_info=error, extra={"fields": {"job": job_id}})
+        if isinstance(error, pipeline_errors.DeviceLost):
+            self.device_is_lost = True
+            return WorkerError(Code.INTERNAL, "the GPU failed, and this worker leaves; send the job again")
+        return WorkerError(Code.INTERNAL, f"a fault of the worker; its log says more under {job_id}")
 
-def _worker_error(error: Exception) -> Exception:
-    """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
-    if isinstance(error, Stopped):
-        return WorkerError(Code.CANCELLED, "the job was stopped")
-    code = _CODE_OF.get(type(error))
-    return WorkerError(code, str(error)) if code else error
+    def _worker_error(self, error: Exception) -> Exception:
+        """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
+        if isinstance(error, Stopped):
+            return WorkerError(Code.CANCELLED, "the job was stopped")
+        code = _CODE_OF.get(type(error))
+        if code is Code.OUT_OF_MEMORY:
+            modes = self._model.spec.offload_modes
+            other = modes[modes.index(self._settings.offload_mode) + 1 :]
+            remedy = f"run the worker with OFFLOAD_MODE={other[0]}" if other else "use a GPU with more memory"
+            return WorkerError(code, f"{error}, or {remedy}")
+        return WorkerError(code, str(error)) if code else error
 
-
-def _told(error: Exception, job_id: str) -> WorkerError:
-    """Log what a client will be told: its own error in a line, and a fault of the worker with its traceback."""
-    error = _worker_error(error)
-    if isinstance(error, WorkerError):
-        log.warning("%s", error, extra={"fields": {"job": job_id}})
-        return error
-    log.error("a fault of the worker", exc_info=error, extra={"fields": {"job": job_id}})
-    return WorkerError(Code.INTERNAL, f"a fault of the worker; its log says more under {job_id}")
+    def _leave_if_the_device_is_lost(self) -> None:
+        """Tell whoever serves the jobs to end, once this one's result is out. A single local run ends by itself."""
+        if self.device_is_lost and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            log.error("the device no longer answers: the worker leaves, to be replaced")
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:
@@ -324,6 +406,14 @@ def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:
 def _safe_id(job_id: Any) -> str:
     """The job's id as a part of a key or a file name."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
+
+
+def _secrets_of(job: Job) -> list[str]:
+    """Whatever a job may bring of secrets; the input is not checked yet."""
+    raw, s3_config = job.get("input"), job.get("s3Config")
+    found = [raw.get("hf_token")] if isinstance(raw, dict) else []
+    found += s3_config.values() if isinstance(s3_config, dict) else []
+    return [value for value in found if isinstance(value, str)]
 
 
 def _secret(value: Any) -> str | None:

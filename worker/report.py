@@ -24,11 +24,10 @@ NumbersOf = Callable[[Recipe], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Output:
-    """A finished file: of which shot, where it is, and its size in bytes."""
+    """A finished file: of which shot, and where it is."""
 
     shot: Shot
     stored: Stored
-    size: int
 
 
 def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def _item(output: Output, format: str) -> dict[str, Any]:
         "num_frames": shot.num_frames,
         "fps": shot.fps,
         "seed": shot.seed,
-        "bytes": output.size,
+        "bytes": stored.bytes,
     }
 
 

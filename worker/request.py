@@ -7,7 +7,6 @@ one error that lists every problem. It looks at nothing but the input: no file, 
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -166,12 +165,13 @@ class Shot:
     warnings: tuple[str, ...]
 
 
-def shots_of(request: Request, recipe_for: Callable[[Sampler | None], Recipe]) -> list[Shot]:
-    """Resolve trigger words, sizes, frame counts and seeds; draws the random ones."""
-    return [_shot(request, recipe_for(prompt.sampler), index, prompt) for index, prompt in enumerate(request.prompts)]
+def shots_of(request: Request, recipe_for: Callable[[Sampler | None], Recipe], draw_seed: Callable[[int], int]) -> list[Shot]:
+    """Resolve trigger words, sizes, frame counts and seeds; `draw_seed` gives the random one of a prompt by its index."""
+    prompts = enumerate(request.prompts)
+    return [_shot(request, recipe_for(prompt.sampler), index, prompt, draw_seed) for index, prompt in prompts]
 
 
-def _shot(request: Request, recipe: Recipe, index: int, prompt: Prompt) -> Shot:
+def _shot(request: Request, recipe: Recipe, index: int, prompt: Prompt, draw_seed: Callable[[int], int]) -> Shot:
     warnings = []
     width, height = recipe.effective_size(prompt.width, prompt.height)
     if (width, height) != (prompt.width, prompt.height):
@@ -197,7 +197,7 @@ def _shot(request: Request, recipe: Recipe, index: int, prompt: Prompt) -> Shot:
         fps=prompt.fps,
         sample_steps=prompt.sample_steps,
         guidance_scale=prompt.guidance_scale,
-        seed=secrets.randbelow(2**31) if seed == -1 else seed,
+        seed=draw_seed(index) if seed == -1 else seed,
         warnings=tuple(warnings),
     )
 

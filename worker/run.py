@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.catalog import LoraMode, Match
+from worker.deadline import Deadline
+from worker.delivery import Delivery, Identity
 from worker.download import Stopped
 from worker.progress import Progress
 from worker.request import Request, Shot
-from worker.storage import Storage
 from worker.video import IMAGE, VIDEO, Encoding
 
 T = TypeVar("T")
@@ -25,14 +27,20 @@ class Run:
     """One job: what was asked, where its files go, and what has become of it so far."""
 
     id: str
+    identity: Identity
     request: Request
     match: Match
     mode: LoraMode
-    storage: Storage
+    delivery: Delivery
     folder: Path
     progress: Progress
+    deadline: Deadline
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled or out of time; its threads look at it and leave."""
+    """Set when the job is cancelled or out of time; the threads that make its files look at it and leave."""
+    stop_delivery: threading.Event = field(default_factory=threading.Event)
+    """Set when the job is cancelled; what is finished when the time is over is still delivered."""
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What the job keeps hold of until it ends, such as its LoRAs in the cache."""
     shots: list[Shot] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the frames of all prompts alike."""
@@ -59,20 +67,25 @@ class Run:
             raise Stopped
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left.
+        """Run blocking work in a thread that looks at `stop`; see the function below."""
+        return await in_thread(self.stop, function, *arguments)
 
-        Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU.
-        """
-        work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            self.stop.set()
-            while not work.done():
-                try:
-                    await asyncio.wait([work])
-                except asyncio.CancelledError:
-                    continue
-            if not work.cancelled():
-                work.exception()  # seen: asyncio complains about errors that nobody looks at
-            raise
+
+async def in_thread(stop: threading.Event, function: Callable[..., T], *arguments: Any) -> T:
+    """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left.
+
+    Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU.
+    """
+    work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        while not work.done():
+            try:
+                await asyncio.wait([work])
+            except asyncio.CancelledError:
+                continue
+        if not work.cancelled():
+            work.exception()  # seen: asyncio complains about errors that nobody looks at
+        raise

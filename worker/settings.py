@@ -20,6 +20,10 @@ BUCKET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$"
 """What boto3 takes as a bucket's name; it would refuse another only when it uploads."""
 
 
+_SECONDS_PER_CLOUD_JOB = 570.0
+"""RunPod ends a job after 600 s where the endpoint says nothing else, and what it made is lost then."""
+
+
 class SettingsError(Exception):
     """One line that names every environment variable that is missing or wrong."""
 
@@ -93,7 +97,10 @@ class Settings(BaseSettings):
         default=None, description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`."
     )
     job_timeout: float | None = Field(
-        default=None, gt=0, description="Seconds after which a job stops with `TIMEOUT`; not set: no limit of its own."
+        default=None,
+        ge=0,
+        description="Seconds after which a job stops with `TIMEOUT`, 0 for no limit; not set: 570 in the cloud, just under "
+        "RunPod's own limit of 600, and none elsewhere.",
     )
     max_lora_bytes: int = Field(default=8 * 1024**3, gt=0, description="Largest LoRA file to download, in bytes.")
     max_image_bytes: int = Field(default=64 * 1024**2, gt=0, description="Largest control image to download, in bytes.")
@@ -101,9 +108,23 @@ class Settings(BaseSettings):
         default=None, description="Set by RunPod: the worker runs in the cloud, where a bucket is required."
     )
 
+    runpod_ai_api_key: SecretStr | None = Field(default=None, description="Set by RunPod; kept out of the log.")
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be seen."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+
     @property
     def in_cloud(self) -> bool:
         return self.runpod_webhook_get_job is not None
+
+    @property
+    def seconds_per_job(self) -> float | None:
+        """How long a job may take; None: without limit."""
+        default = _SECONDS_PER_CLOUD_JOB if self.in_cloud else None
+        return (self.job_timeout if self.job_timeout is not None else default) or None
 
     @field_validator("model_id")
     @classmethod

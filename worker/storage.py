@@ -1,4 +1,7 @@
-"""A finished file → a URL: in the worker's bucket, in the bucket a job brings along, or in a local folder."""
+"""A finished file → a URL: in the worker's bucket, in the bucket a job brings along, or in a local folder.
+
+Every call is one attempt. How often one is made, and what becomes of a file that no place takes, is `delivery`'s to say.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +22,91 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from worker.errors import Code, Problem, WorkerError
 from worker.files import atomic_write
+from worker.logs import log
 from worker.settings import BUCKET_NAME, Settings, SettingsError
+
+_MADE_FROM = "made-from"
+"""Key of the objects' metadata."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a file can be fetched. `expires_at` is UTC in ISO 8601; None for a local file."""
+    """Where a file can be fetched. `expires_at` is UTC in ISO 8601; None for a local file. `bytes` is its size."""
 
     url: str
     key: str
     expires_at: str | None
+    bytes: int
+
+
+class NotStored(WorkerError):
+    """UPLOAD_FAILED. `refused`: the place answered, and said no."""
+
+    def __init__(self, message: str, refused: bool) -> None:
+        super().__init__(Code.UPLOAD_FAILED, message)
+        self.refused = refused
 
 
 class Storage(Protocol):
-    def put(self, file: Path, key: str, content_type: str) -> Stored:
-        """Store `file` under `key`. Raises WorkerError with UPLOAD_FAILED."""
+    def check(self) -> None:
+        """Write something small and take it away again. Raises NotStored."""
+
+    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        """Store `file` under `key`, with a note of what it was made from, if that is not "". Raises NotStored."""
+
+    def find(self, key: str, made_from: str) -> Stored | None:
+        """What lies under `key`, when it was made from the same. None as well when the place cannot be asked."""
+
+    def read(self, key: str, made_from: str) -> bytes | None:
+        """The body of what `find` finds; for small files."""
 
 
 class LocalFolder:
     """Files below OUTPUT_DIR, as file:// URLs."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises SettingsError when nothing can be written there."""
         self._folder = folder.resolve()
+
+    def check(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
-            raise SettingsError(f"OUTPUT_DIR: {folder} cannot be written to; use another folder or a bucket") from error
+            raise NotStored("OUTPUT_DIR cannot be written to; use another folder or a bucket", refused=True) from error
 
-    def put(self, file: Path, key: str, content_type: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
         target = self._folder / key
+        note = self._note(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            note.unlink(missing_ok=True)
             with atomic_write(target) as temporary:
                 shutil.copyfile(file, temporary)
+            if made_from:
+                note.write_text(made_from)
         except OSError as error:
-            raise WorkerError(Code.UPLOAD_FAILED, f"`{key}` could not be written to OUTPUT_DIR; check it") from error
-        return Stored(target.as_uri(), key, None)
+            raise NotStored(f"`{key}` could not be written to OUTPUT_DIR; check its free space", refused=True) from error
+        return self._stored(target, key)
+
+    def find(self, key: str, made_from: str) -> Stored | None:
+        target = self._folder / key
+        try:
+            same = target.is_file() and self._note(target).read_text() == made_from
+        except OSError:
+            return None
+        return self._stored(target, key) if same else None
+
+    def read(self, key: str, made_from: str) -> bytes | None:
+        return (self._folder / key).read_bytes() if self.find(key, made_from) else None
+
+    @staticmethod
+    def _note(target: Path) -> Path:
+        """Where it says what `target` was made from. It is written last: a file without it is never taken for finished."""
+        return target.with_name(f".{target.name}.made-from")
+
+    @staticmethod
+    def _stored(target: Path, key: str) -> Stored:
+        return Stored(target.as_uri(), key, None, target.stat().st_size)
 
 
 class BadBucket(Exception):
@@ -92,42 +142,82 @@ class Bucket:
             endpoint_url = _without_bucket(endpoint_url, name)
             if addressing_style == "auto":
                 addressing_style = "virtual" if _host_of(endpoint_url).endswith("amazonaws.com") else "path"
-            self._client = boto3.client(
-                "s3",
-                aws_access_key_id=access_key_id,
-                aws_secret_access_key=secret_access_key,
-                endpoint_url=endpoint_url,
-                region_name=region or _region_of(endpoint_url),
-                config=Config(
-                    signature_version="s3v4",
-                    s3={"addressing_style": addressing_style},  # type: ignore[arg-type]
-                    retries={"mode": "standard", "max_attempts": 5},
-                    connect_timeout=10,
-                    read_timeout=60,
-                    # Several S3-compatible stores refuse the checksums that boto3 adds by default.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                ),
+            config = Config(
+                signature_version="s3v4",
+                s3={"addressing_style": addressing_style},  # type: ignore[arg-type]
+                retries={"mode": "standard", "total_max_attempts": 3},
+                connect_timeout=10,
+                read_timeout=60,
+                # Several S3-compatible stores refuse the checksums that boto3 adds by default.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            )
+            # A look at what is there must not hold up a job when the store is away.
+            quick = config.merge(Config(retries={"total_max_attempts": 1}, connect_timeout=3, read_timeout=10))
+            self._client, self._quick_client = (
+                boto3.client(
+                    "s3",
+                    aws_access_key_id=access_key_id,
+                    aws_secret_access_key=secret_access_key,
+                    endpoint_url=endpoint_url,
+                    region_name=region or _region_of(endpoint_url),
+                    config=config,
+                )
+                for config in (config, quick)
             )
         except InvalidRegionError:
             raise BadBucket("region") from None
         except (ValueError, BotoCoreError):
             raise BadBucket("endpoint_url") from None
 
-    def put(self, file: Path, key: str, content_type: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        key = self._key_prefix + key
+        size = file.stat().st_size
+        options = {"ContentType": content_type, "Metadata": {_MADE_FROM: made_from}}
+        try:
+            self._client.upload_file(str(file), self._name, key, ExtraArgs=options)
+            return self._signed(key, size)
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise self._not_stored(key, error) from error
+
+    def find(self, key: str, made_from: str) -> Stored | None:
         key = self._key_prefix + key
         try:
-            self._client.upload_file(str(file), self._name, key, ExtraArgs={"ContentType": content_type})
-            expires = datetime.now(UTC) + timedelta(seconds=self._ttl_seconds)
-            url = self._client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=self._ttl_seconds
-            )
-        except (Boto3Error, BotoCoreError, ClientError) as error:
-            raise WorkerError(
-                Code.UPLOAD_FAILED,
-                f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, keys and permissions",
-            ) from error
-        return Stored(url, key, expires.strftime("%Y-%m-%dT%H:%M:%SZ"))
+            head = self._quick_client.head_object(Bucket=self._name, Key=key)
+            same = head["Metadata"].get(_MADE_FROM) == made_from
+            return self._signed(key, head["ContentLength"]) if same else None
+        except (BotoCoreError, ClientError):
+            return None
+
+    def read(self, key: str, made_from: str) -> bytes | None:
+        try:
+            answer = self._quick_client.get_object(Bucket=self._name, Key=self._key_prefix + key)
+            return answer["Body"].read() if answer["Metadata"].get(_MADE_FROM) == made_from else None
+        except (BotoCoreError, ClientError):
+            return None
+
+    def check(self) -> None:
+        key = f"{self._key_prefix}.worker-wan-lora-write-check"
+        try:
+            self._client.put_object(Bucket=self._name, Key=key, Body=b"")
+        except (BotoCoreError, ClientError) as error:
+            raise self._not_stored(key, error) from error
+        try:
+            self._client.delete_object(Bucket=self._name, Key=key)
+        except (BotoCoreError, ClientError) as error:
+            log.warning("the bucket took `%s` but did not let it be deleted (%s)", key, _reason(error))
+
+    def _signed(self, key: str, size: int) -> Stored:
+        expires = datetime.now(UTC) + timedelta(seconds=self._ttl_seconds)
+        url = self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=self._ttl_seconds
+        )
+        return Stored(url, key, expires.strftime("%Y-%m-%dT%H:%M:%SZ"), size)
+
+    @staticmethod
+    def _not_stored(key: str, error: Exception) -> NotStored:
+        text = f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, keys and permissions"
+        return NotStored(text, _is_refusal(error))
 
 
 class S3Config(BaseModel):
@@ -213,11 +303,22 @@ def _region_of(endpoint_url: str | None) -> str:
     return named[1] if named else "us-east-1"
 
 
+def _client_error(error: BaseException | None) -> ClientError | None:
+    """The store's own answer, which boto3 wraps."""
+    while error is not None and not isinstance(error, ClientError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store said no (4xx), rather than that it cannot now."""
+    answer = _client_error(error)
+    status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) if answer else 500
+    return 400 <= status < 500 and status not in (408, 425, 429)
+
+
 def _reason(error: Exception) -> str:
     """A few words without hosts or keys: the store's own error code, or the kind of failure."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ClientError):
-            return str(cause.response.get("Error", {}).get("Code", "refused"))
-        cause = cause.__cause__ or cause.__context__
+    if answer := _client_error(error):
+        return str(answer.response.get("Error", {}).get("Code", "refused"))
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()

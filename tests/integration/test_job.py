@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,26 @@ from typing import Any
 import pytest
 
 from tests.integration.test_local_api import request_for
-from worker.errors import Code, WorkerError
 from worker.job import JobRunner, cold_start
 from worker.settings import Settings
-from worker.storage import Stored
+from worker.storage import NotStored, Stored
 
 Runner = Callable[..., JobRunner]
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
-    output_dir = tmp_path_factory.mktemp("output")
+    folder = tmp_path_factory.mktemp("worker")
     return cold_start(
-        Settings(model_id="wan21_1b", checkpoint_dir=tiny, lora_dir=tiny / "loras", device="cpu", output_dir=output_dir)
+        Settings(
+            model_id="wan21_1b",
+            checkpoint_dir=tiny,
+            lora_dir=tiny / "loras",
+            device="cpu",
+            output_dir=folder / "output",
+            recovery_dir=folder / "recovery",
+            upload_timeout=0.1,
+        )
     )
 
 
@@ -37,21 +45,30 @@ def runner(loaded: JobRunner) -> Runner:
     return make
 
 
+KEPT = "; the file is kept, and the next worker that starts stores it there"
+
+
 class FussyStorage:
     """Takes only some of the files."""
 
     def __init__(self, refused: set[int]) -> None:
         self.refused = refused
 
-    def put(self, file: Path, key: str, content_type: str) -> Stored:
-        if int(file.stem) in self.refused:
-            raise WorkerError(Code.UPLOAD_FAILED, "the bucket is away")
-        return Stored(f"https://example.com/{key}", key, None)
+    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        if file.stem in {str(index) for index in self.refused}:
+            raise NotStored("the bucket is away", refused=False)
+        return Stored(f"https://example.com/{key}", key, None, file.stat().st_size)
+
+    def find(self, key: str, made_from: str) -> None:
+        return None
+
+    def read(self, key: str, made_from: str) -> None:
+        return None
 
 
 def job(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
     request = request_for("wan21_1b", tiny)
-    return {"id": "test", "input": request | {"prompts": [request["prompts"][0] | prompt for prompt in prompts]}}
+    return {"id": uuid.uuid4().hex, "input": request | {"prompts": [request["prompts"][0] | prompt for prompt in prompts]}}
 
 
 def run(runner: JobRunner, job: dict[str, Any]) -> dict[str, Any]:
@@ -61,11 +78,11 @@ def run(runner: JobRunner, job: dict[str, Any]) -> dict[str, Any]:
 def test_a_prompt_that_fails_takes_no_finished_one_with_it(runner: Runner, tiny: Path) -> None:
     result = run(runner(FussyStorage({1})), job(tiny, {}, {}, {}))
     assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [0, 2]
-    assert result["errors"] == [{"prompt_index": 1, "code": "UPLOAD_FAILED", "message": "the bucket is away"}]
+    assert result["errors"] == [{"prompt_index": 1, "code": "UPLOAD_FAILED", "message": f"the bucket is away{KEPT}"}]
 
 
 def test_a_job_of_which_nothing_was_made_fails(runner: Runner, tiny: Path) -> None:
-    assert run(runner(FussyStorage({0, 1})), job(tiny, {}, {})) == {"error": "UPLOAD_FAILED: the bucket is away"}
+    assert run(runner(FussyStorage({0, 1})), job(tiny, {}, {})) == {"error": f"UPLOAD_FAILED: the bucket is away{KEPT}"}
 
 
 def test_a_result_without_failures_has_no_errors(runner: Runner, tiny: Path) -> None:
@@ -126,9 +143,9 @@ def test_nothing_is_left_in_the_temp_folder(runner: Runner, tiny: Path) -> None:
 
 
 def test_a_fault_of_the_worker_is_internal_and_says_nothing_of_it(runner: Runner, tiny: Path) -> None:
-    class Broken:
-        def put(self, file: Path, key: str, content_type: str) -> Stored:
+    class Broken(FussyStorage):
+        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
             raise ZeroDivisionError(f"secret {file}")
 
-    answer = run(runner(Broken()), job(tiny, {}))
+    answer = run(runner(Broken(set())), job(tiny, {}) | {"id": "test"})
     assert answer["error"] == "INTERNAL: a fault of the worker; its log says more under test"

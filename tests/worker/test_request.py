@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pipelines.catalog import MODELS
 from pipelines.recipes import documented, preview
 from worker.errors import Code, WorkerError
+from worker.delivery import Identity
 from worker.request import MAX_SEED, Prompt, Request, Shot, parse, shots_of
 
 SINGLE = MODELS["wan21_1b"]
@@ -38,7 +39,7 @@ def shots(raw: Any, model=SINGLE) -> list[Shot]:
     """As the request's `match` says; `preview` by the newest trainer."""
     request = parse(raw, model)
     recipe_for = partial(preview, model, "flowmatch", "it is new") if request.match == "preview" else partial(documented, model)
-    return shots_of(request, recipe_for)
+    return shots_of(request, recipe_for, Identity.of(None, raw).seed)
 
 
 def shot_of(prompt: dict[str, Any], model=SINGLE, **fields: Any) -> Shot:
@@ -552,6 +553,13 @@ def test_seed_minus_one_draws_a_new_seed_for_every_prompt_and_every_job():
     drawn = [shot.seed for _ in range(2) for shot in shots(raw)]
     assert len(set(drawn)) > 30
     assert all(0 <= seed < 2**31 for seed in drawn)
+
+
+def test_a_job_that_comes_again_draws_the_same_seeds():
+    raw = an_input(prompts=[{"prompt": "a", "seed": -1}] * 2)
+    first, again, other = (Identity.of(job_id, raw) for job_id in ("job", "job", "other"))
+    assert [first.seed(0), first.seed(1)] == [again.seed(0), again.seed(1)]
+    assert len({first.seed(0), first.seed(1), other.seed(0)}) == 3
 
 
 @pytest.mark.parametrize(
