@@ -17,6 +17,9 @@ Match = Literal["documented", "preview"]
 LoraMode = Literal["adapter", "merge"]
 """Beside the weights, as diffusers does; or added into them, as the trainer does for its samples."""
 
+TOOLKIT_COMMIT = "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350"
+"""Of ostris/ai-toolkit (0.12.26): the one that everything here was compared with."""
+
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 4.0
 DEFAULT_NUM_FRAMES = 41

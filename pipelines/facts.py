@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from pipelines.catalog import ModelSpec
+from pipelines.manifest import Manifest
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,7 +36,9 @@ def facts_of(
 
 
 def revision_of(repo: Path) -> str | None:
-    """The Hub commit a folder was downloaded at, as `huggingface_hub` notes it beside the files; None when it does not."""
+    """The Hub commit a folder was downloaded at, by its manifest or by what `huggingface_hub` notes beside the files."""
+    if manifest := Manifest.read(repo):
+        return manifest.revision
     for note in sorted((repo / ".cache/huggingface/download").rglob("*.metadata")):
         if match := _COMMIT.match(_text(note)):
             return match[0]

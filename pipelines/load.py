@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from pipelines.base import WanModel
 from pipelines.catalog import MODELS, ModelSpec, OffloadMode
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
+from pipelines.manifest import Manifest
 from pipelines.toolkit import Toolkit, load_toolkit
 from pipelines.wan21 import Wan21
 from pipelines.wan22_5b import Wan22TextImageToVideo
@@ -30,19 +32,23 @@ def load_pipeline(
     offload_mode: OffloadMode = "none",
     toolkit_path: Path | None = None,
     dtype: torch.dtype | None = None,
+    toolkit_commit: str | None = None,
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
 
     `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
+    `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, where it has one; None: any.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
     """
     _quiet_libraries()
     spec = MODELS[model_id]
     target = _check_device(spec, device, offload_mode)
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-    toolkit = load_toolkit(toolkit_path) if spec.needs_toolkit else None
+    toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
     try:
         _check_checkpoints(spec, checkpoints)
+        if target.type == "cuda":
+            check_memory(spec, checkpoints, offload_mode, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
         model = _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -96,13 +102,17 @@ def _place(pipe: Any, device: torch.device, offload_mode: OffloadMode) -> None:
 
 
 def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
-    missing = []
+    missing: list[str] = []
+    changed: set[str] = set()
     for part, source in spec.sources.items():
         folder = checkpoints / source.repo / source.subfolder
         if not folder.is_dir() or not any(folder.iterdir()):
             missing.append(f"{source}/")
-        elif part in STEM_OF:
+            continue
+        if part in STEM_OF:
             missing += [f"{source}/{name}" for name in _missing_weights(folder, part)]
+        if manifest := Manifest.read(checkpoints / source.repo):
+            changed |= {f"{source.repo}/{path}" for path in manifest.not_as_listed(checkpoints / source.repo, source.subfolder)}
     if not spec.needs_toolkit and not (checkpoints / spec.sources["vae"].repo / "model_index.json").is_file():
         missing.append(f"{spec.sources['vae'].repo}/model_index.json")
     if missing:
@@ -110,6 +120,43 @@ def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
             f"{spec.id} needs files that are not below CHECKPOINT_DIR: {', '.join(missing)}; "
             "download these repos there, each into a folder ORG/NAME"
         )
+    if changed:
+        raise CheckpointNotFound(
+            f"{spec.id}: these files are missing or not as large as their manifest says: {', '.join(sorted(changed))}; "
+            "fetch them again"
+        )
+
+
+def check_memory(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, itemsize: int, free: int) -> None:
+    """Whether the weights, in numbers of `itemsize` bytes, fit into `free` bytes of the device.
+
+    Only a lower bound of what a job needs, but one that is certain. Raises DeviceUnavailable.
+    """
+    needed = {mode: _bytes_on_device(spec, checkpoints, mode, itemsize) for mode in spec.offload_modes}
+    if needed[offload_mode] <= free:
+        return
+    fitting = next((mode for mode, size in needed.items() if size <= free), None)
+    remedy = f"set OFFLOAD_MODE={fitting}, or use a larger GPU" if fitting else "use a larger GPU"
+    raise DeviceUnavailable(
+        f"the weights of {spec.id} take {needed[offload_mode] / 1e9:.1f} GB with OFFLOAD_MODE={offload_mode}, and the GPU has "
+        f"{free / 1e9:.1f} GB free: {remedy}"
+    )
+
+
+def _bytes_on_device(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, itemsize: int) -> int:
+    """Weights that are on the device at one time: all of them, the largest component's, or one layer's, which is nothing."""
+    sizes = []
+    for part, source in spec.sources.items():
+        if part in STEM_OF:
+            folder = checkpoints / source.repo / source.subfolder
+            sizes.append(sum(_count(folder / name) for name in file_names(folder, part)) * itemsize)
+    return {"none": sum(sizes), "model": max(sizes), "sequential": 0}[offload_mode]
+
+
+def _count(file: Path) -> int:
+    """How many numbers a safetensors file holds."""
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
 
 
 def _missing_weights(folder: Path, part: str) -> list[str]:

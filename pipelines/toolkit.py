@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from pipelines.errors import ToolkitRequired
+from pipelines.facts import commit_of
 
 _PIPELINE = "extensions_built_in.diffusion_models.wan22.wan22_pipeline"
 _WAN_UTILS = "toolkit.models.wan21.wan_utils"
@@ -31,10 +32,10 @@ class Toolkit:
     """5B: latents [1, 48, T, H, W], first frame in -1..1 → (latents, noise mask [1, 1, T, H, W])."""
 
 
-def load_toolkit(checkout: Path | None) -> Toolkit:
-    """Load what is needed of the checkout at `checkout`.
+def load_toolkit(checkout: Path | None, commit: str | None = None) -> Toolkit:
+    """Load what is needed of the checkout at `checkout`, which must be at `commit`, where it knows its own; None: at any.
 
-    Raises ToolkitRequired when there is no checkout, a file is missing, or one of its imports fails.
+    Raises ToolkitRequired when there is no checkout, it is at another commit, a file is missing, or an import fails.
     """
     if checkout is None:
         raise ToolkitRequired("this model runs on ai-toolkit: set AI_TOOLKIT_PATH to a checkout of ostris/ai-toolkit")
@@ -42,6 +43,12 @@ def load_toolkit(checkout: Path | None) -> Toolkit:
     if missing:
         names = ", ".join(str(_file_of(Path(), name)) for name in missing)
         raise ToolkitRequired(f"the folder at AI_TOOLKIT_PATH is no checkout of ostris/ai-toolkit: it lacks {names}")
+    there = commit_of(checkout)
+    if commit and there and there != commit:
+        raise ToolkitRequired(
+            f"the ai-toolkit checkout at AI_TOOLKIT_PATH is at commit {there}, and this worker was tested with {commit}: check "
+            f"that out, or set AI_TOOLKIT_COMMIT={there} to run with yours"
+        )
     try:
         _prepare_namespaces(checkout)
         pipeline = importlib.import_module(_PIPELINE)

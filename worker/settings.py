@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, LoraMode, Match, OffloadMode
+from pipelines.catalog import MODELS, TOOLKIT_COMMIT, LoraMode, Match, OffloadMode
 from worker.errors import Code, WorkerError
 
 SEVEN_DAYS = 7 * 24 * 3600
@@ -39,6 +39,11 @@ class Settings(BaseSettings):
     )
     ai_toolkit_path: Path | None = Field(
         default=None, description="Checkout of ostris/ai-toolkit; needed by `wan22_14b_i2v` and `wan22_5b`."
+    )
+    ai_toolkit_commit: str = Field(
+        default=TOOLKIT_COMMIT,
+        pattern=r"^[0-9a-f]{40}$",
+        description="The commit that checkout must be at; another one may sample otherwise.",
     )
     lora_dir: Path = Field(default=Path("/runpod-volume/loras"), description="Where relative `loras[].path` are looked for.")
     lora_cache_dir: Path = Field(
@@ -187,5 +192,7 @@ def _problem(problem: object) -> str:
         return f"{name} is not set; set it to one of {', '.join(MODELS)}"
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":
+        text = "is no commit; it has 40 hexadecimal digits"
+    if problem["type"] == "string_pattern_mismatch" and name == "BUCKET_NAME":
         text = "is no bucket name; it has 3 to 63 letters, digits, dots, dashes and underscores"
     return f"{name}: {text}" if name else text

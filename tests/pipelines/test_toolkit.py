@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from pipelines import Sampling, load_pipeline
+from pipelines.catalog import TOOLKIT_COMMIT
 from pipelines.errors import ToolkitRequired
 from pipelines.toolkit import load_toolkit
 from tests.conftest import REAL_TOOLKIT, STAND_IN
@@ -42,6 +44,20 @@ def test_a_model_on_the_toolkit_says_what_it_lacks(model_id: str, checkout: str,
 
 def test_the_other_models_need_no_checkout(tiny: Path) -> None:
     assert load_pipeline("wan21_1b", tiny, "cpu", toolkit_path=None).spec.id == "wan21_1b"
+
+
+def test_a_checkout_at_another_commit_than_the_tested_one_is_refused(tmp_path: Path) -> None:
+    checkout = shutil.copytree(STAND_IN, tmp_path / "checkout")
+    (checkout / ".git").mkdir()
+    (checkout / ".git/HEAD").write_text("a" * 40)
+    with pytest.raises(ToolkitRequired, match="set AI_TOOLKIT_COMMIT=a{40} to run with yours"):
+        load_toolkit(checkout, "b" * 40)
+    assert load_toolkit(checkout, "a" * 40).Wan22Pipeline
+
+
+@pytest.mark.toolkit
+def test_the_real_checkout_is_at_the_tested_commit() -> None:
+    assert REAL_TOOLKIT and load_toolkit(REAL_TOOLKIT, TOOLKIT_COMMIT)
 
 
 @pytest.mark.toolkit
