@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from pipelines import WanModel
+from pipelines.errors import OutOfMemory
 from tests.integration.test_local_api import request_for
 from worker.job import JobRunner, cold_start
 from worker.settings import Settings
-from worker.storage import NotStored, Stored
+from worker.storage import LocalFolder, NotStored, Stored
 
 Runner = Callable[..., JobRunner]
 
@@ -149,3 +154,79 @@ def test_a_fault_of_the_worker_is_internal_and_says_nothing_of_it(runner: Runner
 
     answer = run(runner(Broken(set())), job(tiny, {}) | {"id": "test"})
     assert answer["error"] == "INTERNAL: a fault of the worker; its log says more under test"
+
+
+def test_a_job_that_comes_twice_gets_the_same_result_and_the_gpu_is_not_touched(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = job(tiny, {"seed": -1}, {})
+    first = run(runner(), twice)
+    monkeypatch.delattr(WanModel, "generate")
+    assert run(runner(), twice) == first
+
+
+def test_what_a_job_finished_before_it_failed_is_not_made_again(runner: Runner, tiny: Path) -> None:
+    class TakesOnlyTheFirst(LocalFolder):
+        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+            if file.stem == "1":
+                raise NotStored("no place", refused=True)
+            return super().put(file, key, content_type, made_from)
+
+    folder = runner()._settings.output_dir
+    once_more = job(tiny, {"seed": -1}, {"seed": 7})
+    assert len(run(runner(TakesOnlyTheFirst(folder)), once_more)["errors"]) == 1
+    made = {path.name: path.stat().st_mtime_ns for path in (folder / once_more["id"]).glob("0.*")}
+    result = run(runner(), once_more)
+    assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [0, 1]
+    assert made == {path.name: path.stat().st_mtime_ns for path in (folder / once_more["id"]).glob("0.*")}
+
+
+def test_another_job_under_the_same_id_is_made(runner: Runner, tiny: Path) -> None:
+    first = job(tiny, {"seed": 1})
+    other = job(tiny, {"seed": 2}) | {"id": first["id"]}
+    assert [run(runner(), each)["outputs"]["videos"][0]["seed"] for each in (first, other)] == [1, 2]
+
+
+def test_a_prompt_that_cannot_make_it_is_given_up_after_its_first_steps_and_the_others_are_made(
+    runner: Runner, tiny: Path
+) -> None:
+    too_much = {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 150}
+    started = time.monotonic()
+    result = run(runner(job_timeout=12), job(tiny, too_much, {}))
+    assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [1]
+    (error,) = result["errors"]
+    assert error["code"] == "TIMEOUT"
+    assert re.match(r"prompts\[0\]: at [\d.]+ s a step its 150 steps take .* would fit; ask for that", error["message"])
+    assert time.monotonic() - started < 12
+
+
+def test_out_of_memory_names_the_setting_to_change(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = runner()
+
+    def generate(*_: object) -> None:
+        raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size")
+
+    monkeypatch.setattr(worker._model, "generate", generate)
+    assert run(worker, job(tiny, {}))["error"] == (
+        "OUT_OF_MEMORY: the device ran out of memory; ask for fewer frames or a smaller size, or run the worker with "
+        "OFFLOAD_MODE=model"
+    )
+
+
+def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, asked = runner(), []
+
+    def denoise(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker._model, "_denoise", denoise)
+    monkeypatch.setattr(worker._model, "device_answers", lambda: False)
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("to end"))
+    try:
+        answer = run(worker, job(tiny, {}, {}))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert answer == {"error": "INTERNAL: the GPU failed, and this worker leaves; send the job again"}
+    assert asked == ["to end"]

@@ -1,0 +1,173 @@
+import json
+import threading
+import time
+
+import pytest
+import requests
+
+from worker import delivery
+from worker.delivery import Delivery, Identity
+from worker.download import Stopped
+from worker.errors import Code, WorkerError
+from worker.recovery import Recovery
+from worker.settings import Settings
+from worker.storage import LocalFolder, NotStored, storage_of
+
+JOB = Identity.of("job", {"prompts": ["a"]})
+
+
+class Fussy(LocalFolder):
+    """A place that takes nothing for so many times."""
+
+    def __init__(self, folder, failures, refused=False):
+        super().__init__(folder)
+        self.failures, self.refused, self.asked = failures, refused, 0
+
+    def put(self, file, key, content_type, made_from):
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise NotStored(f"no place for `{key}`", self.refused)
+        return super().put(file, key, content_type, made_from)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(delivery, "_FIRST_PAUSE", 0.001)
+
+
+@pytest.fixture
+def recovery(tmp_path):
+    return Recovery(tmp_path / "recovery")
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "0.mp4"
+    file.write_bytes(b"a finished video")
+    return file
+
+
+def soon() -> float:
+    return time.monotonic() + 5
+
+
+def put(delivery, file, give_up_at=None):
+    return delivery.put(file, "video/mp4", give_up_at or soon(), threading.Event())
+
+
+def find(delivery, name="0.mp4"):
+    return delivery.find(name, "video/mp4", time.monotonic(), threading.Event())
+
+
+def test_a_place_that_comes_back_gets_the_file(tmp_path, recovery, file):
+    place = Fussy(tmp_path / "out", failures=5)
+    assert put(Delivery(place, True, recovery, "job", JOB), file).key == "job/0.mp4"
+    assert (tmp_path / "out/job/0.mp4").read_bytes() == b"a finished video"
+    assert not (tmp_path / "recovery").exists()
+
+
+def test_a_place_that_stays_away_leaves_the_file_in_recovery_and_the_next_worker_delivers_it(tmp_path, recovery, file):
+    place = Fussy(tmp_path / "out", failures=1000)
+    with pytest.raises(WorkerError, match=r"no place for `job/0.mp4`; the file is kept, and the next worker") as caught:
+        put(Delivery(place, True, recovery, "job", JOB), file, give_up_at=time.monotonic() + 0.05)
+    assert caught.value.code is Code.UPLOAD_FAILED
+    file.unlink()
+    recovery.send_all(LocalFolder(tmp_path / "out"))
+    assert (tmp_path / "out/job/0.mp4").read_bytes() == b"a finished video"
+    assert list((tmp_path / "recovery").iterdir()) == []
+
+
+def test_a_place_that_refuses_is_asked_four_times_and_not_for_minutes(tmp_path, recovery, file):
+    place = Fussy(tmp_path / "out", failures=1000, refused=True)
+    with pytest.raises(WorkerError):
+        put(Delivery(place, True, recovery, "job", JOB), file)
+    assert place.asked == 4
+
+
+def test_a_stopped_job_stops_trying(tmp_path, recovery, file):
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(Stopped):
+        Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).put(file, "video/mp4", soon(), stopped)
+
+
+def test_a_file_for_a_place_that_the_job_brought_is_not_delivered_anywhere_else(tmp_path, recovery, file):
+    with pytest.raises(WorkerError, match="the same job, delivered again, stores it there"):
+        put(Delivery(Fussy(tmp_path / "theirs", 1000, refused=True), False, recovery, "job", JOB), file)
+    recovery.send_all(LocalFolder(tmp_path / "ours"))
+    assert not (tmp_path / "ours").exists()
+    found = find(Delivery(LocalFolder(tmp_path / "theirs"), False, recovery, "job", JOB))
+    assert found.bytes == (tmp_path / "theirs/job/0.mp4").stat().st_size == 16
+    assert list((tmp_path / "recovery").iterdir()) == []
+
+
+def test_a_kept_file_whose_place_is_still_away_is_not_made_again(tmp_path, recovery, file):
+    place = Fussy(tmp_path / "out", failures=1000, refused=True)
+    with pytest.raises(WorkerError):
+        put(Delivery(place, True, recovery, "job", JOB), file)
+    with pytest.raises(WorkerError, match="the file is kept"):
+        find(Delivery(place, True, recovery, "job", JOB))
+
+
+def test_what_the_same_job_made_is_found_and_what_another_made_is_not(tmp_path, recovery, file):
+    place = LocalFolder(tmp_path / "out")
+    stored = put(Delivery(place, True, recovery, "job", JOB), file)
+    assert find(Delivery(place, True, recovery, "job", JOB)) == stored
+    assert find(Delivery(place, True, recovery, "job", Identity.of("job", {"prompts": ["b"]}))) is None
+    assert find(Delivery(place, True, recovery, "job", JOB), "1.mp4") is None
+
+
+def test_a_job_without_an_id_is_never_the_same(tmp_path, recovery, file):
+    nameless = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "local_test", Identity.of(None, {}))
+    put(nameless, file)
+    nameless.remember(RESULT)
+    assert find(nameless) is None and nameless.recall() is None
+    assert [path.name for path in (tmp_path / "out/local_test").iterdir()] == ["0.mp4"]
+
+
+RESULT = {
+    "outputs": {"images": [], "videos": [{"key": "job/0.mp4", "url": "https://a?signed=S3cr3t", "expires_at": "soon"}]},
+    "warnings": ["ü"],
+}
+
+
+def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
+    settings = Settings(model_id="wan21_1b", bucket_key_prefix="p/", **{k.lower(): v for k, v in s3.environment().items()})
+    mine = Delivery(storage_of(settings), True, recovery, "job", JOB)
+    put(mine, file)
+    mine.remember({**RESULT, "outputs": {"images": [], "videos": [RESULT["outputs"]["videos"][0] | {"key": "p/job/0.mp4"}]}})
+    body = s3.client().get_object(Bucket=s3.bucket, Key="p/job/result.json")["Body"].read().decode()
+    assert "S3cr3t" not in body and "X-Amz" not in body
+    recalled = Delivery(storage_of(settings), True, recovery, "job", JOB).recall()
+    (video,) = recalled["outputs"]["videos"]
+    assert requests.get(video["url"], timeout=10).content == b"a finished video"
+    assert video["expires_at"] > "2026" and recalled["warnings"] == ["ü"]
+
+
+def test_a_result_whose_file_is_gone_is_not_recalled(tmp_path, recovery, file):
+    mine = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "job", JOB)
+    put(mine, file)
+    mine.remember(RESULT)
+    assert mine.recall()
+    (tmp_path / "out/job/0.mp4").unlink()
+    assert mine.recall() is None
+
+
+def test_a_result_that_cannot_be_stored_is_not_missed(tmp_path, recovery):
+    Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).remember(RESULT)
+
+
+def test_a_half_written_file_in_recovery_does_not_count(tmp_path, recovery):
+    (tmp_path / "recovery").mkdir()
+    (tmp_path / "recovery/x.bin").write_bytes(b"half")
+    (tmp_path / "recovery/y.json").write_text('{"key": "job/0.m')
+    (tmp_path / "recovery/z.json").write_text(json.dumps({"key": 1}))
+    recovery.send_all(LocalFolder(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recovery_folder_that_takes_nothing_either_leaves_the_plain_error(tmp_path, file):
+    (tmp_path / "recovery").write_bytes(b"a file in the way")
+    with pytest.raises(WorkerError, match=r"^UPLOAD_FAILED: no place for `job/0.mp4`$"):
+        put(Delivery(Fussy(tmp_path / "out", 9, refused=True), True, Recovery(tmp_path / "recovery"), "job", JOB), file)
+    assert file.exists()
