@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -112,20 +111,22 @@ class Delivery:
             item |= {"url": stored.url, "expires_at": stored.expires_at}
         return result
 
-    def remember(self, result: dict[str, Any]) -> None:
-        """Store the result, without its URLs, beside its files. One that cannot be stored is not missed: see `find`."""
+    def remember(self, result: dict[str, Any], folder: Path) -> None:
+        """Store the result, without its URLs, beside its files; it is written in `folder` first.
+
+        One that cannot be stored is not missed: see `find`.
+        """
         if not self._recurs:
             return
         outputs = {
             kind: [item | {"url": None, "expires_at": None} for item in items] for kind, items in result["outputs"].items()
         }
-        with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
-            file = Path(folder, _RESULT)
-            file.write_text(json.dumps(result | {"outputs": outputs}, ensure_ascii=False))
-            try:
-                self._storage.put(file, self._key(_RESULT), "application/json", self._made_from)
-            except NotStored:
-                log.warning("the result was not stored beside its files", extra={"fields": {"job": self._folder}})
+        file = folder / _RESULT
+        file.write_text(json.dumps(result | {"outputs": outputs}, ensure_ascii=False))
+        try:
+            self._storage.put(file, self._key(_RESULT), "application/json", self._made_from)
+        except NotStored:
+            log.warning("the result was not stored beside its files", extra={"fields": {"job": self._folder}})
 
     def _key(self, name: str) -> str:
         return f"{self._folder}/{name}"

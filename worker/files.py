@@ -1,12 +1,30 @@
-"""Files that are whole or not there, whatever happens to the process that writes them."""
+"""Files that are whole or not there, and temporary ones that go, whatever happens to the process that writes them."""
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_SCRATCH = "worker-wan-lora-"
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the temporary files of this process; it goes when the process ends.
+
+    Those of processes that were killed go now. A folder with this process' own number is of an earlier one that had the same
+    number: in a container, that is every earlier one.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        number = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if number.isdigit() and (int(number) == os.getpid() or not Path(f"/proc/{number}").exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_a_job_that_cannot_make_it_is_given_up_after_three_steps(clock):
     step, text = failure(clock, limit=100, seconds_per_step=10)
     assert step == 3
     assert text.startswith(
-        "prompts[1]: at 10 s a step its 20 steps take 200 s, and it had 100 s left of the 100 s of JOB_TIMEOUT"
+        "TIMEOUT: prompts[1]: at 10 s a step its 20 steps take 200 s, and it had 100 s left of the 100 s of JOB_TIMEOUT"
     )
 
 

@@ -120,7 +120,7 @@ def test_what_the_same_job_made_is_found_and_what_another_made_is_not(tmp_path, 
 def test_a_job_without_an_id_is_never_the_same(tmp_path, recovery, file):
     nameless = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "local_test", Identity.of(None, {}))
     put(nameless, file)
-    nameless.remember(RESULT)
+    nameless.remember(RESULT, tmp_path)
     assert find(nameless) is None and nameless.recall() is None
     assert [path.name for path in (tmp_path / "out/local_test").iterdir()] == ["0.mp4"]
 
@@ -135,7 +135,8 @@ def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
     settings = Settings(model_id="wan21_1b", bucket_key_prefix="p/", **{k.lower(): v for k, v in s3.environment().items()})
     mine = Delivery(storage_of(settings), True, recovery, "job", JOB)
     put(mine, file)
-    mine.remember({**RESULT, "outputs": {"images": [], "videos": [RESULT["outputs"]["videos"][0] | {"key": "p/job/0.mp4"}]}})
+    outputs = {"images": [], "videos": [RESULT["outputs"]["videos"][0] | {"key": "p/job/0.mp4"}]}
+    mine.remember(RESULT | {"outputs": outputs}, file.parent)
     body = s3.client().get_object(Bucket=s3.bucket, Key="p/job/result.json")["Body"].read().decode()
     assert "S3cr3t" not in body and "X-Amz" not in body
     recalled = Delivery(storage_of(settings), True, recovery, "job", JOB).recall()
@@ -147,14 +148,14 @@ def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
 def test_a_result_whose_file_is_gone_is_not_recalled(tmp_path, recovery, file):
     mine = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "job", JOB)
     put(mine, file)
-    mine.remember(RESULT)
+    mine.remember(RESULT, tmp_path)
     assert mine.recall()
     (tmp_path / "out/job/0.mp4").unlink()
     assert mine.recall() is None
 
 
 def test_a_result_that_cannot_be_stored_is_not_missed(tmp_path, recovery):
-    Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).remember(RESULT)
+    Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).remember(RESULT, tmp_path)
 
 
 def test_a_half_written_file_in_recovery_does_not_count(tmp_path, recovery):

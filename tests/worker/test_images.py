@@ -37,7 +37,7 @@ BASE64 = base64.b64encode(PNG).decode()
 @pytest.fixture
 def load(stop):
     def load(source: str, max_bytes: int = 1_000_000) -> Image.Image:
-        return load_control_image(source, "documented", ["prompts[0].ctrl_img"], max_bytes, stop)
+        return load_control_image(source, "documented", ["prompts[0].ctrl_img"], max_bytes, stop, private=True)
 
     return load
 
@@ -268,6 +268,12 @@ def test_a_url_that_gives_no_image_says_why_and_not_from_where(load, web, path, 
     text = failure(load, web.url(path), max_bytes=1000)
     assert says in text
     assert "S3cr3t" not in text and "127.0.0.1" not in text
+
+
+def test_an_address_that_is_not_public_is_told_with_the_rule(web, stop):
+    with pytest.raises(WorkerError, match=r"^CONTROL_IMAGE_INVALID: `f`: .* the address is not public; use a public one"):
+        load_control_image(web.gives("/i.png", PNG), "documented", ["f"], 1_000_000, stop)
+    assert not web.requests
 
 
 def test_too_many_pixels_are_refused_with_their_number(load):

@@ -3,12 +3,13 @@ import json
 import logging
 import re
 import time
+import warnings
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from worker import logs
-from worker.logs import log, stage
+from worker.logs import hidden, log, redact, stage
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def lines(monkeypatch):
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     root.handlers[:] = handlers
     root.setLevel(root_level)
+    logging.captureWarnings(False)
     log.setLevel(level)
 
 
@@ -107,3 +109,65 @@ def test_a_stage_that_runs_twice_adds_its_seconds_up():
 def test_a_stage_needs_no_timings():
     with stage("wait"):
         pass
+
+
+SIGNED = "https://bucket.example.com/a.mp4?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=5ec2e7"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"GET {SIGNED} failed", "GET https://bucket.example.com/a.mp4?… failed"),
+        (f"'{SIGNED}'", "'https://bucket.example.com/a.mp4?…'"),
+        ('"GET /a.safetensors?token=5ec2e7 HTTP/1.1" 200', '"GET /a.safetensors?… HTTP/1.1" 200'),
+        ("url: /a?response[x]=1&sig=5ec2e7 (Caused by", "url: /a?… (Caused by"),
+        ("https://me:5ec2e7@example.com/a", "https://…@example.com/a"),
+        ("Authorization: Bearer 5ec2e75ec2e7", "Authorization: Bearer …"),
+        ("{'Authorization': 'Bearer hf_5ec2e75ec2e7'}", "{'Authorization': 'Bearer hf_…'}"),
+        ("the token hf_5ec2e75ec2e7 is wrong", "the token hf_… is wrong"),
+        ("AWS4-HMAC-SHA256 Credential=AKIA5EC2E75EC2E7AAAA/2026, Signature=5ec2e7", None),
+        ("&X-Amz-Security-Token=5ec2e7&x=1", "&X-Amz-Security-Token=…&x=1"),
+        ("Is it right? Yes: a = b, 832x480", "Is it right? Yes: a = b, 832x480"),
+        ("prompts[0]: what? 3 steps", "prompts[0]: what? 3 steps"),
+    ],
+)
+def test_what_looks_secret_is_taken_out_and_nothing_else(text, shown):
+    if shown is not None:
+        assert redact(text) == shown
+    assert "5ec2e7" not in redact(text).lower()
+
+
+def test_a_known_secret_is_in_no_message_field_or_traceback(lines):
+    with hidden(["correct horse"]):
+        try:
+            raise ValueError("it is correct horse")
+        except ValueError:
+            log.exception("%s!", "correct horse", extra={"fields": {"why": "correct horse"}})
+    log.info("the horse is correct")
+    assert "correct horse" not in json.dumps(lines())
+    assert lines()[0]["message"] == "…!" and lines()[1]["message"] == "the horse is correct"
+
+
+def test_a_secret_is_hidden_as_long_as_one_job_has_it(lines):
+    with hidden(["correct horse"]):
+        with hidden(["correct horse"]):
+            pass
+        log.info("correct horse")
+    assert lines()[0]["message"] == "…"
+
+
+def test_a_secret_too_short_to_be_one_does_not_eat_the_log(lines):
+    with hidden(["a", ""]):
+        log.info("a value")
+    assert lines()[0]["message"] == "a value"
+
+
+def test_what_libraries_log_and_warn_is_guarded_too(lines):
+    logging.getLogger("urllib3.connectionpool").warning("Retrying: %s", SIGNED)
+    warnings.warn(f"slow: {SIGNED}", stacklevel=1)
+    assert len(lines()) == 2 and "5ec2e7" not in json.dumps(lines())
+
+
+def test_a_library_line_with_wrong_arguments_is_still_logged(lines):
+    logging.getLogger("some.library").warning("%d of %d", "one")
+    assert lines()[0]["message"] == "%d of %d"

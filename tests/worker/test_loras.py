@@ -1,14 +1,18 @@
+import errno
 import json
+import os
 import pickle
 import struct
+import threading
 import zipfile
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from worker.errors import Code, WorkerError
-from worker.loras import authorization, download_url, fetch_lora
+from worker.loras import authorization, download_url, fetch_lora, unsigned
 from worker.request import Lora
 from worker.settings import Settings
 
@@ -20,16 +24,22 @@ OTHER_WEIGHTS = save({"other": np.ones((2, 2), np.float16)})
 def settings(tmp_path):
     (tmp_path / "loras" / "job").mkdir(parents=True)
     return Settings(
-        model_id="wan21_1b", lora_dir=tmp_path / "loras", lora_cache_dir=tmp_path / "cache", max_lora_bytes=1_000_000
+        model_id="wan21_1b",
+        lora_dir=tmp_path / "loras",
+        lora_cache_dir=tmp_path / "cache",
+        max_lora_bytes=1_000_000,
+        allow_private_downloads=True,
     )
 
 
 @pytest.fixture
 def fetch(settings, stop):
-    def fetch(path, hf_token=None):
-        return fetch_lora(Lora(path=path), 0, hf_token, settings, stop)
+    with ExitStack() as held:
 
-    return fetch
+        def fetch(path, hf_token=None):
+            return fetch_lora(Lora(path=path), 0, hf_token, settings, stop, held)
+
+        yield fetch
 
 
 def failure(fetch, path, code) -> str:
@@ -94,7 +104,7 @@ def test_lora_dir_itself_can_be_a_link(settings, stop, tmp_path):
     (settings.lora_dir / "a.safetensors").write_bytes(WEIGHTS)
     (tmp_path / "link").symlink_to(settings.lora_dir)
     linked = settings.model_copy(update={"lora_dir": tmp_path / "link"})
-    assert fetch_lora(Lora(path="a.safetensors"), 0, None, linked, stop).metadata == {"name": "mine"}
+    assert fetch_lora(Lora(path="a.safetensors"), 0, None, linked, stop, ExitStack()).metadata == {"name": "mine"}
 
 
 def test_the_error_does_not_tell_where_the_lora_folder_is(fetch, settings):
@@ -146,9 +156,30 @@ def test_a_name_of_another_format_is_refused_unread(fetch, settings, name):
     assert "does not end in .safetensors" in failure(fetch, name, Code.LORA_INVALID)
 
 
-def test_a_downloaded_web_page_is_no_lora(fetch, web):
-    url = web.gives("/a.safetensors", b"<!doctype html><title>Log in</title>")
-    assert "web page" in failure(fetch, url, Code.LORA_INVALID)
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        pytest.param(b"<!doctype html><title>Log in</title>", "web page", id="html"),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", id="lfs"),
+        pytest.param(b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0\0\0", "pickle", id="zipped pickle"),
+        pytest.param(b'{"error": "not found"}' + b" " * 64, "not in safetensors format", id="json"),
+    ],
+)
+def test_a_download_ends_at_the_first_bytes_that_no_lora_has(fetch, web, head, says):
+    enough = threading.Event()
+
+    def pieces():
+        yield head
+        enough.wait(30)
+
+    url = web.in_pieces("/a.safetensors", pieces())
+    assert says in failure(fetch, url, Code.LORA_INVALID)
+    assert web.hits("/a.safetensors") == 1
+    enough.set()
+
+
+def test_an_empty_download_is_no_lora(fetch, web):
+    assert "empty" in failure(fetch, web.gives("/a", b""), Code.LORA_INVALID)
 
 
 # URLs
@@ -157,7 +188,7 @@ def test_a_downloaded_web_page_is_no_lora(fetch, web):
 def test_a_url_is_downloaded_into_the_cache(fetch, web, settings):
     lora = fetch(web.gives("/a.safetensors", WEIGHTS))
     assert lora.metadata == {"name": "mine"}
-    assert lora.path.parent == settings.lora_cache_dir
+    assert lora.path.is_relative_to(settings.lora_cache_dir)
 
 
 def test_an_unchanged_file_is_not_downloaded_twice(fetch, web):
@@ -176,21 +207,6 @@ def test_a_changed_file_is_downloaded_again(fetch, web):
     assert web.headers("/a")["If-None-Match"] == '"v2"'
 
 
-def test_without_an_etag_it_is_downloaded_every_time(fetch, web):
-    url = web.gives("/a", WEIGHTS)
-    fetch(url)
-    web.gives("/a", OTHER_WEIGHTS)
-    assert set(fetch(url).shapes) == {"other"}
-    assert "If-None-Match" not in web.headers("/a")
-
-
-def test_an_etag_of_an_older_file_is_not_kept(fetch, web):
-    fetch(web.versions("/a", WEIGHTS, '"v1"'))
-    fetch(web.gives("/a", OTHER_WEIGHTS))
-    fetch(web.url("/a"))
-    assert "If-None-Match" not in web.headers("/a")
-
-
 def test_a_file_that_was_removed_from_the_cache_is_downloaded_again(fetch, web):
     url = web.versions("/a", WEIGHTS, '"v1"')
     fetch(url).path.unlink()
@@ -202,6 +218,74 @@ def test_two_urls_are_two_files(fetch, web):
     second = fetch(web.gives("/a.safetensors?version=2", OTHER_WEIGHTS))
     assert first.path != second.path
     assert set(second.shapes) == {"other"}
+
+
+SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=K3y&X-Amz-Date={}&X-Amz-Signature=S3cr3t{}"
+
+
+def test_a_url_that_is_signed_anew_names_the_same_file(fetch, web):
+    first = fetch(web.versions(f"/a?{SIGNED.format(1, 1)}", WEIGHTS, '"v1"'))
+    again = f"/a?{SIGNED.format(2, 2)}"
+    assert fetch(web.versions(again, WEIGHTS, '"v1"')) == first
+    assert web.headers(again)["If-None-Match"] == '"v1"'
+
+
+@pytest.mark.parametrize("headers", [{}, {"ETag": '"v1"'}])
+def test_a_wrong_signature_gets_nothing_from_the_cache(fetch, web, headers):
+    fetch(web.gives(f"/a?{SIGNED.format(1, 1)}", WEIGHTS, **headers))
+    assert "403" in failure(fetch, web.gives(f"/a?{SIGNED.format(1, 'x')}", status=403), Code.LORA_DOWNLOAD_FAILED)
+
+
+def test_nothing_of_a_url_is_written_down(fetch, web, settings):
+    fetch(web.versions(f"/folder/name.safetensors?{SIGNED.format(1, 1)}", WEIGHTS, '"v1"'))
+    for path in settings.lora_cache_dir.rglob("*"):
+        text = str(path.relative_to(settings.lora_cache_dir)) + (path.read_bytes().decode("latin-1") if path.is_file() else "")
+        assert not any(part in text for part in ("S3cr3t", "K3y", "X-Amz", "127.0.0.1", "name.safetensors", "http"))
+
+
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("X-Amz-Date=1&versionId=7&X-Amz-Expires=9&X-Amz-Signature=ab", "?versionId=7"),
+        ("X-Goog-Date=1&X-Goog-Signature=ab&generation=7", "?generation=7"),
+        ("AWSAccessKeyId=K&Signature=a%2B&Expires=1", ""),
+        ("Expires=1&Signature=a&Key-Pair-Id=K&v=2", "?v=2"),
+        ("sv=2024&se=2026&sr=b&sp=r&sig=a", ""),
+        ("token=a&expires=1", "?token=a&expires=1"),
+        ("se=1", "?se=1"),
+        ("design=a", "?design=a"),
+        ("", ""),
+    ],
+)
+def test_what_a_signature_brings_along_names_no_file(query, kept):
+    assert unsigned(f"https://example.com/a?{query}#part") == f"https://example.com/a{kept}"
+
+
+def test_a_server_that_is_down_leaves_us_the_copy(fetch, web):
+    url = web.versions("/a", WEIGHTS, '"v1"')
+    first = fetch(url)
+    web.gives("/a", status=503)
+    assert fetch(url) == first
+
+
+def test_a_new_version_that_breaks_off_is_not_replaced_by_the_old(fetch, web):
+    url = web.versions("/a", WEIGHTS, '"v1"')
+    fetch(url)
+    web.breaks_off("/a", OTHER_WEIGHTS[:-8], len(OTHER_WEIGHTS))
+    assert "broke off" in failure(fetch, url, Code.LORA_DOWNLOAD_FAILED)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "more room, or lower LORA_CACHE_MAX_BYTES"), (errno.EROFS, "can write there")]
+)
+def test_a_cache_that_cannot_be_written_to_is_told_with_a_remedy(fetch, web, monkeypatch, number, remedy):
+    def fails(*arguments, **options):
+        raise OSError(number, os.strerror(number), "/secret/folder")
+
+    monkeypatch.setattr("worker.loras.fetch_into", fails)
+    text = failure(fetch, web.url("/a"), Code.LORA_DOWNLOAD_FAILED)
+    assert remedy in text
+    assert os.strerror(number) in text and "/secret" not in text
 
 
 @pytest.mark.parametrize("status", [401, 404, 500])

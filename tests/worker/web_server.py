@@ -1,7 +1,8 @@
-"""A web server with scripted answers on 127.0.0.1, for tests of downloads."""
+"""A web server with scripted answers on this machine, for tests of downloads."""
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +21,9 @@ class Web:
         self.address = address
         self.requests: list[tuple[str, dict[str, str]]] = []
         """(path, headers) of everything that was asked."""
+        self.uploads: dict[str, bytes] = {}
+        """What was PUT, by path."""
+        self.left = threading.Event()
         self._scripts: dict[str, list[Serve]] = defaultdict(list)
         self._given: dict[str, int] = defaultdict(int)
 
@@ -52,12 +56,13 @@ class Web:
 
         return self.runs(path, serve)
 
-    def breaks_off(self, path: str, body: bytes, declared: int) -> str:
+    def breaks_off(self, path: str, body: bytes, declared: int, **headers: str) -> str:
         """The connection ends before `declared` bytes have come."""
 
         def serve(handler: BaseHTTPRequestHandler) -> None:
             handler.send_response(200)
-            handler.send_header("Content-Length", str(declared))
+            for name, value in {"Content-Length": str(declared), **headers}.items():
+                handler.send_header(name.replace("_", "-"), value)
             handler.end_headers()
             handler.wfile.write(body)
 
@@ -94,6 +99,43 @@ class Web:
 
         return self.runs(path, serve)
 
+    def continues(self, path: str, body: bytes, breaks: Iterable[int] = (), **validators: str) -> str:
+        """A file that can be asked for in part. The n-th answer breaks off at the n-th of `breaks`, later ones do not."""
+        ends = iter(breaks)
+
+        def serve(handler: BaseHTTPRequestHandler) -> None:
+            range, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
+            start = int(range[6:-1]) if range and condition in validators.values() else 0
+            handler.send_response(206 if start else 200)
+            for name, value in validators.items():
+                handler.send_header(name.replace("_", "-"), value)
+            if start:
+                handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            handler.send_header("Content-Length", str(len(body) - start))
+            handler.end_headers()
+            handler.wfile.write(body[start : next(ends, len(body))])
+
+        return self.runs(path, serve)
+
+    def writes(self, path: str, *parts: bytes, then: bytes = b"", pause: float = 0.0) -> str:
+        """Raw bytes, the status line and all; `then` comes after them for ever, `pause` seconds apart, or nothing more does.
+
+        It is the client that hangs up, and `left` is set when it has.
+        """
+
+        def serve(handler: BaseHTTPRequestHandler) -> None:
+            try:
+                for part in parts:
+                    handler.wfile.write(part)
+                while then:
+                    handler.wfile.write(then)
+                    time.sleep(pause)
+                handler.rfile.read(1)
+            finally:
+                self.left.set()
+
+        return self.runs(path, serve)
+
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         self.requests.append((handler.path, dict(handler.headers.items())))
         script, given = self._scripts[handler.path], self._given[handler.path]
@@ -112,18 +154,26 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve() -> Iterator[Web]:
-    """Serve while the block runs."""
+def serve(address: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> Iterator[Web]:
+    """Serve while the block runs, with TLS when there is a context."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             web.answer(self)
 
+        def do_PUT(self) -> None:
+            if self.headers.get("Expect") == "100-continue":
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            web.uploads[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+            web.answer(self)
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        web = Web(f"http://127.0.0.1:{server.server_port}")
+    with _Server((address, 0), Handler) as server:
+        web = Web(f"{'https' if context else 'http'}://{address}:{server.server_port}")
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
