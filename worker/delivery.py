@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from worker.addresses import NotPublic
 from worker.download import Stopped
-from worker.errors import Code, WorkerError
+from worker.errors import Code, Problem, WorkerError
 from worker.logs import log
 from worker.recovery import Kept, Recovery
 from worker.storage import NotStored, Storage, Stored
@@ -61,9 +62,13 @@ class Delivery:
         self._made_from = identity.sum if identity.recurs else ""
 
     def check(self) -> None:
-        """Whether a place that the job brought takes its files; the worker's own was checked at start. Raises NotStored."""
-        if not self._own:
+        """Whether a place that the job brought takes its files; the worker's own was checked at start. Raises WorkerError."""
+        if self._own:
+            return
+        try:
             self._storage.check()
+        except NotPublic as error:
+            raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config.endpointUrl", str(error))]) from error
 
     def put(self, file: Path, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
         """Store `file` under its name, trying until `give_up_at` (`time.monotonic`).

@@ -1,117 +1,211 @@
-"""http(s) → bytes or a file: bounded in size and time, tried again where that can help.
+"""http(s) → bytes or a file: bounded in size and time, and continued where a connection broke off.
 
-Says in a few words why a download failed, without the URL, which can be signed.
+Says in a few words why a download failed, without the URL, which can be signed. Knows nothing of what is downloaded.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import IO
 
 import requests
-import urllib3
 
-from worker.files import atomic_write
+from worker.web import Clock, DownloadError, Stopped, TryAgain, opened, read, too_large
 
-_CONNECT_SECONDS = 10.0
-_READ_SECONDS = 60.0
-_TRIES = 3
-_REDIRECTS = 5
-_TOTAL_SECONDS = 1800.0
-_CHUNK = 1 << 18
+__all__ = ["Answer", "DownloadError", "ServerDown", "Stopped", "fetch_bytes", "fetch_into"]
 
-
-class DownloadError(Exception):
-    """Why nothing was fetched, in words for the client."""
+_TRIES, _MOST_TRIES = 3, 20
+"""In a row without progress, and in all."""
+_HEAD = 16
+_ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
+_CONDITIONS = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 
 
-class Stopped(Exception):
-    """The job was cancelled, or ran out of time, and its threads must leave."""
+class ServerDown(DownloadError):
+    """No try got as far as the file: what the server gave earlier may still be current."""
 
 
-def fetch_bytes(url: str, max_bytes: int, stop: threading.Event) -> bytes:
+@dataclass(frozen=True)
+class Answer:
+    """What a server said of a file."""
+
+    status: int
+    """200, or 304 when the caller's headers asked whether the file has changed and it has not."""
+    validators: dict[str, str]
+    """Request headers that ask whether the body is still current; none when the server gives nothing to ask with."""
+
+
+def fetch_bytes(url: str, max_bytes: int, stop: threading.Event, *, private: bool = False) -> bytes:
     """The body of `url`. Raises DownloadError, Stopped."""
     body = io.BytesIO()
-    _fetch(url, {}, body, max_bytes, stop)
+    fetch_into(body, url, max_bytes, stop, private=private)
     return body.getvalue()
 
 
-def fetch_file(url: str, target: Path, max_bytes: int, stop: threading.Event, headers: Mapping[str, str]) -> str | None:
-    """Write the body of `url` to `target`, whole or not at all. Returns its ETag.
+def fetch_into(
+    file: IO[bytes],
+    url: str,
+    max_bytes: int,
+    stop: threading.Event,
+    *,
+    private: bool = False,
+    headers: Mapping[str, str] = {},
+    look: Callable[[bytes], None] | None = None,
+) -> Answer:
+    """Write the body of `url` into `file`, which is emptied first; after an answer of 304 it is empty.
 
-    With an `If-None-Match` header, an answer of 304 leaves `target` as it is. Raises DownloadError, Stopped.
+    `private` allows addresses that are not public. An `Authorization` among the `headers` goes to the URL's own host alone.
+    `look` gets the first bytes of the body (at least 16, or all of a shorter body) as soon as they are there, and may raise
+    to end the download; it is called again when a download starts over.
+
+    Lost connections, 429 and 5xx are tried again after 1 and 2 seconds: three times in a row, where a try that brings the
+    file further starts the count anew. Raises DownloadError, ServerDown, Stopped, and what `look` and `file` raise.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
-        with temporary.open("wb") as file:
-            status, etag = _fetch(url, headers, file, max_bytes, stop)
-        if status == 304:
-            temporary.unlink()
-    return etag
-
-
-def _fetch(
-    url: str, headers: Mapping[str, str], sink: IO[bytes], max_bytes: int, stop: threading.Event
-) -> tuple[int, str | None]:
-    """(status, ETag) after the body is in `sink`. Lost connections, 429 and 5xx are tried again, after 1 and 2 seconds."""
-    for attempt in range(1, _TRIES + 1):
-        if attempt > 1 and stop.wait(attempt - 1):
-            raise Stopped
-        sink.seek(0)
-        sink.truncate()
+    body = _Body(file, max_bytes, look)
+    started = time.monotonic()
+    tries = fruitless = 0
+    while True:
+        kept = body.kept
         try:
-            return _fetch_once(url, headers, sink, max_bytes, stop)
-        except _Again as again:
-            reason = str(again)
-    raise DownloadError(f"{reason}, {_TRIES} times")
-
-
-class _Again(Exception):
-    """A failure that another try can mend."""
-
-
-def _fetch_once(
-    url: str, headers: Mapping[str, str], sink: IO[bytes], max_bytes: int, stop: threading.Event
-) -> tuple[int, str | None]:
-    session = requests.Session()
-    session.max_redirects = _REDIRECTS
-    try:
-        with session.get(url, headers=headers, stream=True, timeout=(_CONNECT_SECONDS, _READ_SECONDS)) as response:
-            status = response.status_code
-            if status == 429 or status >= 500:
-                raise _Again(f"the server answered {status}")
-            if status not in (200, 304):
-                raise DownloadError(f"the server answered {status}")
-            _copy(response, sink, max_bytes, stop)
-            return status, response.headers.get("ETag")
-    except requests.TooManyRedirects:
-        raise DownloadError(f"more than {_REDIRECTS} redirects") from None
-    except requests.Timeout:
-        raise _Again("the server did not answer in time") from None
-    except (requests.ConnectionError, urllib3.exceptions.HTTPError):
-        raise _Again("the connection failed") from None
-    except (requests.RequestException, ValueError):
-        raise DownloadError("it is no URL that can be fetched") from None
-
-
-def _copy(response: requests.Response, sink: IO[bytes], max_bytes: int, stop: threading.Event) -> None:
-    declared = response.headers.get("Content-Length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")
-    total, started = 0, time.monotonic()
-    # read1 gives what is there; `iter_content` would wait for a whole chunk, however slowly it comes.
-    while chunk := response.raw.read1(_CHUNK, decode_content=True):
-        if stop.is_set():
+            return _try(body, url, headers, Clock(stop, started, max_bytes), private)
+        except TryAgain as again:
+            tries += 1
+            fruitless = fruitless + 1 if body.kept == kept else 0
+            if fruitless == _TRIES or tries == _MOST_TRIES:
+                failure = DownloadError if body.began else ServerDown
+                raise failure(f"{again}, {tries} times") from None
+        if stop.wait(max(fruitless, 1)):
             raise Stopped
-        if time.monotonic() - started > _TOTAL_SECONDS:
-            raise DownloadError(f"it took longer than {_TOTAL_SECONDS / 60:.0f} minutes")
-        total += len(chunk)
-        if total > max_bytes:
-            raise DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")
-        sink.write(chunk)
-    if declared.isdigit() and "Content-Encoding" not in response.headers and total < int(declared):
-        raise _Again("the connection broke off before the end")
+
+
+def _try(body: _Body, url: str, headers: Mapping[str, str], clock: Clock, private: bool) -> Answer:
+    conditions = {name.title(): value for name, value in headers.items() if name.title() in _CONDITIONS.values()}
+    resuming = body.resuming()
+    if resuming:  # the whole file has been asked for already, and is wanted
+        headers = {name: value for name, value in headers.items() if name.title() not in conditions} | resuming
+        conditions = {}
+    with opened(url, headers, clock, private=private) as response:
+        status = response.status_code
+        if status == 429 or status >= 500:
+            raise TryAgain(f"the server answered {status}")
+        if status == 304 and conditions:
+            body.empty()
+            return Answer(304, conditions | _validators(response))
+        if status == 200:
+            body.start(response)
+        elif status in (206, 416) and resuming:
+            body.go_on(response)
+        else:
+            raise DownloadError(f"the server answered {status}", status)
+        while chunk := read(response):
+            body.write(chunk)
+        body.finish()
+        return Answer(200, body.validators)
+
+
+class _Body:
+    """What has come so far, in the caller's file, and whether the rest alone can be asked for."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int, look: Callable[[bytes], None] | None) -> None:
+        self.validators: dict[str, str] = {}
+        self.kept = 0
+        """The most bytes there ever were for another try to add to."""
+        self.began = False
+        """Whether a server ever sent some of it, or was about to."""
+        self._file = file
+        self._max_bytes = max_bytes
+        self._look = look
+        self.empty()
+
+    def empty(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._size = 0
+        self._total: int | None = None
+        self._version: str | None = None
+        self._head: bytes | None = b""
+
+    def start(self, response: requests.Response) -> None:
+        """The whole body follows. Raises DownloadError when it is too large, or packed in a way that is not unpacked."""
+        self.empty()
+        self.began = True
+        self.validators = _validators(response)
+        encoding = _encoding(response)
+        if encoding not in _ENCODINGS:
+            raise DownloadError("the server packs it in a way that this worker does not unpack; use a URL of the plain file")
+        length = response.raw.length_remaining
+        self._check(length or 0)
+        if encoding == "identity":
+            self._total = length
+            self._version = _version(response)
+
+    def resuming(self) -> dict[str, str]:
+        """Request headers that ask for the rest, if it is of the same version; none when all has to be asked for again."""
+        return {"Range": f"bytes={self._size}-", "If-Range": self._version} if self._size and self._version else {}
+
+    def go_on(self, response: requests.Response) -> None:
+        """Exactly what is missing follows. Raises TryAgain when it does not; the next try starts over."""
+        given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", ""))
+        fits = (
+            response.status_code == 206
+            and given is not None
+            and int(given[1]) == self._size
+            and self._total in (None, int(given[2]))
+            and _version(response) in (None, self._version)
+            and _encoding(response) == "identity"
+        )
+        if not fits or given is None:
+            self.empty()
+            raise TryAgain("the server did not go on where it broke off")
+        self._total = int(given[2])
+        self._check(self._total)
+
+    def write(self, chunk: bytes) -> None:
+        self._check(self._size + len(chunk))
+        self._file.write(chunk)
+        self._size += len(chunk)
+        if self._version:
+            self.kept = max(self.kept, self._size)
+        if self._head is not None:
+            self._head += chunk
+            if len(self._head) >= _HEAD:
+                self._show_head()
+
+    def finish(self) -> None:
+        """Raises TryAgain when it is not the whole body."""
+        if self._total is not None and self._size != self._total:
+            if self._size > self._total:
+                self.empty()
+            raise TryAgain("the connection broke off before the end")
+        if self._head is not None:
+            self._show_head()
+
+    def _show_head(self) -> None:
+        head, self._head = self._head or b"", None
+        if self._look:
+            self._look(head)
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise too_large(self._max_bytes)
+
+
+def _validators(response: requests.Response) -> dict[str, str]:
+    return {ask: response.headers[name] for name, ask in _CONDITIONS.items() if name in response.headers}
+
+
+def _version(response: requests.Response) -> str | None:
+    """For `If-Range`: an ETag that stands for the very bytes, else a date that a later change cannot have as well."""
+    etag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+    if etag:
+        return etag if etag.startswith('"') else None
+    return modified if modified != response.headers.get("Date", modified) else None
+
+
+def _encoding(response: requests.Response) -> str:
+    return response.headers.get("Content-Encoding", "").strip().lower() or "identity"

@@ -52,9 +52,9 @@ MEANING: dict[Code, str] = {
     Code.AI_TOOLKIT_REQUIRED: "at start: no usable ai-toolkit checkout",
     Code.CHECKPOINT_NOT_FOUND: "at start: weights are missing",
     Code.STORAGE_NOT_CONFIGURED: "at start: a cloud worker without a bucket",
-    Code.UPLOAD_FAILED: "the bucket did not take the result",
+    Code.UPLOAD_FAILED: "the bucket did not take the result, which is kept; or at start: takes nothing",
     Code.OUT_OF_MEMORY: "the job is too large for the device",
-    Code.TIMEOUT: "the job passed JOB_TIMEOUT",
+    Code.TIMEOUT: "the job passed JOB_TIMEOUT, or is too slow to make it",
     Code.CANCELLED: "the job was stopped",
     Code.INTERNAL: "a fault of the worker; its log has the traceback",
 }

@@ -71,7 +71,7 @@ def path_of(location: Location) -> str:
 
 def _shown(name: str) -> str:
     """A field's name as far as it can be one; a client's own text is cut short."""
-    return re.sub(r"[^\w -]", "?", name)[:40]
+    return re.sub(r"[^\w -]", "?", name[:32])
 
 
 def _home_of(location: Location) -> str:
@@ -80,7 +80,7 @@ def _home_of(location: Location) -> str:
 
 
 def _unknown_field(location: Location, models: Models) -> str:
-    name, here = str(location[-1]).lower(), _home_of(location)
+    name, here = str(location[-1])[:100].lower(), _home_of(location)
     fields = models[here].model_fields
     prefix_of = {known: prefix for prefix, model in models.items() for known in model.model_fields}
     prefix_of |= dict.fromkeys(fields, "")
@@ -110,17 +110,19 @@ def _rule(location: Location, models: Models) -> str:
     kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
     if "maximum" in schema:
         kind += f" from {schema['minimum']} to {schema['maximum']}"
+    if "maxLength" in schema:
+        kind += f" of at most {schema['maxLength']} characters"
     return kind + (f", such as {schema['examples'][0]!r}" if "examples" in schema else "")
 
 
 def _instead_of(problem: Any) -> str:
-    """What was sent, when it is short and can be no secret."""
+    """What was sent, when it is shorter than a token and can be no secret."""
     value, name = problem["input"], problem["loc"][-1]
     if name in _SECRET_FIELDS:
         return ""
     if value is None or isinstance(value, (bool, int, float)):
         return f"; got {str(value)[:40]}"
     if isinstance(value, str):
-        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,40}", value, re.ASCII) else "; got another text"
+        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,32}", value, re.ASCII) else "; got another text"
     kind = "list" if isinstance(value, list) else "object"
     return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

@@ -8,42 +8,65 @@ import io
 import re
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from pipelines.catalog import Match
 from worker.download import DownloadError, fetch_bytes
 from worker.errors import Code, Problem, WorkerError
 from worker.request import is_url
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO")
-"""Not what Pillow hands to other programs, as it does with EPS."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")
+"""Not what Pillow hands to other programs, as it does with EPS, or decodes before it tells the size, as it does with ICO."""
 
 MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
 
+_AT_MOST = f"more than {MAX_PIXELS / 1e6:.0f} million; shrink it"
 
-def load_control_image(source: str, match: Match, fields: Sequence[str], max_bytes: int, stop: threading.Event) -> Image.Image:
+_MAX_PASSES = 50
+"""Encoders write 1 to some 15; each is a pass over all pixels."""
+
+_JPEG_MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")
+"""The next one, beyond entropy-coded data: there 0 follows after 255, or the number of a restart."""
+
+_TURN: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the EXIF's orientation; 1 is upright."""
+
+
+def load_control_image(
+    source: str, match: Match, fields: Sequence[str], max_bytes: int, stop: threading.Event, private: bool = False
+) -> Image.Image:
     """The image as the model takes it, RGB: the first frame of an animation.
 
     In `documented` it is turned upright by its EXIF, and transparency is flattened on black, the trainer's default for its
     data (`control_transparent_color`). In `preview` it is what the trainer's samples see, which know neither: as it is
-    stored, the alpha channel left out.
+    stored, the alpha channel left out. `private` allows URLs whose addresses are not public.
 
     Raises WorkerError with CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
-        return decode(_read(source, max_bytes, stop), match)
+        return decode(_read(source, max_bytes, stop, private), match)
     except (DownloadError, ValueError) as error:
         raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error)) for where in fields]) from error
 
 
-def _read(source: str, max_bytes: int, stop: threading.Event) -> bytes:
+def _read(source: str, max_bytes: int, stop: threading.Event, private: bool) -> bytes:
     if is_url(source):
         try:
-            return fetch_bytes(source, max_bytes, stop)
+            return fetch_bytes(source, max_bytes, stop, private=private)
         except DownloadError as error:
             raise DownloadError(f"the image could not be downloaded: {error}; check the URL") from error
     text = source.strip()
@@ -65,18 +88,67 @@ def decode(data: bytes, match: Match = "documented") -> Image.Image:
     """See `load_control_image`. Raises ValueError with what is wrong in words."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height <= MAX_PIXELS:
+            problem = _too_large(image) or _too_slow(image, data)
+            if not problem:
                 image.seek(0)
-                return image.convert("RGB") if match == "preview" else _flattened(ImageOps.exif_transpose(image))
+                return image.convert("RGB") if match == "preview" else _flattened(_upright(image))
     except Image.DecompressionBombError:
-        width = height = 0
+        problem = f"the image has too many pixels, {_AT_MOST}"
     except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
         if data.lstrip()[:1] == b"<":
             raise ValueError("it is a web page or SVG, not an image; use the image's own URL (PNG, JPEG or WebP)") from error
         raise ValueError("it is no image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
-    size = f"{width}x{height} pixels" if width else "too many pixels"
-    raise ValueError(f"the image has {size}, more than {MAX_PIXELS / 1e6:.0f} million; shrink it")
+    raise ValueError(problem)
+
+
+def _too_large(image: Image.Image) -> str:
+    width, height = image.size
+    return f"the image has {width}x{height} pixels, {_AT_MOST}" if width * height > MAX_PIXELS else ""
+
+
+def _too_slow(image: Image.Image, data: bytes) -> str:
+    """What a few bytes can keep decoding for minutes, in a thread that nothing stops; "" when it is none of that.
+
+    What Pillow decodes in Python (BMP with run lengths, PPM as text), a TIFF whose strips overlap, so that each is read byte
+    by byte and pixels are painted over and over, and a progressive JPEG with more passes than any program writes.
+    """
+    tiles = getattr(image, "tile", [])
+    if (
+        any(tile[0] in Image.DECODERS for tile in tiles)
+        or _overlap(tiles)
+        or (image.format in ("JPEG", "MPO") and _passes_of_jpeg(data) > _MAX_PASSES)
+    ):
+        return "it is stored in a way that takes too long to decode; save it anew as PNG, JPEG or WebP"
+    return ""
+
+
+def _overlap(tiles: Sequence[Any]) -> bool:
+    """Whether one begins within the bytes of another, at 1 bit a pixel or more."""
+    places = sorted((offset, (right - left) * (lower - upper) / 8) for _, (left, upper, right, lower), offset, _ in tiles)
+    return any(offset + size > after for (offset, size), (after, _) in pairwise(places))
+
+
+def _passes_of_jpeg(data: bytes) -> int:
+    """How many scans there are up to the end of the (first) image."""
+    passes = at = 0
+    while marker := _JPEG_MARKER.search(data, at):
+        at, kind = marker.end(), data[marker.end() - 1]
+        if kind == 0xD9:  # end of image
+            break
+        if kind != 0xD8:  # all but the start of the image have a length
+            at += int.from_bytes(data[at : at + 2])
+        passes += kind == 0xDA
+    return passes
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; one with a broken EXIF as it is stored."""
+    image.load()  # the EXIF of a PNG can come behind the pixels
+    try:
+        turn = _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as many kinds as there are ways to break it
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _flattened(image: Image.Image) -> Image.Image:

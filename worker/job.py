@@ -32,6 +32,7 @@ from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
+from worker.files import scratch
 from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
@@ -71,6 +72,8 @@ def cold_start(settings: Settings) -> JobRunner:
 
     Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
     """
+    if settings.in_cloud and settings.allow_private_downloads:
+        log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
     storage = storage_of(settings)
     storage.check()
     # What an earlier worker could not deliver; in the background, since the model takes longer to load.
@@ -83,6 +86,7 @@ def cold_start(settings: Settings) -> JobRunner:
                 settings.device,
                 settings.offload_mode,
                 settings.ai_toolkit_path,
+                toolkit_commit=settings.ai_toolkit_commit,
             )
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
@@ -99,6 +103,7 @@ class JobRunner:
         self._model = model
         self._storage = storage
         self._recovery = Recovery(settings.recovery_dir)
+        self._scratch = scratch().name
         self._gpu = asyncio.Lock()
         self.device_is_lost = False
         """Set when the device no longer computes: the worker must be replaced."""
@@ -129,7 +134,7 @@ class JobRunner:
         s3_config = job.get("s3Config")
         storage = storage_of_job(s3_config, self._settings) if s3_config else self._storage
         identity = Identity.of(None if job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, job.get("input"))
-        with tempfile.TemporaryDirectory(prefix="worker-wan-lora-") as folder:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             run = Run(
                 id=job_id,
                 identity=identity,
@@ -156,7 +161,7 @@ class JobRunner:
             raise next(outcome for outcome in outcomes if isinstance(outcome, WorkerError))
         result = result_of(run, outcomes)
         if "errors" not in result:
-            await run.in_thread(run.delivery.remember, result)
+            await run.in_thread(run.delivery.remember, result, run.folder)
         return result
 
     def _decide(self, run: Run, adapters: list[Adapter], images: dict[str, Image.Image]) -> None:
@@ -197,9 +202,9 @@ class JobRunner:
                 fields_of.setdefault(source, []).append(f"prompts[{index}].{name}")
         with stage("fetch", run.timings, job=run.id):
             loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
+            limits = (self._settings.max_image_bytes, run.stop, self._settings.allow_private_downloads)
             images = [
-                run.in_thread(load_control_image, source, run.match, fields, self._settings.max_image_bytes, run.stop)
-                for source, fields in fields_of.items()
+                run.in_thread(load_control_image, source, run.match, fields, *limits) for source, fields in fields_of.items()
             ]
             fetched = await asyncio.gather(*loras, *images, return_exceptions=True)
         problems: list[Problem] = []
@@ -216,7 +221,7 @@ class JobRunner:
     def _fetch_lora(self, run: Run, index: int) -> Adapter:
         lora = run.request.loras[index]
         hf_token = run.request.hf_token or _secret(self._settings.hf_token)
-        file = fetch_lora(lora, index, hf_token, self._settings, run.stop)
+        file = fetch_lora(lora, index, hf_token, self._settings, run.stop, run.held)
         adapter = Adapter(file, lora.network_multiplier, lora.transformer)
         try:
             run.lora_warnings[index] = self._model.check_lora(adapter, run.mode)

@@ -1,39 +1,52 @@
 """`loras[].path` → a local file whose header has been read.
 
-A relative path is looked for below LORA_DIR; a URL is downloaded into LORA_CACHE_DIR, where it stays for the next job.
+A relative path is looked for below LORA_DIR; a URL is fetched through the cache in LORA_CACHE_DIR.
 Whether the LoRA fits the model is the pipeline's to say.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import re
 import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import LoraFile
-from worker.download import DownloadError, fetch_file
+from pipelines.lora_file import LoraFile, why_unreadable
+from worker.download import Answer, DownloadError, fetch_into
 from worker.errors import Code, Problem, WorkerError
+from worker.lora_cache import LoraCache, Source
 from worker.request import Lora, is_hub, is_url
 from worker.settings import Settings
 
+_SIGNATURE = re.compile(r"(x-amz-|x-goog-)?signature|sig", re.IGNORECASE)
+_OF_A_SIGNATURE = re.compile(
+    r"x-(amz|goog)-.*"  # S3 and Google Cloud Storage
+    r"|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy"  # their older kind, CloudFront
+    r"|sig|s[eprtv]|spr|sk[a-z]+",  # Azure
+    re.IGNORECASE,
+)
+"""Query parameters that are there for a signature, or differ from one to the next."""
 
-def fetch_lora(lora: Lora, index: int, hf_token: str | None, settings: Settings, stop: threading.Event) -> LoraFile:
-    """The file of `loras[index]`, with its header.
 
-    Raises WorkerError: LORA_NOT_FOUND, LORA_DOWNLOAD_FAILED, LORA_INVALID.
+def fetch_lora(
+    lora: Lora, index: int, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
+) -> LoraFile:
+    """The file of `loras[index]`, with its header. One from a URL stays in the cache until `held` is closed.
+
+    Raises Stopped, WorkerError: LORA_NOT_FOUND, LORA_DOWNLOAD_FAILED, LORA_INVALID.
     """
     where = f"loras[{index}].path"
-    if is_url(lora.path):
-        path = _download(lora.path, where, hf_token, settings, stop)
-    else:
-        path = _find(lora.path, where, settings.lora_dir)
     try:
-        return LoraFile.read(path)
-    except LoraInvalid as error:
         if is_url(lora.path):
-            _etag_file(path).unlink(missing_ok=True)  # else the server would be asked for news of a broken file for ever
+            return _download(lora.path, where, hf_token, settings, stop, held)
+        return LoraFile.read(_find(lora.path, where, settings.lora_dir))
+    except LoraInvalid as error:
         raise WorkerError.of([Problem(Code.LORA_INVALID, where, str(error))]) from error
 
 
@@ -53,31 +66,53 @@ def _find(name: str, where: str, folder: Path) -> Path:
     return path
 
 
-def _download(url: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event) -> Path:
-    """Fetch the URL, or ask its server whether the copy at hand is still current."""
+def _download(
+    url: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
+) -> LoraFile:
     url = download_url(url)
-    path = settings.lora_cache_dir / f"{hashlib.sha256(url.encode()).hexdigest()}.safetensors"
-    etag_file = _etag_file(path)
-    headers = authorization(url, hf_token)
-    if path.is_file() and etag_file.is_file():
-        headers["If-None-Match"] = etag_file.read_text()
+    token = authorization(url, hf_token)
+
+    def download(file: IO[bytes], validators: Mapping[str, str]) -> Answer:
+        private = settings.allow_private_downloads
+        return fetch_into(
+            file, url, settings.max_lora_bytes, stop, private=private, headers=token | dict(validators), look=_check_head
+        )
+
+    source = Source(_sum(unsigned(url)), _sum(url, *token.values()), download)
     try:
-        etag = fetch_file(url, path, settings.max_lora_bytes, stop, headers)
+        return LoraCache(settings.lora_cache_dir, settings.lora_cache_max_bytes, stop).fetch(source, held)
     except DownloadError as error:
         hint = "check the URL"
-        if is_hub(urlsplit(url).hostname or "") and any(status in str(error) for status in ("401", "403", "404")):
+        if is_hub(urlsplit(url).hostname or "") and error.status in (401, 403, 404):
             hint = "check the URL, and for a private or gated repository give hf_token"
         text = f"the download failed: {error}; {hint}"
         raise WorkerError.of([Problem(Code.LORA_DOWNLOAD_FAILED, where, text)]) from error
-    if etag:
-        etag_file.write_text(etag)
-    else:
-        etag_file.unlink(missing_ok=True)
-    return path
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "give it more room, or lower LORA_CACHE_MAX_BYTES" if full else "check that the worker can write there"
+        text = f"the file could not be kept in the worker's LORA_CACHE_DIR ({error.strerror}); {remedy}"
+        raise WorkerError.of([Problem(Code.LORA_DOWNLOAD_FAILED, where, text)]) from error
 
 
-def _etag_file(path: Path) -> Path:
-    return path.with_suffix(".etag")
+def _check_head(head: bytes) -> None:
+    """Raises LoraInvalid when the first bytes tell that the rest need not be fetched."""
+    if why := why_unreadable(head):
+        raise LoraInvalid(why)
+
+
+def _sum(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def unsigned(url: str) -> str:
+    """The URL without its signature, where it has one: presigned URLs of the same file differ in nothing else."""
+    parts = urlsplit(url)._replace(fragment="")
+    query = parts.query.split("&")
+    names = [part.partition("=")[0] for part in query]
+    if any(_SIGNATURE.fullmatch(name) for name in names):
+        kept = [part for part, name in zip(query, names, strict=True) if not _OF_A_SIGNATURE.fullmatch(name)]
+        parts = parts._replace(query="&".join(kept))
+    return urlunsplit(parts)
 
 
 def download_url(url: str) -> str:
@@ -93,7 +128,7 @@ def download_url(url: str) -> str:
 
 
 def authorization(url: str, hf_token: str | None) -> dict[str, str]:
-    """The token goes to the Hugging Face Hub alone, over https, and requests drops it on a redirect to another host."""
+    """The token goes to the Hugging Face Hub alone, over https, and a redirect to another host loses it."""
     parts = urlsplit(url)
     if hf_token and parts.scheme == "https" and is_hub(parts.hostname or ""):
         return {"Authorization": f"Bearer {hf_token}"}

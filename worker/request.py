@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -35,6 +36,18 @@ OutputFormat = Literal["mp4", "webp", "gif", "png"]
 MAX_SEED = 2**64 - 1
 """The largest seed that torch takes."""
 
+MAX_PROMPT = 10_000
+"""Characters. The text encoder reads 512 tokens; cleaning a text of megabytes would keep the GPU waiting."""
+
+MAX_WORD = 500
+"""Characters of a trigger word, which a prompt can name a thousand times, and of a token."""
+
+MAX_PATH = 8_192
+"""Characters; presigned URLs have up to some thousand."""
+
+MAX_PROBLEMS = 100
+"""As many are told; an answer of megabytes would not arrive."""
+
 
 class _Strict(BaseModel):
     """No coercion (`"25"` and `true` are no integers), no unknown fields, and null means "not given"."""
@@ -54,6 +67,7 @@ class Lora(_Strict):
     """One LoRA file."""
 
     path: str = Field(
+        max_length=MAX_PATH,
         repr=False,
         json_schema_extra={"minLength": 1},
         description="File below LORA_DIR (`job/name.safetensors`), or an http(s) URL; a Hugging Face `/blob/` URL is "
@@ -69,9 +83,13 @@ class Lora(_Strict):
 class Prompt(_Strict):
     """One video to make."""
 
-    prompt: str = Field(description="What to show; `[trigger]` is replaced by the trigger word.", examples=["a boat"])
-    trigger_word: str | None = Field(default=None, description="Overrides the request's.", examples=["sks"])
-    neg: str = Field(default="", description="Negative prompt.", examples=[""])
+    prompt: str = Field(
+        max_length=MAX_PROMPT, description="What to show; `[trigger]` is replaced by the trigger word.", examples=["a boat"]
+    )
+    trigger_word: str | None = Field(
+        default=None, max_length=MAX_WORD, description="Overrides the request's.", examples=["sks"]
+    )
+    neg: str = Field(default="", max_length=MAX_PROMPT, description="Negative prompt.", examples=[""])
     width: int = Field(
         default=DEFAULT_SIZE,
         ge=64,
@@ -134,9 +152,15 @@ class Request(_Strict):
         json_schema_extra={"minItems": 1},
         description="One item without `transformer`; for Wan 2.2 14B one or two with `transformer` high or low.",
     )
-    trigger_word: str | None = Field(default=None, description="Replaces `[trigger]` in every prompt.", examples=["sks"])
+    trigger_word: str | None = Field(
+        default=None, max_length=MAX_WORD, description="Replaces `[trigger]` in every prompt.", examples=["sks"]
+    )
     hf_token: str | None = Field(
-        default=None, repr=False, description="Bearer token for LoRAs on the Hugging Face Hub.", examples=["hf_…"]
+        default=None,
+        max_length=MAX_WORD,
+        repr=False,
+        description="Bearer token for LoRAs on the Hugging Face Hub.",
+        examples=["hf_…"],
     )
     prompts: list[Prompt] = Field(min_length=1, description="One video each.")
     match: Match | None = Field(
@@ -210,21 +234,27 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     """
     if not isinstance(raw, dict):
         raise WorkerError(Code.INVALID_INPUT, "`input` must be an object with the fields model, loras and prompts")
-    if problems := list(_unicode_problems(raw)):
-        raise WorkerError.of(problems)
-    request, problems = None, list(_model_problems(raw, served))
+    _raise_if_any(_unicode_problems(raw))
+    spec = MODELS.get(raw["model"], served) if isinstance(raw.get("model"), str) else served
+    request, found = None, iter(list[Problem]())
     try:
         request = Request.model_validate(raw)
     except ValidationError as error:
         found = problems_of(error, {"": Request, "prompts[].": Prompt, "loras[].": Lora})
-        # That there is no `loras` at all has a code of its own, from `_lora_problems`.
-        problems += [problem for problem in found if problem.field != "loras" or raw.get("loras") is not None]
-    spec = MODELS.get(raw["model"], served) if isinstance(raw.get("model"), str) else served
-    problems += _lora_problems(raw, spec)
-    problems += _prompt_problems(raw, spec)
-    if problems or request is None:
-        raise WorkerError.of(problems)
+    # That there is no `loras` at all has a code of its own, from `_lora_problems`.
+    of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
+    _raise_if_any(chain(_model_problems(raw, served), of_schema, _lora_problems(raw, spec), _prompt_problems(raw, spec)))
+    assert request
     return request
+
+
+def _raise_if_any(problems: Iterator[Problem]) -> None:
+    """Raises WorkerError with the first MAX_PROBLEMS of them."""
+    told = list(islice(problems, MAX_PROBLEMS))
+    if next(problems, None):
+        told[-1] = Problem(told[-1].code, "", f"there are more than {MAX_PROBLEMS} problems; correct these first")
+    if told:
+        raise WorkerError.of(told)
 
 
 def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Problem]:
@@ -235,7 +265,7 @@ def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Probl
         text = f"this worker serves {served.id}, not {model}; send the request to an endpoint of {model}"
         yield Problem(Code.MODEL_NOT_SERVED, "model", text)
     else:
-        named = f"{model!r} is" if re.fullmatch(r"[\w.-]{1,64}", model, re.ASCII) else "this is"
+        named = f"{model!r} is" if re.fullmatch(r"[\w.-]{1,32}", model, re.ASCII) else "this is"
         text = f"{named} no model id; the known ones are {', '.join(MODELS)}"
         yield Problem(Code.MODEL_NOT_FOUND, "model", text)
 

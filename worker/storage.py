@@ -20,11 +20,13 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from worker.addresses import NotPublic, public_only
 from worker.errors import Code, Problem, WorkerError
 from worker.files import atomic_write
 from worker.logs import log
 from worker.settings import BUCKET_NAME, Settings, SettingsError
 
+_FAILURES = (BotoCoreError, ClientError, NotPublic)
 _MADE_FROM = "made-from"
 """Key of the objects' metadata."""
 
@@ -134,7 +136,9 @@ class Bucket:
         addressing_style: str,
         key_prefix: str,
         ttl_seconds: int,
+        public: bool = False,
     ) -> None:
+        """`public`: reach public addresses only; everything else fails with NotPublic."""
         self._name = name
         self._key_prefix = key_prefix
         self._ttl_seconds = ttl_seconds
@@ -165,6 +169,9 @@ class Bucket:
                 )
                 for config in (config, quick)
             )
+            if public:
+                public_only(self._client)
+                public_only(self._quick_client)
         except InvalidRegionError:
             raise BadBucket("region") from None
         except (ValueError, BotoCoreError):
@@ -177,7 +184,7 @@ class Bucket:
         try:
             self._client.upload_file(str(file), self._name, key, ExtraArgs=options)
             return self._signed(key, size)
-        except (Boto3Error, BotoCoreError, ClientError) as error:
+        except (Boto3Error, *_FAILURES) as error:
             raise self._not_stored(key, error) from error
 
     def find(self, key: str, made_from: str) -> Stored | None:
@@ -186,14 +193,14 @@ class Bucket:
             head = self._quick_client.head_object(Bucket=self._name, Key=key)
             same = head["Metadata"].get(_MADE_FROM) == made_from
             return self._signed(key, head["ContentLength"]) if same else None
-        except (BotoCoreError, ClientError):
+        except _FAILURES:
             return None
 
     def read(self, key: str, made_from: str) -> bytes | None:
         try:
             answer = self._quick_client.get_object(Bucket=self._name, Key=self._key_prefix + key)
             return answer["Body"].read() if answer["Metadata"].get(_MADE_FROM) == made_from else None
-        except (BotoCoreError, ClientError):
+        except _FAILURES:
             return None
 
     def check(self) -> None:
@@ -253,7 +260,10 @@ def storage_of(settings: Settings) -> Storage:
 
 
 def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
-    """The bucket that the job brings along. Raises WorkerError with INVALID_INPUT."""
+    """The bucket that the job brings along: at a public address, or in the worker's own store.
+
+    Raises WorkerError with INVALID_INPUT.
+    """
     try:
         config = S3Config.model_validate(s3_config)
     except ValidationError as error:
@@ -270,10 +280,16 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
             addressing_style="auto",
             key_prefix=settings.bucket_key_prefix,
             ttl_seconds=settings.presigned_url_ttl,
+            public=not settings.allow_private_downloads and not _is_own_store(config, settings),
         )
     except BadBucket as error:
         name = {"endpoint_url": "endpointUrl"}.get(error.field, error.field)
         raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}", error.rule)]) from None
+
+
+def _is_own_store(config: S3Config, settings: Settings) -> bool:
+    theirs, ours = config.endpoint_url, settings.bucket_endpoint_url
+    return ours is not None and _without_bucket(theirs, config.bucket_name) == _without_bucket(ours, settings.bucket_name or "")
 
 
 def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:

@@ -50,7 +50,7 @@ def test_a_checkout_at_another_commit_than_the_tested_one_is_refused(tmp_path: P
     checkout = shutil.copytree(STAND_IN, tmp_path / "checkout")
     (checkout / ".git").mkdir()
     (checkout / ".git/HEAD").write_text("a" * 40)
-    with pytest.raises(ToolkitRequired, match="set AI_TOOLKIT_COMMIT=a{40} to run with yours"):
+    with pytest.raises(ToolkitRequired, match=r"set AI_TOOLKIT_COMMIT=a{40} to run with yours"):
         load_toolkit(checkout, "b" * 40)
     assert load_toolkit(checkout, "a" * 40).Wan22Pipeline
 

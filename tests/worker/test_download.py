@@ -5,11 +5,13 @@ import io
 import socket
 import threading
 import time
+import tracemalloc
 import zlib
 
 import pytest
 
 from tests.worker import web_server
+from worker import download
 from worker import web as worker_web
 from worker.download import DownloadError, ServerDown, Stopped, fetch_bytes, fetch_into
 
@@ -338,7 +340,9 @@ def test_the_reason_never_repeats_the_url(web, stop, path):
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /a\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+DEFLATED = OK + b"Content-Encoding: deflate\r\n\r\n"
 FILL = b"x" * 100_000
 EMPTY_BLOCKS = b"\0\0\0\xff\xff" * 10_000  # of deflate: they unpack to nothing
 
@@ -357,14 +361,14 @@ def bomb(layers: int = 1) -> bytes:
         pytest.param([CHUNKED], b"7fffffffffffffff\r\n" + FILL, "larger than", id="huge chunk"),
         pytest.param([CHUNKED], FILL, "3 times", id="endless chunk size"),
         pytest.param([CHUNKED], b"1;" + FILL[:60_000] + b"\r\nx\r\n", "larger than", id="endless chunk extensions"),
-        pytest.param([CHUNKED + b"0\r\n"], b"a: b\r\n", "larger than", id="endless trailers"),
+        pytest.param([CHUNKED + b"0\r\n"], b"a: b\r\n" * 10_000, "larger than", id="endless trailers"),
         pytest.param([CHUNKED, b"-5\r\nx"], b"", "3 times", id="negative chunk"),
         pytest.param([CHUNKED, b"zz\r\nx"], b"", "3 times", id="chunk size that is no number"),
         pytest.param([b""], FILL, "3 times", id="endless status line"),
         pytest.param([OK], b"a: b\r\n", "3 times", id="endless headers"),
         pytest.param([OK, b"a: "], FILL, "3 times", id="endless header"),
         pytest.param([OK, b"a: b\r\n"], b" c\r\n", "3 times", id="endless folded header"),
-        pytest.param([b""], b"HTTP/1.1 100 Continue\r\n\r\n", "larger than", id="endless 100 Continue"),
+        pytest.param([b""], b"HTTP/1.1 100 Continue\r\n\r\n" * 999, "", id="endless 100 Continue"),
         pytest.param([b"\0\1\2\3\r\n\r\n"], b"", "3 times", id="no http"),
         pytest.param([b"SSH-2.0-OpenSSH_9.6\r\n"], FILL, "3 times", id="ssh"),
         pytest.param([b"HTTP/1.1 abc OK\r\n\r\n"], b"", "3 times", id="status that is no number"),
@@ -375,62 +379,53 @@ def bomb(layers: int = 1) -> bytes:
         pytest.param([OK + b"Content-Length: \xb2\r\n\r\n"], FILL, "larger than", id="length that is no number"),
         pytest.param([OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"], FILL, "", id="two lengths"),
         pytest.param([OK + b"Content-Encoding: gzip\r\n\r\n" + bomb()], b"", "larger than", id="gzip bomb"),
-        pytest.param(
-            [OK + b"Content-Encoding: deflate\r\n\r\n" + zlib.compress(bytes(1 << 24))], b"", "larger than", id="deflate"
-        ),
+        pytest.param([DEFLATED + zlib.compress(bytes(1 << 24))], b"", "larger than", id="deflate bomb"),
         pytest.param([OK + b"Content-Encoding: gzip, gzip\r\n\r\n" + bomb(2)], b"", "plain file", id="bomb in a bomb"),
-        pytest.param([OK + b"Content-Encoding: deflate\r\n\r\n"], EMPTY_BLOCKS, "larger than", id="endless nothing"),
-        pytest.param(
-            [OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"x" * 20)], gzip.compress(b""), "larger than", id="members"
-        ),
-        pytest.param([b"HTTP/1.1 302 Found\r\nLocation: /a\r\n\r\n"], FILL, "5 redirects", id="redirects with endless bodies"),
-        pytest.param(
-            [b"HTTP/1.1 302 Found\r\nLocation: /a\r\nContent-Encoding: gzip\r\n\r\n" + bomb()],
-            b"",
-            "5 redirects",
-            id="and bombs",
-        ),
+        pytest.param([DEFLATED], EMPTY_BLOCKS, "larger than", id="endless nothing"),
+        pytest.param([OK + b"Content-Encoding: gzip\r\n\r\n"], gzip.compress(b"") * 5000, "larger than", id="endless members"),
+        pytest.param([REDIRECT + b"\r\n"], FILL, "5 redirects", id="redirects with endless bodies"),
+        pytest.param([REDIRECT + b"Content-Encoding: gzip\r\n\r\n" + bomb()], b"", "5 redirects", id="redirects with bombs"),
         pytest.param([b"HTTP/1.1 302 Found\r\nLocation: "], FILL, "3 times", id="endless location"),
-        pytest.param([b"HTTP/1.1 302 Found\r\n" + b"Set-Cookie: a=" + FILL[:60_000] + b"\r\n"], b"", "", id="huge cookie"),
+        pytest.param([REDIRECT + (b"Set-Cookie: a=" + FILL[:60_000] + b"\r\n") * 90], b"\r\n", "", id="huge cookies"),
         pytest.param([b"HTTP/1.1 503 Oh\r\n\r\n"], FILL, "503, 3 times", id="errors with endless bodies"),
     ],
 )
 def test_a_server_that_sends_without_end_is_given_up(web, stop, monkeypatch, parts, then, says):
-    monkeypatch.setattr(worker_web, "_ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(worker_web, "_SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(worker_web, "_POLL_SECONDS", 0.05)
-    assert says in failure(web.writes("/a", *parts, then=then), stop)
+    monkeypatch.setattr(worker_web, "_ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(worker_web, "_SILENCE_SECONDS", 0.5)
+    url = web.writes("/a", *parts, then=then)
+    tracemalloc.start()
+    try:
+        assert says in failure(url, stop)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    for name, value in {
-        "_ANSWER_SECONDS": 0.3,
-        "_SILENCE_SECONDS": 0.2,
-        "_WINDOW_SECONDS": 0.3,
-        "_POLL_SECONDS": 0.05,
-        "_CONNECT_SECONDS": 0.2,
-    }.items():
-        monkeypatch.setattr(worker_web, name, value)
+    """A worker that waits for half a second only, and tries once."""
+    monkeypatch.setattr(worker_web, "_POLL_SECONDS", 0.05)
+    for name in ("_ANSWER_SECONDS", "_SILENCE_SECONDS", "_WINDOW_SECONDS", "_CONNECT_SECONDS"):
+        monkeypatch.setattr(worker_web, name, 0.5)
+    monkeypatch.setattr(download, "_TRIES", 1)
 
 
 @pytest.mark.parametrize(
     ("parts", "then", "says"),
     [
-        pytest.param([], b"", "did not answer in time, 3 times", id="silence"),
-        pytest.param([OK + b"a: b"], b"", "did not answer in time, 3 times", id="half the headers"),
-        pytest.param([OK + b"Content-Length: 5\r\n\r\nab"], b"", "fell silent, 3 times", id="half the body"),
-        pytest.param([CHUNKED + b"5\r\nab"], b"", "fell silent, 3 times", id="half a chunk"),
-        pytest.param([CHUNKED + b"2\r\nab\r\n0\r\n"], b"", "fell silent, 3 times", id="no last line"),
-        pytest.param([OK + b"a: "], b"x", "did not answer in time, 3 times", id="headers byte by byte"),
-        pytest.param(
-            [b""], b"HTTP/1.1 100 Continue\r\n\r\n", "did not answer in time, 3 times", id="100 Continue now and then"
-        ),
-        pytest.param([b"HTTP/1.1 302 Found\r\nLocation: /a\r\na: "], b"x", "in time, 3 times", id="a redirect byte by byte"),
-        pytest.param([OK + b"\r\n"], b"x", "less than 200 kB per second", id="body byte by byte"),
-        pytest.param([CHUNKED], b"1\r\nx\r\n", "less than 200 kB per second", id="chunks byte by byte"),
-        pytest.param([CHUNKED], b"0", "less than 200 kB per second", id="a chunk size byte by byte"),
-        pytest.param([CHUNKED + b"0\r\na: "], b"x", "less than 200 kB per second", id="a trailer byte by byte"),
+        pytest.param([], b"", "did not answer in time", id="silence"),
+        pytest.param([OK + b"a: b"], b"", "did not answer in time", id="half the headers"),
+        pytest.param([OK + b"Content-Length: 5\r\n\r\nab"], b"", "fell silent", id="half the body"),
+        pytest.param([CHUNKED + b"5\r\nab"], b"", "fell silent", id="half a chunk"),
+        pytest.param([CHUNKED + b"2\r\nab\r\n0\r\n"], b"", "fell silent", id="no last line"),
+        pytest.param([OK + b"a: "], b"x", "did not answer in time", id="headers byte by byte"),
+        pytest.param([b""], b"HTTP/1.1 100 Continue\r\n\r\n", "did not answer in time", id="100 Continue now and then"),
+        pytest.param([REDIRECT + b"a: "], b"x", "did not answer in time", id="a redirect byte by byte"),
+        pytest.param([OK + b"\r\n"], b"x", "less than 120 kB per second", id="body byte by byte"),
+        pytest.param([CHUNKED], b"1\r\nx\r\n", "less than 120 kB per second", id="chunks byte by byte"),
+        pytest.param([CHUNKED], b"0", "less than 120 kB per second", id="a chunk size byte by byte"),
+        pytest.param([CHUNKED + b"0\r\na: "], b"x", "less than 120 kB per second", id="a trailer byte by byte"),
     ],
 )
 @pytest.mark.usefixtures("impatient")
@@ -441,12 +436,12 @@ def test_a_server_that_keeps_the_worker_waiting_is_given_up(web, stop, parts, th
 @pytest.mark.usefixtures("impatient")
 def test_a_chain_of_slow_redirects_is_given_up(web, stop):
     def slow(handler):
-        time.sleep(0.12)
+        time.sleep(0.2)
         handler.send_response(302)
         handler.send_header("Location", "/a")
         handler.end_headers()
 
-    assert failure(web.runs("/a", slow), stop) == "the server did not answer in time, 3 times"
+    assert failure(web.runs("/a", slow), stop) == "the server did not answer in time, 1 times"
 
 
 def test_all_tries_together_have_an_end(web, stop, monkeypatch):
@@ -465,7 +460,7 @@ def mute():
 
 @pytest.mark.usefixtures("impatient")
 def test_a_tls_handshake_that_does_not_come_is_given_up(mute, stop):
-    assert failure(f"https://127.0.0.1:{mute.getsockname()[1]}/", stop).endswith(", 3 times")
+    assert failure(f"https://127.0.0.1:{mute.getsockname()[1]}/", stop).endswith(", 1 times")
 
 
 # Stopping
@@ -499,7 +494,7 @@ def test_a_stopped_job_downloads_nothing(web, stop):
         pytest.param([CHUNKED], b"0", id="in a chunk size that trickles"),
     ],
 )
-def test_a_stop_ends_a_download_within_a_second_and_hangs_up(web, parts, then):
+def test_a_stop_ends_a_download_and_hangs_up(web, parts, then):
     assert stopped_after(0.1, web.writes("/a", *parts, then=then, pause=0.05)) < 1
     assert web.left.wait(1)
 
@@ -614,7 +609,7 @@ def test_headers_are_sent(web, into):
     assert web.headers("/a")["Authorization"] == "Bearer t"
 
 
-@pytest.mark.parametrize("token", ["t\n", "t\r\nX: y", "hf_…", "t\0", "\udce4"])
+@pytest.mark.parametrize("token", ["t\n", "t\r\nX: y", "hf_…", "\udce4"])
 def test_a_token_that_cannot_be_sent_fails_in_words(web, into, token):
     with pytest.raises(DownloadError, match="the token has characters that cannot be sent"):
         into(web.gives("/a", b"x"), headers={"Authorization": f"Bearer {token}"})

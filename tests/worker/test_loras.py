@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from worker.download import DownloadError
 from worker.errors import Code, WorkerError
 from worker.loras import authorization, download_url, fetch_lora, unsigned
 from worker.request import Lora
@@ -293,6 +294,16 @@ def test_a_download_that_fails_says_why_and_not_from_where(fetch, web, status):
     text = failure(fetch, web.gives("/a?sig=S3cr3t", status=status), Code.LORA_DOWNLOAD_FAILED)
     assert str(status) in text
     assert "S3cr3t" not in text and "127.0.0.1" not in text
+
+
+@pytest.mark.parametrize(("status", "hints"), [(401, True), (403, True), (404, True), (410, False)])
+def test_a_refusal_of_the_hub_hints_at_the_token(fetch, monkeypatch, status, hints):
+    def refused(*arguments, **options):
+        raise DownloadError(f"the server answered {status}", status)
+
+    monkeypatch.setattr("worker.loras.fetch_into", refused)
+    text = failure(fetch, "https://huggingface.co/me/lora/resolve/main/a.safetensors", Code.LORA_DOWNLOAD_FAILED)
+    assert ("give hf_token" in text) == hints
 
 
 def test_a_file_over_the_limit_is_not_downloaded(fetch, web):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from pipelines.catalog import MODELS
 from pipelines.recipes import documented, preview
-from worker.errors import Code, WorkerError
 from worker.delivery import Identity
+from worker.errors import Code, WorkerError
 from worker.request import MAX_SEED, Prompt, Request, Shot, parse, shots_of
 
 SINGLE = MODELS["wan21_1b"]

@@ -3,9 +3,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from botocore.exceptions import ClientError
 from botocore.retries.standard import ExponentialBackoff
 
 from tests.s3_server import S3Server
+from worker.addresses import NotPublic
 from worker.errors import Code, WorkerError
 from worker.settings import Settings, SettingsError, load_settings
 from worker.storage import Bucket, LocalFolder, NotStored, _region_of, _without_bucket, storage_of, storage_of_job
@@ -186,7 +188,7 @@ def s3_config(server: S3Server, **changes) -> dict:
 
 
 def test_a_job_can_bring_its_own_bucket(s3, file, tmp_path):
-    storage = storage_of_job(s3_config(s3), settings_for(output_dir=tmp_path / "output"))
+    storage = storage_of_job(s3_config(s3), settings_for(allow_private_downloads=True, output_dir=tmp_path / "output"))
     stored = storage.put(file, "job/own.mp4", "video/mp4", "sum")
     assert requests.get(stored.url, timeout=10).content == b"a finished video"
     assert not (tmp_path / "output").exists()
@@ -365,3 +367,32 @@ def test_a_folder_that_can_no_longer_be_written_is_an_upload_that_failed(file, t
     (tmp_path / "output" / "job").write_bytes(b"a file in the way")
     text = upload_failure(storage, file)
     assert "OUTPUT_DIR" in text and str(tmp_path) not in text
+
+
+# Addresses that a job may not reach
+
+
+@pytest.mark.parametrize("call", ["check", "put", "find", "read"])
+def test_a_job_cannot_send_the_worker_into_its_own_network(s3, file, call):
+    storage = storage_of_job(s3_config(s3), settings_for())
+    calls = {
+        "check": lambda: storage.check(),
+        "put": lambda: storage.put(file, "private/0.mp4", "video/mp4", "sum"),
+        "find": lambda: storage.find("private/0.mp4", "sum"),
+        "read": lambda: storage.read("private/0.mp4", "sum"),
+    }
+    if call in ("find", "read"):
+        assert calls[call]() is None
+    else:
+        with pytest.raises(NotPublic if call == "check" else NotStored):
+            calls[call]()
+    with pytest.raises(ClientError):
+        s3.client().head_object(Bucket=s3.bucket, Key="private/0.mp4")
+
+
+def test_a_job_may_use_a_bucket_in_the_workers_own_store(s3):
+    storage_of_job(s3_config(s3), settings_for(s3)).check()
+
+
+def test_on_a_local_machine_a_job_may_use_a_local_store(s3):
+    storage_of_job(s3_config(s3), settings_for(allow_private_downloads=True)).check()

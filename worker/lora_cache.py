@@ -1,0 +1,347 @@
+"""Downloaded LoRAs on disk, shared by all workers that are given the same folder, as on a network volume.
+
+    files/<sha256>.safetensors    each content once, whichever URLs it came from
+    urls/<key>.json               what a URL gave last, and what to ask its server to learn whether that is still current
+    locks/<key>                   held by the worker that asks for the URL, so that the others wait and share its answer
+
+The locks are `flock`s and end with their process, however it ends. That a file is whole comes from renaming it into its place:
+on a file system without locks, two workers may download the same file, and it is as right as ever.
+
+Nothing here knows a URL or a token, and none is written down: a Source brings their sums.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import BufferedRandom
+from pathlib import Path
+from typing import IO, Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipelines.errors import LoraInvalid
+from pipelines.lora_file import LoraFile
+from worker.download import Answer, ServerDown, Stopped
+from worker.files import atomic_write
+from worker.logs import log
+
+_CURRENT_SECONDS = 60
+"""For how long a file is current whose server cannot say whether it is: jobs that come together share one download."""
+
+_ABANDONED_SECONDS = 600
+"""Age at which a temporary file that nobody holds is no download under way: that writes at least once in a minute."""
+
+_FORGOTTEN_SECONDS = 24 * 3600
+"""Age at which a lock that nobody holds goes."""
+
+_IN_USE_SECONDS = 3600
+"""How long after its last use a file stays on a file system that has no locks to tell whether a job uses it."""
+
+_PATIENCE_SECONDS = 7200
+"""For how long a lock is waited for. No download takes so long: its holder is lost, with a machine that did not say goodbye."""
+
+_POLL_SECONDS = 0.1
+_WHOLE_CACHE = "cache"
+"""The lock under which files come into the cache and leave it."""
+
+_TRIES = 3
+
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Identity = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A URL, as one client asks for it."""
+
+    key: str
+    """A sum of what names the file: the URL without its signature."""
+    request: str
+    """A sum of all that the server decides by: the whole URL and the token. Who sends just the same may have what it gave."""
+    download: Callable[[IO[bytes], Mapping[str, str]], Answer]
+    """Write the body into a file, unless the validators tell the server that it is known already."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a URL gave last."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: int
+    validators: dict[str, str]
+    request: str
+    """Of the Source that was answered."""
+    checked: float
+    """When the server gave the file or said that it is current, in seconds since the epoch."""
+
+    def answers(self, request: str, asked: float) -> bool:
+        """Whether a request can have the file without asking the server: it was given to its like while this one waited."""
+        since = asked if self.validators else asked - _CURRENT_SECONDS
+        return self.request == request and since <= self.checked <= time.time() + _CURRENT_SECONDS
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A file of the cache, open, and in use for as long as it is open."""
+
+    record: _Record
+    path: Path
+    file: IO[bytes]
+
+    @property
+    def identity(self) -> Identity:
+        stat = os.fstat(self.file.fileno())
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+_RECORD = TypeAdapter(_Record)
+
+
+class LoraCache:
+    """The cache in `folder`, as one job uses it: what it waits for ends with `stop`."""
+
+    def __init__(self, folder: Path, max_bytes: int, stop: threading.Event) -> None:
+        self._files = folder / "files"
+        self._urls = folder / "urls"
+        self._locks = folder / "locks"
+        self._max_bytes = max_bytes
+        self._stop = stop
+
+    def fetch(self, source: Source, held: ExitStack) -> LoraFile:
+        """The LoRA that `source` gives now, downloaded if need be. It stays in the cache until `held` is closed.
+
+        Raises LoraInvalid, Stopped, OSError (the folder cannot be worked with), and what `source.download` raises.
+        """
+        for folder in (self._files, self._urls, self._locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        asked = time.time()
+        damaged: set[Identity] = set()
+        for _ in range(_TRIES):
+            with ExitStack() as using:
+                with self._locked(source.key):
+                    copy = self._copy(source.key, using)
+                    if copy and copy.identity in damaged:
+                        copy = None
+                    if not copy or not copy.record.answers(source.request, asked):
+                        copy = self._ask(source, copy, using)
+                if lora := _read_back(copy):
+                    _note_use(copy)
+                    held.enter_context(using.pop_all())
+                    return lora
+                damaged.add(copy.identity)
+                _warn("a LoRA in the cache is damaged and is fetched again", copy)
+        raise OSError(errno.EIO, "the disk does not give back what was written")
+
+    def _ask(self, source: Source, copy: _Copy | None, using: ExitStack) -> _Copy:
+        """What the server gives, or `copy` when it is still current.
+
+        While the server is down, who has had the file before goes on with it.
+        """
+        try:
+            return self._download(source, copy, using)
+        except ServerDown:
+            if not copy or copy.record.request != source.request:
+                raise
+            _warn("the server of a LoRA does not answer; the copy in the cache is used", copy)
+            return copy
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+        log.warning("the disk is full; the LoRAs that no job uses leave the cache")
+        with self._locked(_WHOLE_CACHE):
+            self._evict(0)
+        return self._download(source, copy, using)
+
+    def _download(self, source: Source, copy: _Copy | None, using: ExitStack) -> _Copy:
+        with ExitStack() as own:
+            file = own.enter_context(_temporary_file(self._files))
+            answer = source.download(file, copy.record.validators if copy else {})
+            if copy and answer.status == 304:
+                validators = answer.validators or copy.record.validators
+                record = replace(copy.record, validators=validators, request=source.request, checked=time.time())
+                self._note(source.key, record)
+                return replace(copy, record=record)
+            record = _record_of(file, answer, source.request)
+            with self._locked(_WHOLE_CACHE):
+                kept = self._copy_of(record, using)
+                if not kept or not _read_back(kept):  # a sound one stays: jobs that use it would take another for a new version
+                    os.fchmod(file.fileno(), 0o644)
+                    Path(file.name).replace(self._path(record))
+                    _try_lock(file, fcntl.LOCK_SH)
+                    using.enter_context(own.pop_all())
+                    kept = _Copy(record, self._path(record), file)
+                self._note(source.key, record)
+                self._evict(self._max_bytes)
+            return kept
+
+    def _copy(self, key: str, using: ExitStack) -> _Copy | None:
+        """What the URL gave last, when it is still there."""
+        record = self._record(key)
+        return self._copy_of(record, using) if record else None
+
+    def _copy_of(self, record: _Record, using: ExitStack) -> _Copy | None:
+        path = self._path(record)
+        file = self._open(path, using)
+        return _Copy(record, path, file) if file and os.fstat(file.fileno()).st_size == record.bytes else None
+
+    def _path(self, record: _Record) -> Path:
+        return self._files / f"{record.sha256}.safetensors"
+
+    def _record(self, key: str) -> _Record | None:
+        try:
+            return _RECORD.validate_json((self._urls / f"{key}.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def _note(self, key: str, record: _Record) -> None:
+        with atomic_write(self._urls / f"{key}.json") as temporary:
+            temporary.write_bytes(_RECORD.dump_json(record))
+
+    def _open(self, path: Path, using: ExitStack) -> IO[bytes] | None:
+        """The file, which is not evicted before `using` is closed; None when it is not there (any more)."""
+        with ExitStack() as own:
+            try:
+                file = own.enter_context(path.open("rb"))
+            except FileNotFoundError:
+                return None
+            while _try_lock(file, fcntl.LOCK_SH) is False:
+                self._pause()
+            if not _is_at(path, file):
+                return None
+            using.enter_context(own.pop_all())
+            return file
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Only one holds the lock of this name, among all processes. Raises Stopped."""
+        path = self._locks / name
+        patience = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            with path.open("ab") as file:  # for writing: NFS gives an exclusive lock for nothing less
+                while _try_lock(file, fcntl.LOCK_EX) is False and time.monotonic() < patience:
+                    self._pause()
+                if _is_at(path, file):
+                    os.utime(file.fileno())
+                    yield
+                    return
+
+    def _pause(self) -> None:
+        if self._stop.wait(_POLL_SECONDS):
+            raise Stopped
+
+    def _evict(self, max_bytes: int) -> None:
+        """Remove the longest unused files until the rest has `max_bytes` at most, and what was left lying about."""
+        files = [(stat.st_atime_ns, stat.st_size, path) for path, stat in _listed(self._files, "*.safetensors")]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= max_bytes:
+                break
+            total -= size if _remove_unused(path) else 0
+        now = time.time()
+        for folder, pattern, seconds in (
+            (self._files, ".*", _ABANDONED_SECONDS),
+            (self._urls, ".*", _ABANDONED_SECONDS),
+            (self._locks, "*", _FORGOTTEN_SECONDS),
+        ):
+            for path, stat in _listed(folder, pattern):
+                if now - stat.st_mtime > seconds:
+                    _remove_unused(path)
+        for path in self._urls.glob("[!.]*.json"):
+            record = self._record(path.stem)
+            if not record or not self._path(record).exists():
+                path.unlink(missing_ok=True)
+
+
+def _record_of(file: BufferedRandom, answer: Answer, request: str) -> _Record:
+    """Of a LoRA that was just downloaded. Raises LoraInvalid when it is none."""
+    file.flush()
+    os.fsync(file.fileno())  # now at the latest a full disk says so, and from now on size and mtime stay
+    LoraFile.read(Path(file.name))
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return _Record(sha256, os.fstat(file.fileno()).st_size, answer.validators, request, time.time())
+
+
+def _read_back(copy: _Copy) -> LoraFile | None:
+    """The LoRA; None when the disk does not give what was downloaded. A file is summed once in a process."""
+    try:
+        lora = LoraFile.read(copy.path)
+        sound = lora.identity == copy.identity and lora.sha256 == copy.record.sha256
+    except (LoraInvalid, OSError):
+        return None
+    return lora if sound else None
+
+
+def _warn(text: str, copy: _Copy) -> None:
+    log.warning(text, extra={"fields": {"sha256": copy.record.sha256}})
+
+
+def _note_use(copy: _Copy) -> None:
+    """The time of last use goes into atime; mtime stays, since it tells whether a file has been replaced."""
+    with suppress(PermissionError):  # another user's file
+        os.utime(copy.file.fileno(), ns=(time.time_ns(), os.fstat(copy.file.fileno()).st_mtime_ns))
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[BufferedRandom]:
+    """A new file, locked for as long as it is open, and gone afterwards unless it was renamed."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
+    os.close(handle)
+    try:
+        with Path(name).open("r+b") as file:
+            _try_lock(file, fcntl.LOCK_EX)
+            yield file
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _try_lock(file: IO[bytes], kind: int) -> bool | None:
+    """Whether the lock is had now; None where the file system knows no locks. It lasts until `file` is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether the open file is still the one at `path`; it may have been removed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _listed(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            yield path, path.stat()
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless somebody has it open. Whether it is gone."""
+    try:
+        with path.open("r+b") as file:  # for writing: NFS gives an exclusive lock for nothing less
+            free = _try_lock(file, fcntl.LOCK_EX)
+            if free is None:
+                free = time.time() - path.stat().st_atime > _IN_USE_SECONDS
+            if free:
+                path.unlink()
+            return free
+    except OSError:  # gone already, or another user's: nothing that a job has to fail of
+        return False

@@ -1,0 +1,299 @@
+"""One URL → its answer, the body yet to be read: redirects, addresses, and servers that would keep the worker waiting.
+
+Knows nothing of files or of second tries; download.py does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.cookies import RequestsCookieJar, extract_cookies_to_jar
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import DecodeError, HTTPError
+
+from worker.addresses import NotPublic, public_pools
+
+_CONNECT_SECONDS = 10.0
+"""For one address to accept the connection, and again for the TLS handshake."""
+_ANSWER_SECONDS = 60.0
+"""Until the headers of the answer are there, with all redirects before it."""
+_SILENCE_SECONDS = 30.0
+"""Without a byte of the body."""
+_WINDOW_SECONDS, _WINDOW_BYTES = 60.0, 60_000
+"""A body that brings less than so much in so long is given up."""
+_TOTAL_SECONDS = 1800.0
+"""For a download with all its tries."""
+_POLL_SECONDS = 0.5
+"""How long nothing may come before the clock and the stop event are looked at again."""
+_REDIRECTS = 5
+_CHUNK = 1 << 18
+_OVERHEAD = 1 << 20
+"""Bytes that headers and the framing of chunks may take beside the body."""
+_NO_URL = "it is no URL that can be fetched"
+
+
+class DownloadError(Exception):
+    """Why nothing was fetched, in words for the client, and the status when it was the server's."""
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Stopped(Exception):
+    """The job was cancelled, or ran out of time, and its threads must leave."""
+
+
+class TryAgain(Exception):
+    """A failure that another try can mend, in words for the client."""
+
+
+class Clock:
+    """Ends one answer in time: looked at whenever bytes come, and twice a second while none do.
+
+    A timeout of the socket would not do: it starts anew with every byte.
+    """
+
+    def __init__(self, stop: threading.Event, started: float, max_bytes: int) -> None:
+        """`started` on `time.monotonic()` is when the first try began; `max_bytes` is what the body may have."""
+        self._stop = stop
+        self._ends = started + _TOTAL_SECONDS
+        self._max_bytes = max_bytes
+        self._bytes_left = 2 * max_bytes + _OVERHEAD
+        self._answer_by: float | None = time.monotonic() + _ANSWER_SECONDS
+        self._window = (0.0, 0)
+
+    def answered(self) -> None:
+        """The headers are there: from now on it is the body that has to come."""
+        self._answer_by = None
+        self._window = (time.monotonic(), self._bytes_left)
+
+    def check(self, waiting_since: float | None = None) -> None:
+        """Raises Stopped, DownloadError, TryAgain."""
+        now = time.monotonic()
+        if self._stop.is_set():
+            raise Stopped
+        if now > self._ends:
+            raise DownloadError(f"it took longer than {_TOTAL_SECONDS / 60:g} minutes")
+        if self._answer_by is not None:
+            if now > self._answer_by:
+                raise TryAgain("the server did not answer in time")
+            return
+        if waiting_since is not None and now - waiting_since > _SILENCE_SECONDS:
+            raise TryAgain("the server fell silent")
+        start, bytes_left = self._window
+        if now - start > _WINDOW_SECONDS:
+            if bytes_left - self._bytes_left < _WINDOW_BYTES:
+                raise DownloadError(f"the server sends less than {_WINDOW_BYTES / _WINDOW_SECONDS / 1000:g} kB per second")
+            self._window = (now, self._bytes_left)
+
+    def came(self, count: int) -> None:
+        """Raises DownloadError when there were more bytes than a body of `max_bytes` takes, however it is framed."""
+        self._bytes_left -= count
+        if self._bytes_left < 0:
+            raise too_large(self._max_bytes)
+
+
+def too_large(max_bytes: int) -> DownloadError:
+    return DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")
+
+
+@contextlib.contextmanager
+def opened(url: str, headers: Mapping[str, str], clock: Clock, *, private: bool) -> Iterator[requests.Response]:
+    """The answer to a GET after all redirects, to be read with `read`. `private` allows addresses that are not public.
+
+    An `Authorization` among the headers goes no further than the URL's own scheme, host and port. Neither proxies nor .netrc
+    of the environment are used: a proxy would look names up itself. Raises DownloadError, Stopped, TryAgain.
+    """
+    with (
+        contextlib.closing(_adapter(clock, private)) as adapter,
+        _in_time(lambda: _follow(adapter, url, headers, clock), clock) as response,
+    ):
+        clock.answered()
+        yield response
+
+
+def read(response: requests.Response) -> bytes:
+    """Some more of the body, unpacked; nothing at its end. Raises DownloadError, Stopped, TryAgain."""
+    try:
+        # read1 gives what is there; `iter_content` would wait for a whole chunk, however slowly it comes.
+        return cast("bytes", response.raw.read1(_CHUNK, decode_content=True))
+    except DecodeError:
+        raise DownloadError("what the server sends cannot be unpacked") from None
+    except HTTPError:
+        raise TryAgain("the connection broke off before the end") from None
+
+
+def _in_time(work: Callable[[], requests.Response], clock: Clock) -> requests.Response:
+    """What `work` returns, or the error of the clock.
+
+    The look-up of a name and a TLS handshake cannot be interrupted. So the work has a thread of its own, which is left behind
+    when it is time to go; all it still waits for has an end.
+    """
+    clock.check()
+    outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.put(work())
+        except Exception as error:
+            outcome.put(error)
+        if left.is_set():
+            drop()
+
+    def drop() -> None:
+        with contextlib.suppress(queue.Empty):
+            result = outcome.get_nowait()
+            if isinstance(result, requests.Response):
+                result.close()
+
+    threading.Thread(target=run, name="download", daemon=True).start()
+    try:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                result = outcome.get(timeout=_POLL_SECONDS)
+                break
+            clock.check()
+    except BaseException:
+        left.set()
+        drop()
+        raise
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _follow(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], clock: Clock) -> requests.Response:
+    """The first answer that is no redirect. A session of requests would read the body of every redirect, whole."""
+    headers = {"User-Agent": "worker-wan-lora", "Accept-Encoding": "identity", **headers}
+    cookies = RequestsCookieJar()
+    url = _checked(url)
+    for _ in range(_REDIRECTS + 1):
+        clock.check()
+        response = _send(adapter, url, headers, cookies)
+        if not response.is_redirect:
+            return response
+        response.close()
+        extract_cookies_to_jar(cookies, response.request, response.raw)  # type: ignore[no-untyped-call]
+        target = _checked(_target(response))
+        if _origin(target) != _origin(url):
+            headers = {name: value for name, value in headers.items() if name.title() != "Authorization"}
+        url = target
+    raise DownloadError(f"more than {_REDIRECTS} redirects")
+
+
+def _send(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], cookies: RequestsCookieJar) -> requests.Response:
+    try:
+        request = requests.Request("GET", url, headers=headers, cookies=cookies).prepare()
+        return adapter.send(request, stream=True, timeout=(_CONNECT_SECONDS, _POLL_SECONDS))
+    except NotPublic as error:
+        raise DownloadError(str(error)) from None
+    except requests.Timeout:
+        raise TryAgain("the server did not answer in time") from None
+    except requests.exceptions.SSLError:
+        raise TryAgain("no secure connection could be made") from None
+    except requests.ConnectionError:
+        raise TryAgain("the connection failed") from None
+    except (requests.exceptions.InvalidHeader, UnicodeError):
+        raise DownloadError("the token has characters that cannot be sent") from None
+    except HTTPError:
+        raise TryAgain("the connection failed") from None
+
+
+def _checked(url: str) -> str:
+    """The URL as it will be asked for. Raises DownloadError.
+
+    What the worker decides by the host, such as who gets a token, it decides by `urlsplit`; requests has a parser of its own.
+    So a URL in which the two see different hosts is refused, and one with user info, which is there to look like another.
+    """
+    try:
+        parts = urlsplit(url)
+        prepared = requests.Request("GET", url).prepare().url or ""
+        host = urlsplit(prepared).hostname or ""
+        seen = parts.hostname or ""
+        fine = parts.scheme in ("http", "https") and re.fullmatch(r"[a-z0-9_.:-]+", host)
+    except (requests.RequestException, ValueError):
+        raise DownloadError(_NO_URL) from None
+    if "@" in parts.netloc or "@" in urlsplit(prepared).netloc:
+        raise DownloadError("a URL with a user name or password is not taken; use one without")
+    if not fine or (seen.isascii() and seen != host):
+        raise DownloadError(_NO_URL)
+    return prepared
+
+
+def _target(response: requests.Response) -> str:
+    try:
+        location = response.headers["Location"].encode("latin-1").decode("utf-8")
+        return urljoin(response.url, location)
+    except ValueError:
+        raise DownloadError(_NO_URL) from None
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
+# Connections that look at the clock
+
+
+def _adapter(clock: Clock, private: bool) -> HTTPAdapter:
+    adapter = HTTPAdapter()
+    pools = adapter.poolmanager.pool_classes_by_scheme
+    if not private:
+        pools = public_pools(pools)
+    adapter.poolmanager.pool_classes_by_scheme = {scheme: _watched_pool(pool, clock) for scheme, pool in pools.items()}
+    return adapter
+
+
+def _watched_pool(pool: type[HTTPConnectionPool], clock: Clock) -> type[HTTPConnectionPool]:
+    response_class = staticmethod(partial(_WatchedResponse, clock=clock))
+    connection = type("WatchedConnection", (cast("Any", pool.ConnectionCls),), {"response_class": response_class})
+    return cast("type[HTTPConnectionPool]", type("WatchedPool", (pool,), {"ConnectionCls": connection}))
+
+
+class _WatchedResponse(http.client.HTTPResponse):
+    """Looks at the clock before it reads from the socket, headers included."""
+
+    def __init__(self, sock: socket.socket, *args: Any, clock: Clock, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_WatchedSocket(sock, self.fp.detach(), clock))
+
+
+class _WatchedSocket(io.RawIOBase):
+    """`raw` is what `socket.makefile` made; it stays for the socket's count of its users."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, clock: Clock) -> None:
+        self._sock, self._raw, self._clock = sock, raw, clock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        since = time.monotonic()
+        while True:
+            self._clock.check(waiting_since=since)
+            try:
+                count = self._sock.recv_into(buffer)
+            except TimeoutError:  # after _POLL_SECONDS
+                continue
+            self._clock.came(count)
+            return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
