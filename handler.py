@@ -39,7 +39,7 @@ def main() -> None:
 
     if not one_local_run:
         cloud.redact_the_log()
-    cloud.serve(runner.run)
+    cloud.serve(runner.run, runner.wants_a_job)
     if runner.device_is_lost:
         sys.exit(1)
 

@@ -33,6 +33,7 @@ from pipelines.catalog import (
     ModelSpec,
 )
 from pipelines.decode import decode
+from pipelines.embeddings import remember_embeddings
 from pipelines.errors import DeviceLost, OutOfMemory, blamed_on
 from pipelines.lora_check import LoraCheck
 from pipelines.lora_file import Adapter
@@ -92,6 +93,7 @@ class WanModel:
         self._pipe.set_progress_bar_config(disable=True)
         self._checkpoint_scheduler = pipe.scheduler
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
+        remember_embeddings(pipe)
         self._check = LoraCheck(spec, pipe)
         self._adapters = Adapters(spec, pipe)
         self._merges = Merges(spec, pipe, checkpoints)

@@ -1,4 +1,7 @@
-"""RunPod's queue: the SDK's job loop, without the three ways in which it loses something.
+"""RunPod's queue: the SDK's job loop, ahead of the GPU, and without the three ways in which it loses something.
+
+The next job is taken shortly before the GPU is free, so that its files are there by then; not sooner, since another worker may
+be idle. The last job's file is encoded and uploaded meanwhile.
 
 It posts a result three times and then drops it in silence. Told to leave while it waits for a job, it goes on waiting for up
 to 90 s and drops the job that comes. A stop that overtakes the start of its job is forgotten.
@@ -19,7 +22,7 @@ import aiohttp
 import runpod
 from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_fitness, rp_http, rp_scale
-from runpod.serverless.modules.rp_job import run_job
+from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from worker.logs import log, redact
@@ -33,12 +36,16 @@ _LONGEST_PAUSE = 15.0
 _SECONDS_TO_START = 0.3
 """The loop looks for taken jobs every tenth of a second."""
 _REFUSALS = 4
+_JOBS_AT_ONCE = 4
+"""One on the GPU, one that is being fetched, two that are being uploaded."""
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
-def serve(handler: Handler) -> None:
+def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
     """Take jobs until the worker is told to leave: by SIGTERM, SIGINT, or the platform. Without RunPod's queue: local modes."""
     rp_scale.JobScaler = _Loop
-    runpod.serverless.start({"handler": handler})
+    config = {"handler": handler, "wants_a_job": wants_a_job, "concurrency_modifier": lambda _: _JOBS_AT_ONCE}
+    runpod.serverless.start(config)
 
 
 def redact_the_log() -> None:
@@ -65,7 +72,24 @@ def report_unhealthy(reason: str) -> NoReturn:
 class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.jobs_handler = _run_and_post
+        self.jobs_handler = self._run_and_post
+        self.jobs_fetcher = self._take_a_job
+        self._wants_a_job: Callable[[], bool] = config["wants_a_job"]
+        self._not_begun: set[str] = set()
+        """Ids of jobs that were taken, of which the handler does not know yet."""
+
+    async def _take_a_job(self, session: aiohttp.ClientSession, wanted: int) -> list[Job] | None:
+        while self.is_alive() and (self._not_begun or not self._wants_a_job()):
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not self.is_alive():
+            return None
+        jobs: list[Job] | None = await get_job(session, 1)
+        self._not_begun.update(job["id"] for job in jobs or [])
+        return jobs
+
+    async def _run_and_post(self, session: aiohttp.ClientSession, config: dict[str, Any], job: Job) -> None:
+        self._not_begun.discard(job["id"])
+        await _post(session, await run_job(config["handler"], job), job["id"])
 
     async def run(self) -> None:
         async with AsyncClientSession() as session:
@@ -81,11 +105,8 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
     async def stop_job(self, job_id: str) -> bool:
         if job_id not in self.jobs_tasks:
             await asyncio.sleep(_SECONDS_TO_START)
+        await asyncio.sleep(0)  # a task that is cancelled before its first step does not even clean up
         return bool(await super().stop_job(job_id))
-
-
-async def _run_and_post(session: aiohttp.ClientSession, config: dict[str, Any], job: Job) -> None:
-    await _post(session, await run_job(config["handler"], job), job["id"])
 
 
 async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:

@@ -14,16 +14,17 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from PIL import Image
 
 from pipelines import Sampling, WanModel, load_pipeline
 from pipelines import errors as pipeline_errors
-from pipelines.base import Frames
 from pipelines.catalog import LoraMode, Sampler
 from pipelines.lora_file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
@@ -33,6 +34,7 @@ from worker.delivery import Delivery, Identity
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.files import scratch
+from worker.handover import Abandoned, Handover
 from worker.images import load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
@@ -57,12 +59,13 @@ _CODE_OF: dict[type[Exception], Code] = {
 }
 
 
-Outcome = asyncio.Future[Output] | Output | WorkerError
-Outcomes = dict[int, Outcome]
-"""By the index of the prompt: its file, on its way or there, or why there is none."""
+Outcomes = dict[int, Output | WorkerError]
+"""By the index of the prompt: its file, or why there is none."""
 
 _ID_OF_A_LOCAL_RUN = "local_test"
 """What the SDK calls every job of `python handler.py` that names no id."""
+_SECONDS_AHEAD = 10.0
+"""Before the GPU is free, the next job is taken; a download of a large LoRA takes longer, and most jobs bring none."""
 _SECONDS_TO_UPLOAD = 15.0
 """For what was finished just before the job's time was over."""
 
@@ -105,6 +108,10 @@ class JobRunner:
         self._recovery = Recovery(settings.recovery_dir)
         self._scratch = scratch().name
         self._gpu = asyncio.Lock()
+        self._runs: list[Run] = []
+        self._one_of_a_kind: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By the identity's sum: a job that is delivered again while it runs waits for its own result."""
+        self._gpu_thread = ThreadPoolExecutor(1, "gpu")
         self.device_is_lost = False
         """Set when the device no longer computes: the worker must be replaced."""
 
@@ -122,6 +129,11 @@ class JobRunner:
             return {"error": str(self._told(error, job_id))}
         finally:
             self._leave_if_the_device_is_lost()
+
+    def wants_a_job(self) -> bool:
+        """Whether to take another job now: none waits for the GPU, and the one that is on it will soon be done."""
+        ahead = [run for run in self._runs if not run.is_past_the_gpu]
+        return not ahead or (len(ahead) == 1 and ahead[0].progress.seconds_left < _SECONDS_AHEAD)
 
     @contextmanager
     def _starting(self, job: Job, job_id: str) -> Iterator[Run]:
@@ -146,10 +158,19 @@ class JobRunner:
                 progress=Progress([prompt.sample_steps for prompt in request.prompts]),
                 deadline=Deadline(self._settings.seconds_per_job),
             )
-            with run.held:
-                yield run
+            self._runs.append(run)
+            try:
+                with run.held:
+                    yield run
+            finally:
+                self._runs.remove(run)
 
     async def _run(self, run: Run) -> Result:
+        lock = self._one_of_a_kind.setdefault(run.identity.sum, asyncio.Lock())
+        async with lock:
+            return await self._run_alone(run)
+
+    async def _run_alone(self, run: Run) -> Result:
         async with self._in_time(run):
             await run.in_thread(run.delivery.check)
             if recalled := await run.in_thread(run.delivery.recall):
@@ -238,16 +259,17 @@ class JobRunner:
         again. Raises WorkerError when the LoRAs cannot be applied.
         """
         outcomes = await self._find(run)
+        finishing: dict[int, asyncio.Task[Output]] = {}
         try:
             if missing := [shot for shot in run.shots if shot.index not in outcomes]:
-                await self._make(run, missing, adapters, images, outcomes)
+                await self._make(run, missing, adapters, images, outcomes, finishing)
             run.progress.stage("upload", len(run.shots) - 1, run.shots[-1].sample_steps)
-            return [await self._settled(outcomes[shot.index], run) for shot in run.shots]
+            outcomes |= {index: await self._settled(task, run) for index, task in finishing.items()}
+            return [outcomes[shot.index] for shot in run.shots]
         finally:
-            uploads = [outcome for outcome in outcomes.values() if isinstance(outcome, asyncio.Future)]
-            for upload in uploads:
-                upload.cancel()
-            await asyncio.gather(*uploads, return_exceptions=True)
+            for task in finishing.values():
+                task.cancel()
+            await asyncio.gather(*finishing.values(), return_exceptions=True)
 
     async def _find(self, run: Run) -> Outcomes:
         """The shots that an earlier delivery of the job finished."""
@@ -265,29 +287,55 @@ class JobRunner:
         return found
 
     async def _make(
-        self, run: Run, missing: list[Shot], adapters: list[Adapter], images: dict[str, Image.Image], outcomes: Outcomes
+        self,
+        run: Run,
+        missing: list[Shot],
+        adapters: list[Adapter],
+        images: dict[str, Image.Image],
+        outcomes: Outcomes,
+        finishing: dict[int, asyncio.Task[Output]],
     ) -> None:
-        """Fill `outcomes`, shot by shot, with errors and with uploads under way."""
+        """Make the missing shots: `finishing` gets what was made and is being encoded and uploaded, `outcomes` the errors."""
         try:
             async with self._in_time(run), self._turn_on_the_gpu(run):
                 run.progress.stage("load")
                 with stage("load", run.timings, job=run.id):
-                    await run.in_thread(self._apply_loras, adapters, run.mode)
+                    await self._on_the_gpu(run, self._apply_loras, adapters, run.mode)
                 for shot in missing:
+                    image = images.get(run.control_image(shot))
                     try:
-                        file = await run.in_thread(self._render, run, shot, images.get(run.control_image(shot)))
+                        async with self._encoder(run, shot, finishing) as frames:
+                            await self._on_the_gpu(run, self._generate, run, shot, image, frames)
                     except pipeline_errors.DeviceLost:
                         raise
                     except Exception as error:
                         outcomes[shot.index] = self._told(error, run.id)
-                    else:
-                        outcomes[shot.index] = asyncio.create_task(self._upload(run, shot, file))
         except (WorkerError, pipeline_errors.PipelineError) as error:
-            if not outcomes:
+            if not outcomes and not finishing:
                 raise
             told = self._told(error, run.id)
             for shot in missing:
-                outcomes.setdefault(shot.index, told)
+                if shot.index not in finishing:
+                    outcomes.setdefault(shot.index, told)
+
+    @asynccontextmanager
+    async def _encoder(self, run: Run, shot: Shot, finishing: dict[int, asyncio.Task[Output]]) -> AsyncIterator[Handover]:
+        """Takes the frames that the block makes; encodes and uploads them behind its back.
+
+        `finishing` gets the task when the frames are all made, and also when they are not because it has failed.
+        """
+        frames = Handover()
+        task = asyncio.create_task(self._finish(run, shot, frames))
+        try:
+            yield frames
+            frames.end(whole=True)
+        except Abandoned:
+            pass
+        except BaseException:
+            frames.end(whole=False)
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        finishing[shot.index] = task
 
     @asynccontextmanager
     async def _turn_on_the_gpu(self, run: Run) -> AsyncIterator[None]:
@@ -299,6 +347,7 @@ class JobRunner:
             yield
         finally:
             self._gpu.release()
+            run.is_past_the_gpu = True
 
     def _apply_loras(self, adapters: list[Adapter], mode: LoraMode) -> None:
         try:
@@ -306,8 +355,12 @@ class JobRunner:
         except pipeline_errors.LoraError as error:
             raise _lora_error(error, error.position or 0) from error
 
-    def _render(self, run: Run, shot: Shot, image: Image.Image | None) -> Path:
-        """Generate and encode one video."""
+    async def _on_the_gpu(self, run: Run, function: Callable[..., None], *arguments: Any) -> None:
+        """One thread for all GPU work: what CUDA and compiled code keep for a thread is then made once."""
+        await in_thread(run.stop, function, *arguments, executor=self._gpu_thread)
+
+    def _generate(self, run: Run, shot: Shot, image: Image.Image | None, frames: Handover) -> None:
+        """Make the frames of one video."""
         sampling = Sampling(
             prompt=shot.prompt,
             negative_prompt=shot.neg,
@@ -329,29 +382,29 @@ class JobRunner:
 
         run.check()
         run.progress.step(shot.index, 0)
+        with stage("generate", run.timings, job=run.id, prompt_index=shot.index):
+            for chunk in self._model.generate(sampling, shot.recipe, on_step):
+                run.check()
+                run.progress.stage("encode", shot.index, shot.sample_steps)
+                frames.put(chunk)
+
+    async def _finish(self, run: Run, shot: Shot, frames: Handover) -> Output:
+        file = await in_thread(run.stop_delivery, self._encode, run, shot, frames)
+        return await self._upload(run, shot, file)
+
+    def _encode(self, run: Run, shot: Shot, frames: Handover) -> Path:
+        """Write one video while its frames come."""
         encoding = run.encoding(shot)
         target = run.folder / f"{shot.index}{encoding.suffix}"
-        start, generating = time.monotonic(), run.timings.get("generate", 0.0)
         tag = json.dumps(run.settings | run.prompt_settings[shot.index])
-        frames = self._timed_frames(run, shot, self._model.generate(sampling, shot.recipe, on_step))
-        with stage("render", job=run.id, prompt_index=shot.index):
-            encode(frames, target, encoding, shot.fps, tag)
-        encoding_seconds = time.monotonic() - start - (run.timings["generate"] - generating)
-        run.timings["encode"] = round(run.timings.get("encode", 0.0) + encoding_seconds, 3)
+        started = time.monotonic()
+        try:
+            encode(frames.until(run.stop_delivery), target, encoding, shot.fps, tag)
+        finally:
+            frames.leave()
+        seconds = time.monotonic() - started - frames.seconds_waited
+        run.timings["encode"] = round(run.timings.get("encode", 0.0) + seconds, 3)
         return target
-
-    @staticmethod
-    def _timed_frames(run: Run, shot: Shot, frames: Iterator[Frames]) -> Iterator[Frames]:
-        """Frames as they come, with the seconds that the pipeline took for them."""
-        while True:
-            start = time.monotonic()
-            chunk = next(frames, None)
-            run.timings["generate"] = round(run.timings.get("generate", 0.0) + time.monotonic() - start, 3)
-            if chunk is None:
-                return
-            run.check()
-            run.progress.stage("encode", shot.index, shot.sample_steps)
-            yield chunk
 
     async def _upload(self, run: Run, shot: Shot, file: Path) -> Output:
         arguments = (file, run.encoding(shot).content_type, self._give_up_at(run), run.stop_delivery)
@@ -365,11 +418,9 @@ class JobRunner:
         seconds, left = self._settings.upload_timeout, run.deadline.left()
         return time.monotonic() + (seconds if left is None else min(seconds, max(left, _SECONDS_TO_UPLOAD)))
 
-    async def _settled(self, outcome: Outcome, run: Run) -> Output | WorkerError:
-        if not isinstance(outcome, asyncio.Future):
-            return outcome
+    async def _settled(self, task: asyncio.Task[Output], run: Run) -> Output | WorkerError:
         try:
-            return await outcome
+            return await task
         except Exception as error:
             return self._told(error, run.id)
 

@@ -54,6 +54,12 @@ class Progress:
         }
         self._loop.call_soon_threadsafe(self._changed.set)
 
+    @property
+    def seconds_left(self) -> float:
+        """Of the denoising; infinite while that is not known."""
+        left = self.latest["seconds_left"]
+        return float("inf") if left is None else float(left)
+
     def step(self, prompt_index: int, step: int) -> None:
         """`step` denoising steps of this prompt are done."""
         self.stage("denoise", prompt_index, step)

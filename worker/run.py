@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from worker.video import IMAGE, VIDEO, Encoding
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One job: what was asked, where its files go, and what has become of it so far."""
 
@@ -41,6 +42,7 @@ class Run:
     """Set when the job is cancelled; what is finished when the time is over is still delivered."""
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What the job keeps hold of until it ends, such as its LoRAs in the cache."""
+    is_past_the_gpu: bool = False
     shots: list[Shot] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the frames of all prompts alike."""
@@ -71,12 +73,16 @@ class Run:
         return await in_thread(self.stop, function, *arguments)
 
 
-async def in_thread(stop: threading.Event, function: Callable[..., T], *arguments: Any) -> T:
-    """Run blocking work in a thread. A cancellation sets `stop` and waits until the thread has left.
+async def in_thread(stop: threading.Event, function: Callable[..., T], *arguments: Any, executor: Executor | None = None) -> T:
+    """Run blocking work in a thread of its own, or of `executor`. A cancellation sets `stop` and waits until it has left.
 
-    Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU.
+    Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU. Not asyncio's pool: a few uploads
+    that wait for their bucket would fill it, and keep the GPU from its work.
     """
-    work: asyncio.Future[T] = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    pool = executor or ThreadPoolExecutor(1)
+    work: asyncio.Future[T] = asyncio.wrap_future(pool.submit(function, *arguments))
+    if executor is None:
+        pool.shutdown(wait=False)  # it ends with its work
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

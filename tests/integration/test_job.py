@@ -20,6 +20,7 @@ from worker.files import scratch
 from worker.job import JobRunner, cold_start
 from worker.settings import Settings
 from worker.storage import LocalFolder, NotStored, Stored
+from worker.video import encode
 
 Runner = Callable[..., JobRunner]
 
@@ -226,3 +227,69 @@ def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
         signal.signal(signal.SIGTERM, before)
     assert answer == {"error": "INTERNAL: the GPU failed, and this worker leaves; send the job again"}
     assert asked == ["to end"]
+
+
+def test_the_gpu_makes_the_next_video_while_the_last_one_is_written(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def slow_encode(*arguments: Any) -> None:
+        encode(*arguments)
+        time.sleep(0.5)
+        events.append("written")
+
+    worker = runner()
+    monkeypatch.setattr("worker.job.encode", slow_encode)
+    original = worker._model.generate
+
+    def generate(*arguments: Any) -> Any:
+        yield from original(*arguments)
+        events.append("made")
+
+    monkeypatch.setattr(worker._model, "generate", generate)
+    result = run(worker, job(tiny, {}, {}))
+    assert len(result["outputs"]["videos"]) == 2
+    assert events == ["made", "made", "written", "written"]
+
+
+def test_a_video_that_cannot_be_written_costs_no_other(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_some(frames: Any, target: Path, *arguments: Any) -> None:
+        if target.stem == "0":
+            raise OSError("no space left on device")
+        encode(frames, target, *arguments)
+
+    monkeypatch.setattr("worker.job.encode", encode_some)
+    result = run(runner(), job(tiny, {}, {}))
+    assert [error["prompt_index"] for error in result["errors"]] == [0]
+    assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [1]
+
+
+def test_the_same_job_twice_at_once_is_made_once(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, made = runner(), []
+    original = worker._model.generate
+    monkeypatch.setattr(worker._model, "generate", lambda *arguments: made.append(1) or original(*arguments))
+
+    async def twice() -> list[dict[str, Any]]:
+        same = job(tiny, {"seed": -1})
+        return await asyncio.gather(worker.run(same), worker.run(same))
+
+    first, second = asyncio.run(twice())
+    assert first == second and len(made) == 1
+
+
+def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(runner: Runner, tiny: Path) -> None:
+    async def watch() -> list[bool]:
+        worker = runner()
+        wanted = [worker.wants_a_job()]
+        task = asyncio.create_task(worker.run(job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 40})))
+        while not worker._runs or worker._runs[0].progress.latest["step"] < 1:
+            await asyncio.sleep(0.01)
+        wanted.append(worker.wants_a_job())
+        while worker._runs[0].progress.seconds_left > 5:
+            await asyncio.sleep(0.01)
+        wanted.append(worker.wants_a_job())
+        await task
+        return [*wanted, worker.wants_a_job()]
+
+    assert asyncio.run(watch()) == [True, False, True, True]
