@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import aiohttp
 import runpod
-from runpod.http_client import AsyncClientSession
+from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_fitness, rp_http, rp_scale
 from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
@@ -39,6 +39,7 @@ _REFUSALS = 4
 _JOBS_AT_ONCE = 4
 """One on the GPU, one that is being fetched, two that are being uploaded."""
 _SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_AFTER_A_FAILURE = 0.5
 
 
 def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
@@ -83,7 +84,13 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
             await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
         if not self.is_alive():
             return None
-        jobs: list[Job] | None = await get_job(session, 1)
+        try:
+            jobs: list[Job] | None = await get_job(session, 1)
+        except TooManyRequests:
+            raise  # the SDK waits five seconds
+        except Exception:
+            await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)  # the SDK would ask again at once, hundreds of times a second
+            raise
         self._not_begun.update(job["id"] for job in jobs or [])
         return jobs
 
