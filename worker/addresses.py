@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from itertools import zip_longest
 from typing import Any, cast
 
 from botocore.httpsession import ProxyConfiguration
@@ -19,7 +20,7 @@ from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 _ADDRESSES = 4
-"""How many addresses of a name are tried."""
+"""How many addresses of a name are tried, IPv6 and IPv4 in turn: where one of the two does not work, the other does."""
 
 _NOT_PUBLIC = [
     # Not `ipaddress.is_global`, whose answer depends on the version of Python. Source: the IANA special-purpose registries.
@@ -85,7 +86,9 @@ class _PublicOnly(HTTPConnection):
         if not all(is_public(str(address[0])) for *_, address in found):
             raise NotPublic
         failure: OSError = OSError("the name has no address")
-        for family, kind, protocol, _, address in found[:_ADDRESSES]:
+        by_family = [[each for each in found if each[0] == family] for family in dict.fromkeys(each[0] for each in found)]
+        in_turn = [each for turn in zip_longest(*by_family) for each in turn if each]
+        for family, kind, protocol, _, address in in_turn[:_ADDRESSES]:
             connection = socket.socket(family, kind, protocol)
             try:
                 for option in self.socket_options or ():

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -27,6 +28,8 @@ from worker.logs import log
 from worker.settings import BUCKET_NAME, Settings, SettingsError
 
 _FAILURES = (BotoCoreError, ClientError, NotPublic)
+_TRANSFER = TransferConfig(preferred_transfer_client="classic")
+"""Not the client that boto3 would take where awscrt is installed: it connects past `public_only`."""
 _MADE_FROM = "made-from"
 """Key of the objects' metadata."""
 
@@ -182,7 +185,7 @@ class Bucket:
         size = file.stat().st_size
         options = {"ContentType": content_type, "Metadata": {_MADE_FROM: made_from}}
         try:
-            self._client.upload_file(str(file), self._name, key, ExtraArgs=options)
+            self._client.upload_file(str(file), self._name, key, ExtraArgs=options, Config=_TRANSFER)
             return self._signed(key, size)
         except (Boto3Error, *_FAILURES) as error:
             raise self._not_stored(key, error) from error

@@ -141,37 +141,25 @@ def _in_time(work: Callable[[], requests.Response], clock: Clock) -> requests.Re
     """What `work` returns, or the error of the clock.
 
     The look-up of a name and a TLS handshake cannot be interrupted. So the work has a thread of its own, which is left behind
-    when it is time to go; all it still waits for has an end.
+    when it is time to go; all it still waits for has an end, and an answer that nobody takes is closed as it is dropped.
     """
     clock.check()
     outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
-    left = threading.Event()
 
     def run() -> None:
         try:
             outcome.put(work())
         except Exception as error:
             outcome.put(error)
-        if left.is_set():
-            drop()
-
-    def drop() -> None:
-        with contextlib.suppress(queue.Empty):
-            result = outcome.get_nowait()
-            if isinstance(result, requests.Response):
-                result.close()
 
     threading.Thread(target=run, name="download", daemon=True).start()
-    try:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                result = outcome.get(timeout=_POLL_SECONDS)
-                break
+    while True:
+        try:
+            result = outcome.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
             clock.check()
-    except BaseException:
-        left.set()
-        drop()
-        raise
+        else:
+            break
     if isinstance(result, Exception):
         raise result
     return result

@@ -188,6 +188,12 @@ def test_a_url_that_shows_one_host_and_means_another_is_refused(url, listener, s
     assert listener.connections() == 0
 
 
+@pytest.mark.parametrize("host", ["%31%32%37.0.0.1", "a%00.example", "[::1%25lo]", "[fe80::1%lo]", "a'b.example", "$(id)"])
+def test_a_host_that_is_no_name_is_not_even_looked_up(host, names, stop):
+    assert refused(f"http://{host}/", stop) == "it is no URL that can be fetched"
+    assert names["asked"] == []
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -294,6 +300,13 @@ def test_a_name_that_turns_private_at_a_redirect_to_itself_is_refused(names, web
 def test_an_address_that_does_not_answer_is_passed_over_for_the_next(monkeypatch, names, web, stop):
     monkeypatch.setattr(addresses, "is_public", lambda address: True)
     names["files.example"] = [["127.0.0.3", "::1", "127.0.0.1"]]
+    web.gives("/a", b"hello")
+    assert fetch_bytes(f"http://files.example:{port_of(web)}/a", LIMIT, stop) == b"hello"
+
+
+def test_many_dead_addresses_of_ipv6_do_not_hide_those_of_ipv4(monkeypatch, names, web, stop):
+    monkeypatch.setattr(addresses, "is_public", lambda address: True)
+    names["files.example"] = [["::1"] * 9 + ["127.0.0.1"]]
     web.gives("/a", b"hello")
     assert fetch_bytes(f"http://files.example:{port_of(web)}/a", LIMIT, stop) == b"hello"
 

@@ -219,6 +219,7 @@ def test_a_file_that_changes_while_it_is_fetched_is_fetched_from_the_start(web, 
         (206, {"Content_Range": f"bytes 3000-{len(BODY) - 1}/{len(BODY)}", "Content_Encoding": "gzip"}),
         (206, {"Content_Type": "multipart/byteranges; boundary=x"}),
         (416, {"Content_Range": f"bytes */{len(BODY)}"}),
+        (416, {"Content_Range": f"bytes 3000-{len(BODY) - 1}/{len(BODY)}"}),
     ],
 )
 def test_a_server_that_does_not_go_on_there_is_asked_for_all_of_it(web, stop, status, headers):
