@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora_file import Adapter, LoraFile, transformer_of
-from pipelines.lora_layers import Layer, read_layers
+from pipelines.lora_layers import MERGE_INSTEAD, Layer, check_adapter_keys, read_layers
 
 _REMEMBERED_FILES = 1000
 
@@ -35,11 +35,10 @@ class LoraCheck:
         file = adapter.file
         layers, dropped = read_layers(file, self._pipe, self._spec.id)
         if mode == "adapter" and any(layer.kind == "lokr" for layer in layers.values()):
-            raise LoraIncompatible(
-                "this is a LoKr file, which can be merged but not loaded as an adapter; set `match` to preview, or start the "
-                "worker with LORA_MODE=merge"
-            )
+            raise LoraIncompatible(f"this is a LoKr file, which can be merged but not loaded as an adapter; {MERGE_INSTEAD}")
         self._check_fit(file, layers, self._linears[transformer_of(adapter.side)])
+        if mode == "adapter":
+            check_adapter_keys(file, self._pipe)
         return [*self._hints(adapter, dropped), *self._effect_warnings(adapter, layers)]
 
     def _check_fit(self, file: LoraFile, layers: dict[str, Layer], linears: dict[str, tuple[int, int]]) -> None:
@@ -96,10 +95,13 @@ def _read_effect(file: LoraFile, layers: dict[str, Layer]) -> bool:
     """Whether any layer's product can differ from 0. Raises LoraInvalid for NaN, infinity and dtypes that are no floats."""
     if strange := {dtype for dtype in file.dtypes.values() if not re.fullmatch("F64|F32|F16|BF16", dtype)}:
         raise LoraInvalid(f"its weights are stored as {min(strange)}; export the LoRA as float32, float16 or bfloat16")
-    zeros = set()
+    zeros, alphas = set(), {layer.keys.get("alpha") for layer in layers.values()}
     for key, tensor in load_file(file.path).items():
-        if not tensor.isfinite().all():
+        in_use = tensor.float() if tensor.dtype == torch.float64 else tensor  # 1e300 is infinite in every dtype of a model
+        if not in_use.isfinite().all():
             raise LoraInvalid(f"`{key}` contains NaN or infinity; the training run diverged, use an earlier save")
+        if key in alphas and tensor < 0:  # diffusers would double one factor until it exceeds the other, which it never does
+            raise LoraInvalid(f"`{key}` is negative; give it a positive alpha, and negate the LoRA by network_multiplier")
         if not tensor.any():
             zeros.add(key)
     return any(zeros.isdisjoint(layer.keys.values()) for layer in layers.values())

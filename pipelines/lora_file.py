@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from pipelines.catalog import MODELS
 from pipelines.errors import LoraInvalid
+from pipelines.safetensors_header import looks_like_safetensors, read_header
 
 Side = Literal["high", "low"]
 
@@ -26,6 +28,12 @@ _Q_LOKR = re.compile(r"blocks[._]\d+[._]self_attn[._]q\.lokr_(w[12])(?:_b)?$")
 _BLOCK = re.compile(r"blocks[._](\d{1,9})[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
 _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
+
+_MAX_ENTRY = 10_000
+"""Characters of a metadata entry that is looked into; ai-toolkit writes some hundred."""
+
+_MAX_NAME = 100
+_MAX_STEP = 2**53  # beyond it JSON readers disagree
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,11 @@ class LoraFile:
         """
         try:
             stat = path.stat()
+            if not S_ISREG(stat.st_mode):  # reading a pipe or a device may never end
+                raise LoraInvalid("this is a folder or a device, not a file; name the .safetensors file itself")
             return _read(path, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        except (SafetensorError, OSError) as error:
-            raise LoraInvalid(_why_unreadable(path, error)) from error
+        except OSError as error:
+            raise LoraInvalid("the file could not be read") from error
 
     def check_unchanged(self) -> None:
         """Raises LoraInvalid when the file is no longer the one whose header was read."""
@@ -66,20 +76,19 @@ class LoraFile:
     @property
     def base_version(self) -> str:
         """`ss_base_model_version` as the trainer wrote it (`wan_2.1`, `wan_2.2_14b`, …), or ""."""
-        return self.metadata.get("ss_base_model_version", "")
+        return _name(self.metadata.get("ss_base_model_version", ""))
 
     @property
     def trainer_version(self) -> str:
         """The version of ai-toolkit that wrote the file, such as `0.12.26`; "" for other programs."""
         software = _json_object(self.metadata.get("software", ""))
-        version = software.get("version")
-        return version if software.get("name") == "ai-toolkit" and isinstance(version, str) else ""
+        return _name(software.get("version")) if software.get("name") == "ai-toolkit" else ""
 
     @property
     def training_step(self) -> int | None:
         """The step at which the file was saved, or None."""
         step = _json_object(self.metadata.get("training_info", "")).get("step")
-        return step if isinstance(step, int) and not isinstance(step, bool) else None
+        return step if type(step) is int and 0 <= step < _MAX_STEP else None
 
     @property
     def hidden_size(self) -> int | None:
@@ -111,7 +120,7 @@ class LoraFile:
         tags = _json_object(self.metadata.get("ss_tag_frequency", ""))
         for folder, counts in tags.items():
             if len(tags) == 1 and folder.startswith("1_") and counts == {folder.removeprefix("1_"): 1}:
-                return folder.removeprefix("1_")
+                return _name(folder.removeprefix("1_"))
         return ""
 
     def looks_trained_for(self, but_not: str = "") -> str:
@@ -161,40 +170,52 @@ def transformer_of(side: Side | None) -> str:
     return "transformer_2" if side == "low" else "transformer"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _read(path: Path, identity: tuple[int, int, int, int]) -> LoraFile:
-    with safe_open(path, framework="numpy") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-        dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
-        metadata = file.metadata() or {}
-    if not shapes:
+    with path.open("rb") as file:
+        if why := why_unreadable(file.read(256)):
+            raise LoraInvalid(why)
+        file.seek(0)
+        header = read_header(file)
+    if not header.shapes:
         raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
-    return LoraFile(path, shapes, dtypes, metadata, identity)
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
     try:
-        with path.open("rb") as file:
-            head = file.read(256).lstrip()
-    except OSError:
-        return "the file could not be read"
-    if head[:1] == b"<":
-        return "the file is a web page, not a LoRA; use the file's download link (on the Hub: /resolve/, not /blob/)"
-    if head.startswith(b"version https://git-lfs"):
-        return "the file is a Git LFS pointer, not the weights; fetch the file itself"
-    if head.startswith((b"PK", b"\x80")):
-        return "the file is a pickle (.pt, .ckpt, .bin), which is never loaded; export the LoRA as safetensors"
-    if not head:
+        with safe_open(path, framework="numpy"):
+            pass  # what loads the weights must take the header too
+    except SafetensorError as error:
+        raise LoraInvalid("the file is not in safetensors format; export the LoRA as safetensors") from error
+    return LoraFile(path, header.shapes, header.dtypes, header.metadata, identity)
+
+
+def why_unreadable(head: bytes) -> str | None:
+    """What a file is instead of a LoRA, from its first bytes (64 will do): a sentence, or None when they do not tell."""
+    if looks_like_safetensors(head):  # its length can begin with any byte, also with those looked for below
+        return None
+    text = head.lstrip()
+    if not text:
         return "the file is empty; upload or download it again"
-    if isinstance(error, SafetensorError) and re.search("incomplete|invalid header length", str(error), re.IGNORECASE):
-        return "the file is cut short: it ends before the data that its header promises; upload or download it again"
-    return "the file is not in safetensors format; export the LoRA as safetensors"
+    if re.match(rb"<[!?a-zA-Z]", text):
+        return "the file is a web page, not a LoRA; use the file's download link (on the Hub: /resolve/, not /blob/)"
+    if text.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the weights; fetch the file itself"
+    if text.startswith((b"PK", b"\x80")):
+        return "the file is a pickle (.pt, .ckpt, .bin), which is never loaded; export the LoRA as safetensors"
+    if len(head) >= 64 and head[8:9] != b"{":
+        return "the file is not in safetensors format; export the LoRA as safetensors"
+    return None
 
 
 def _json_object(text: str) -> dict[str, Any]:
+    """The object that a program wrote into the metadata; {} for anything else, and for more than any program writes there."""
+    if len(text) > _MAX_ENTRY:
+        return {}
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _name(value: Any) -> str:
+    """A name out of the metadata as it can be shown in a result; "" for what can be none."""
+    return value if isinstance(value, str) and len(value) <= _MAX_NAME and value.isprintable() else ""

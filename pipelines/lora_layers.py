@@ -16,6 +16,16 @@ import torch
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora_file import LoraFile
 
+_STRANGE_BLOCK = re.compile(r".{16}blocks\.(?!\d{1,3}\.)", re.ASCII)
+"""Behind the 16 characters of `diffusion_model.`, which the conversion cuts off every key, a number that is not up to 999.
+
+It reads them with `int`, which also takes `-9` and `9_999`, and counts from the lowest to the highest.
+"""
+
+MERGE_INSTEAD = "set `match` to preview, or start the worker with LORA_MODE=merge"
+
+_LOKR_PARTS = {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "alpha"}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -61,15 +71,23 @@ def read_layers(file: LoraFile, pipe: Any, model_id: str) -> tuple[dict[str, Lay
         raise LoraIncompatible(
             f"{len(with_bias)} of its {len(halves)} layers, such as {with_bias[0]}, have a bias; train without"
         )
-    return {layer: _lora_layer(layer, parts, file) for layer, parts in halves.items()}, dropped
+    layers = {layer: _lora_layer(layer, parts, file) for layer, parts in halves.items()}
+    used = {key for layer in layers.values() for key in layer.keys.values()}
+    if lone := [key for key in file.shapes if key.endswith(".alpha") and key not in used]:
+        raise LoraInvalid(f"`{lone[0]}` is the alpha of a layer that is not in the file; it is incomplete")
+    return layers, dropped
 
 
 def _lora_layer(layer: str, parts: dict[str, str], file: LoraFile) -> Layer:
     shapes = {part: file.shapes[key] for part, key in parts.items()}
     if any(len(shapes.get(part, ())) != 2 for part in "AB"):
         raise LoraInvalid(f"layer {layer} lacks one of lora_A and lora_B; the file is incomplete")
+    if more := shapes.keys() - set("AB"):
+        raise LoraIncompatible(f"layer {layer} has a lora_{min(more)} beside lora_A and lora_B, which no LoRA for Wan has")
     if shapes["A"][0] != shapes["B"][1]:
         raise LoraInvalid(f"layer {layer} has rank {shapes['A'][0]} in lora_A and {shapes['B'][1]} in lora_B")
+    if shapes["A"][0] == 0:
+        raise LoraInvalid(f"layer {layer} has rank 0; the file is incomplete")
     alpha = re.split(r"\.lora_", parts["A"])[0] + ".alpha"
     if alpha in file.shapes:
         _check_alpha(layer, file.shapes[alpha])
@@ -96,18 +114,21 @@ def _lokr_layers(file: LoraFile, pipe: Any, model_id: str) -> tuple[dict[str, La
     for layer, keys in parts.items():
         shapes = {part: file.shapes[key] for part, key in keys.items()}
         _check_alpha(layer, shapes.get("alpha", ()))
+        if more := shapes.keys() - _LOKR_PARTS:
+            raise LoraIncompatible(f"layer {layer} has a lokr_{min(more)}, which no LoKr for Wan has")
         (out1, in1), (out2, in2) = (_factor_shape(layer, shapes, factor) for factor in ("w1", "w2"))
-        layers[name_of[layer]] = Layer("lokr", in1 * in2, out1 * out2, keys)
-    used = {key for keys in parts.values() for key in keys.values()}
+        if layer in name_of:
+            layers[name_of[layer]] = Layer("lokr", in1 * in2, out1 * out2, keys)
+    used = {key for layer in layers.values() for key in layer.keys.values()}
     return layers, [key for key in file.shapes if key not in used]
 
 
 def _factor_shape(layer: str, shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:
-    whole = shapes.get(factor, ())
-    left, right = shapes.get(f"{factor}_a", ()), shapes.get(f"{factor}_b", ())
-    if len(whole) == 2:
-        return whole[0], whole[1]
-    if len(left) == len(right) == 2 and left[1] == right[0]:
+    given = {part: shape for part, shape in shapes.items() if part.startswith(factor)}
+    if given.keys() == {factor} and len(given[factor]) == 2:
+        return given[factor][0], given[factor][1]
+    left, right = given.get(f"{factor}_a", ()), given.get(f"{factor}_b", ())
+    if len(given) == len(left) == len(right) == 2 and left[1] == right[0] > 0:
         return left[0], right[1]
     raise LoraInvalid(f"layer {layer} lacks its lokr_{factor}; the file is incomplete, or not for linear layers")
 
@@ -145,6 +166,19 @@ def _convert(
     return names, [key for key in keys if key not in kept]
 
 
+def check_adapter_keys(file: LoraFile, pipe: Any) -> None:
+    """Raises LoraIncompatible for keys that can be merged, but that diffusers does not load as an adapter."""
+    stand_ins = {key: torch.ones(()) if key.endswith(".alpha") else torch.ones(1, 1) for key in file.shapes}
+    try:
+        names = list(pipe.lora_state_dict(stand_ins))
+    except (ValueError, KeyError, IndexError):
+        names = []
+    if not names or not all(name.startswith("transformer.") and "lora" in name for name in names):
+        raise LoraIncompatible(
+            f"its keys, such as `{_strangest(file.shapes)}`, can be merged but not loaded as an adapter; {MERGE_INSTEAD}"
+        )
+
+
 def _strangest(keys: Iterable[str]) -> str:
     """The key that looks least like one of a Wan LoRA, to show to the user."""
     usual = re.compile(r"(diffusion_model\.|transformer\.|lora_unet_)blocks[._]\d+[._].*(\.lo\w+(\.weight)?|\.alpha|\.diff_b)")
@@ -154,11 +188,11 @@ def _strangest(keys: Iterable[str]) -> str:
 
 def _unsupported_kind(keys: Iterable[str]) -> str:
     keys = list(keys)
-    for mark, kind in ((".hada_", "LoHa"), (".oft_", "OFT"), ("dora_scale", "DoRA")):
+    for mark, kind in ((".hada_", "LoHa"), (".oft_", "OFT"), ("dora_scale", "DoRA"), ("lora_magnitude_vector", "DoRA")):
         if any(mark in key for key in keys):
             return f"a {kind} file"
-    if any(re.search(r"blocks[._]\d{4}", key) for key in keys):  # the conversion counts through all numbers in between
-        return "a file with block numbers beyond 999, which no Wan model has"
+    if any(_STRANGE_BLOCK.match(key) for key in keys):
+        return "a file with block numbers that no Wan model has"
     if any("transformer_1.blocks." in key for key in keys):
         return "a file that holds the high and the low side together; split it and send each side as its own item"
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,6 +41,9 @@ _ELSEWHERE = {
 _SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
 """Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
 
+_DEEPEST = 6
+"""Parts of a path that are told; those of the schema have three at most."""
+
 
 Location = tuple[int | str, ...]
 """pydantic's: `("prompts", 1, "width")`."""
@@ -62,11 +66,11 @@ def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
 
 
 def path_of(location: Location) -> str:
-    """`prompts[1].width`."""
+    """`prompts[1].width`; of a place far deeper than the schema, where it begins."""
     path = ""
-    for part in location:
+    for part in location[:_DEEPEST]:
         path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
-    return path
+    return path + "…" * (len(location) > _DEEPEST)
 
 
 def _shown(name: str) -> str:
@@ -101,7 +105,7 @@ def _rule(location: Location, models: Models) -> str:
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
     if isinstance(location[-1], int):
         return f"an object with the fields {', '.join(home.model_fields)}"
-    schema = home.model_json_schema()["properties"][name]
+    schema = _schema_of(home)[name]
     schema = {**schema, **next((kind for kind in schema.get("anyOf", []) if kind.get("type") != "null"), {})}
     if "enum" in schema:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
@@ -113,6 +117,13 @@ def _rule(location: Location, models: Models) -> str:
     if "maxLength" in schema:
         kind += f" of at most {schema['maxLength']} characters"
     return kind + (f", such as {schema['examples'][0]!r}" if "examples" in schema else "")
+
+
+@cache
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema of each field; pydantic takes milliseconds to write it."""
+    fields: dict[str, Any] = model.model_json_schema()["properties"]
+    return fields
 
 
 def _instead_of(problem: Any) -> str:

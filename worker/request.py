@@ -346,16 +346,21 @@ def _prompt_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Proble
 
 def _unicode_problems(raw: Any) -> Iterator[Problem]:
     """Texts and field names with lone surrogates, which JSON can carry and nothing behind it can."""
-    waiting: list[tuple[tuple[int | str, ...], Any]] = [((), raw)]
+    # Each with the way to it, as (the way to its container, its key): of deep ones, a copy of the whole way would be long.
+    waiting: list[tuple[Any, Any]] = [((), raw)]
     while waiting:
-        location, value = waiting.pop()
+        way, value = waiting.pop()
         if isinstance(value, str) and not _is_unicode(value):
+            location: list[int | str] = []
+            while way:
+                way, key = way
+                location.insert(0, key)
             text = "contains a lone surrogate, which is no character; send valid Unicode"
-            yield Problem(Code.INVALID_INPUT, path_of(location), text)
+            yield Problem(Code.INVALID_INPUT, path_of(tuple(location)), text)
         elif isinstance(value, dict):
-            waiting += [((*location, key), item if _is_unicode(key) else key) for key, item in value.items()]
+            waiting += [((way, key), item if _is_unicode(key) else key) for key, item in value.items()]
         elif isinstance(value, list):
-            waiting += [((*location, index), item) for index, item in enumerate(value)]
+            waiting += [((way, index), item) for index, item in enumerate(value)]
 
 
 def _is_unicode(text: str) -> bool:

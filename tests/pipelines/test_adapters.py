@@ -265,10 +265,10 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
         (
             {
                 "diffusion_model.blocks.0.a.lora_A.weight": torch.ones(4, 4),
-                f"diffusion_model.blocks.{'9' * 5000}.a": torch.ones(1),
+                f"diffusion_model.blocks.{'9' * 200}.a": torch.ones(1),
             },
             LoraIncompatible,
-            "block numbers beyond 999",
+            "block numbers that no Wan model has",
         ),
         ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraInvalid, "lacks one of"),
         (
@@ -298,3 +298,62 @@ def test_files_that_are_no_lora_for_wan_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         small.check_lora(Adapter(write(tensors)))
+
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+PLAIN = lora_tensors(SIZE_1B, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({f"{Q}.alpha": torch.tensor(-1.0)}, LoraInvalid, "is negative"),
+        ({"diffusion_model.blocks.7.self_attn.q.alpha": torch.tensor(1.0)}, LoraInvalid, "not in the file"),
+        ({f"{Q}.lora_A.weight": torch.ones(0, 24), f"{Q}.lora_B.weight": torch.ones(24, 0)}, LoraInvalid, "has rank 0"),
+        ({f"{Q}.lora_A.weight": torch.full((4, 24), 1e300, dtype=torch.float64)}, LoraInvalid, "NaN or infinity"),
+        (
+            {"diffusion_model.blocks.-9999999999.self_attn.q.lora_A.weight": torch.ones(4, 24)},
+            LoraIncompatible,
+            "block numbers",
+        ),
+        (
+            {"diffusion_model.blocks.9_999_999_999.self_attn.q.lora_A.weight": torch.ones(4, 24)},
+            LoraIncompatible,
+            "block numbers",
+        ),
+        ({f"{'x' * 16}blocks.1_000_000_000.norm1.diff": torch.ones(4)}, LoraIncompatible, "block numbers"),
+        ({f"{Q}.lora_magnitude_vector": torch.ones(24)}, LoraIncompatible, "a DoRA"),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2, 2), f"{Q}.lokr_w2": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w1"),
+        (
+            {f"{Q}.lokr_w1": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(12, 12), f"{Q}.lokr_t2": torch.ones(2)},
+            LoraIncompatible,
+            "has a lokr_t2",
+        ),
+    ],
+)
+def test_what_the_loading_code_would_choke_on_is_refused_first(
+    small: WanModel, write: Callable[..., LoraFile], changes: dict, error: type[Exception], says: str
+) -> None:
+    for mode in ("adapter", "merge"):
+        with pytest.raises(error, match=says):
+            small.check_lora(Adapter(write(PLAIN | changes)), mode)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["lora_mid.weight", "lora_A.default.weight"])
+def test_a_part_that_is_none_of_a_lora_is_refused(small: WanModel, write: Callable[..., LoraFile], part: str) -> None:
+    layer = "transformer.blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 24), f"{layer}.lora_B.weight": torch.ones(24, 4)}
+    with pytest.raises(LoraIncompatible, match="beside lora_A and lora_B"):
+        small.check_lora(Adapter(write(tensors | {f"{layer}.{part}": torch.ones(4)})), "merge")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_keys_that_can_only_be_merged_say_so_before_anything_is_loaded(
+    small: WanModel, write: Callable[..., LoraFile], prefix: str
+) -> None:
+    layer = f"{prefix}blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 24), f"{layer}.lora_B.weight": torch.ones(24, 4)}
+    lora = Adapter(write(tensors | {f"{layer}.alpha": torch.tensor(2.0)}))
+    assert small.check_lora(lora, "merge") == []
+    with pytest.raises(LoraIncompatible, match="can be merged but not loaded as an adapter; set `match` to preview"):
+        small.check_lora(lora, "adapter")

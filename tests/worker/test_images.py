@@ -129,6 +129,13 @@ def test_a_photo_is_turned_upright(orientation, size, red_side, format):
     assert image.getpixel(place)[0] > 200  # type: ignore[index]
 
 
+@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no tags", b""])
+def test_a_photo_with_a_broken_exif_is_taken_as_it_is_stored(broken):
+    photo = encoded(picture(), "JPEG", quality=95)
+    photo = photo[:2] + b"\xff\xe1" + struct.pack(">H", len(broken) + 2) + broken + photo[2:]
+    assert decode(photo).tobytes() == decode(encoded(picture(), "JPEG", quality=95)).tobytes()
+
+
 @pytest.mark.parametrize(
     ("mode", "color", "made"),
     [("RGBA", (255, 0, 0, 128), HALF_RED), ("RGBA", (255, 255, 255, 0), (0, 0, 0)), ("LA", (200, 128), (100, 100, 100))],
@@ -303,6 +310,26 @@ def test_a_format_that_is_not_on_the_list_is_no_image(load, format):
     data = encoded(picture(), format)
     assert Image.open(io.BytesIO(data)).format == format
     assert "no image" in failure(load, as_text(data))
+
+
+@pytest.mark.parametrize("after", [b"", b"\xff\xda" * 1000], ids=["as it is", "with a film behind it"])
+def test_a_progressive_jpeg_is_decoded(after):
+    photo = encoded(picture(), "JPEG", quality=95, progressive=True)
+    assert photo.count(b"\xff\xda") > 1
+    assert decode(photo + after).tobytes() == decode(photo).tobytes()
+
+
+@pytest.mark.parametrize("format", ["BMP", "PPM"])
+def test_what_pillow_would_decode_in_python_is_refused_with_the_remedy(format):
+    image = {
+        "BMP": b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 1078, 40, 4, 4, 1, 8, 1, 4, 0, 0, 256, 0)
+        + bytes(1024)
+        + b"\0\1",
+        "PPM": b"P3\n2 2\n255\n" + b"1 2 3 " * 4,
+    }
+    with pytest.raises(ValueError, match="takes too long to decode; save it anew as PNG"):
+        decode(image[format])
 
 
 def test_an_eps_is_not_given_to_ghostscript(load, monkeypatch):

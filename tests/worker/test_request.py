@@ -361,6 +361,52 @@ def test_an_error_says_the_rule_what_was_sent_and_a_value_that_would_do():
     assert '"mp4", "webp", "gif", "png"; got \'avi\'' in str(error_of(an_input(output_format="avi")))
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "most"),
+    [
+        ({"prompts": [{"prompt": "x" * 10_001}]}, "prompts[0].prompt", 10_000),
+        ({"prompts": [{"prompt": "a", "neg": "x" * 10_001}]}, "prompts[0].neg", 10_000),
+        ({"prompts": [{"prompt": "a", "trigger_word": "x" * 501}]}, "prompts[0].trigger_word", 500),
+        ({"trigger_word": "x" * 501}, "trigger_word", 500),
+        ({"hf_token": "x" * 501}, "hf_token", 500),
+        ({"loras": [{"path": "a/" * 4097}]}, "loras[0].path", 8192),
+    ],
+)
+def test_texts_have_a_length_that_an_error_names(fields, field, most):
+    [problem] = error_of(an_input(**fields)).problems
+    assert problem.field == field
+    assert f"a string of at most {most} characters" in problem.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompts": [{"prompt": "a", "width": 1}] * 20_000},
+        {"prompts": [{"prompt": "a", "widht": 1}] * 20_000},
+        {f"surprise{number}": 1 for number in range(20_000)},
+        {"prompts": [{"prompt": "\ud800"}] * 20_000},
+    ],
+    ids=["numbers", "fields", "fields of the request", "surrogates"],
+)
+def test_of_very_many_problems_the_first_hundred_are_told(fields):
+    error = error_of(an_input(**fields))
+    assert len(error.problems) == 100
+    assert str(error).endswith("(100) there are more than 100 problems; correct these first")
+    assert len(str(error)) < 25_000
+
+
+def test_the_path_of_a_deep_place_is_cut_short():
+    deep = "\ud800"
+    for _ in range(900):
+        deep = [deep]
+    assert found(an_input(first={"prompt": deep})) == [("INVALID_INPUT", "prompts[0].prompt[0][0][0]…")]
+
+
+def test_a_hundred_problems_are_all_told():
+    error = error_of(an_input(prompts=[{"prompt": "a", "width": 1}] * 100))
+    assert [problem.field for problem in error.problems] == [f"prompts[{index}].width" for index in range(100)]
+
+
 # Hints
 
 
@@ -438,6 +484,8 @@ PIN = 8675309
         {"model": f"https://example.com/?sig={SECRET}"},
         {"output_format": f"/home/{SECRET}"},
         {"token": SECRET},
+        {"model": f"hf_{SECRET:x<34}"},
+        {"output_format": f"hf_{SECRET:x<34}"},
     ],
 )
 def test_tokens_urls_and_paths_are_not_repeated_in_an_error(change):
