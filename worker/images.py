@@ -26,6 +26,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")
 MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
 
+MAX_PIXELS_OF_A_JOB = 4 * MAX_PIXELS
+"""They wait decoded, three bytes a pixel, until their prompts' turns come: 768 MB."""
+
 _AT_MOST = f"more than {MAX_PIXELS / 1e6:.0f} million; shrink it"
 
 _MAX_PASSES = 50
@@ -46,8 +49,29 @@ _TURN: dict[Any, Image.Transpose] = {
 """By the EXIF's orientation; 1 is upright."""
 
 
+class Allowance:
+    """How many pixels the images of one job may still have. May be used from several threads."""
+
+    def __init__(self, pixels: int = MAX_PIXELS_OF_A_JOB) -> None:
+        self._left = pixels
+        self._lock = threading.Lock()
+
+    def take(self, pixels: int) -> bool:
+        """False when there are not so many left."""
+        with self._lock:
+            fits = pixels <= self._left
+            self._left -= pixels if fits else 0
+        return fits
+
+
 def load_control_image(
-    source: str, match: Match, fields: Sequence[str], max_bytes: int, stop: threading.Event, private: bool = False
+    source: str,
+    match: Match,
+    fields: Sequence[str],
+    allowance: Allowance,
+    max_bytes: int,
+    stop: threading.Event,
+    private: bool = False,
 ) -> Image.Image:
     """The image as the model takes it, RGB: the first frame of an animation.
 
@@ -58,7 +82,7 @@ def load_control_image(
     Raises WorkerError with CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
-        return decode(_read(source, max_bytes, stop, private), match)
+        return decode(_read(source, max_bytes, stop, private), match, allowance)
     except (DownloadError, ValueError) as error:
         raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error)) for where in fields]) from error
 
@@ -84,11 +108,12 @@ def _read(source: str, max_bytes: int, stop: threading.Event, private: bool) -> 
         raise ValueError("it is neither an http(s) URL nor base64 nor a data URL; send one of them") from None
 
 
-def decode(data: bytes, match: Match = "documented") -> Image.Image:
+def decode(data: bytes, match: Match = "documented", allowance: Allowance | None = None) -> Image.Image:
     """See `load_control_image`. Raises ValueError with what is wrong in words."""
+    allowance = allowance or Allowance()
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            problem = _too_large(image) or _too_slow(image, data)
+            problem = _too_large(image, allowance) or _too_slow(image, data)
             if not problem:
                 image.seek(0)
                 return image.convert("RGB") if match == "preview" else _flattened(_upright(image))
@@ -101,9 +126,14 @@ def decode(data: bytes, match: Match = "documented") -> Image.Image:
     raise ValueError(problem)
 
 
-def _too_large(image: Image.Image) -> str:
+def _too_large(image: Image.Image, allowance: Allowance) -> str:
     width, height = image.size
-    return f"the image has {width}x{height} pixels, {_AT_MOST}" if width * height > MAX_PIXELS else ""
+    if width * height > MAX_PIXELS:
+        return f"the image has {width}x{height} pixels, {_AT_MOST}"
+    if not allowance.take(width * height):
+        most = f"{MAX_PIXELS_OF_A_JOB / 1e6:.0f} million"
+        return f"with it the job's images have more than {most} pixels together; shrink them, or send several jobs"
+    return ""
 
 
 def _too_slow(image: Image.Image, data: bytes) -> str:

@@ -35,7 +35,7 @@ from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.files import scratch
 from worker.handover import Abandoned, Handover
-from worker.images import load_control_image
+from worker.images import Allowance, load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
@@ -64,6 +64,7 @@ Outcomes = dict[int, Output | WorkerError]
 
 _ID_OF_A_LOCAL_RUN = "local_test"
 """What the SDK calls every job of `python handler.py` that names no id."""
+_FETCHES_AT_ONCE = 8
 _SECONDS_AHEAD = 10.0
 """Before the GPU is free, the next job is taken; a download of a large LoRA takes longer, and most jobs bring none."""
 _SECONDS_TO_UPLOAD = 15.0
@@ -112,6 +113,7 @@ class JobRunner:
         self._one_of_a_kind: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """By the identity's sum: a job that is delivered again while it runs waits for its own result."""
         self._gpu_thread = ThreadPoolExecutor(1, "gpu")
+        self._fetching = ThreadPoolExecutor(_FETCHES_AT_ONCE, "fetch")
         self.device_is_lost = False
         """Set when the device no longer computes: the worker must be replaced."""
 
@@ -222,10 +224,14 @@ class JobRunner:
                 name, source = prompt.control_image
                 fields_of.setdefault(source, []).append(f"prompts[{index}].{name}")
         with stage("fetch", run.timings, job=run.id):
-            loras = [run.in_thread(self._fetch_lora, run, index) for index in range(len(run.request.loras))]
-            limits = (self._settings.max_image_bytes, run.stop, self._settings.allow_private_downloads)
+            loras = [
+                in_thread(run.stop, self._fetch_lora, run, index, executor=self._fetching)
+                for index in range(len(run.request.loras))
+            ]
+            allowance = Allowance()
             images = [
-                run.in_thread(load_control_image, source, run.match, fields, *limits) for source, fields in fields_of.items()
+                in_thread(run.stop, self._fetch_image, run, source, fields, allowance, executor=self._fetching)
+                for source, fields in fields_of.items()
             ]
             fetched = await asyncio.gather(*loras, *images, return_exceptions=True)
         problems: list[Problem] = []
@@ -238,6 +244,11 @@ class JobRunner:
             raise WorkerError.of(problems)
         adapters = cast("list[Adapter]", fetched[: len(loras)])
         return adapters, dict(zip(fields_of, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
+
+    def _fetch_image(self, run: Run, source: str, fields: list[str], allowance: Allowance) -> Image.Image:
+        run.check()
+        limits = (self._settings.max_image_bytes, run.stop, self._settings.allow_private_downloads)
+        return load_control_image(source, run.match, fields, allowance, *limits)
 
     def _fetch_lora(self, run: Run, index: int) -> Adapter:
         lora = run.request.loras[index]

@@ -55,7 +55,7 @@ def _find(name: str, where: str, folder: Path) -> Path:
     try:
         path = (root / name).resolve()
         found = path.is_relative_to(root) and path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
         found = False
     if not found:
         text = "no such file in the worker's LoRA folder; check the name, or give an http(s) URL"

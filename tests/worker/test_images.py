@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from worker.errors import Code, WorkerError
-from worker.images import MAX_PIXELS, decode, load_control_image
+from worker.images import MAX_PIXELS, Allowance, decode, load_control_image
 
 RED, BLUE, HALF_RED = (255, 0, 0), (0, 0, 255), (128, 0, 0)
 
@@ -37,7 +37,7 @@ BASE64 = base64.b64encode(PNG).decode()
 @pytest.fixture
 def load(stop):
     def load(source: str, max_bytes: int = 1_000_000) -> Image.Image:
-        return load_control_image(source, "documented", ["prompts[0].ctrl_img"], max_bytes, stop, private=True)
+        return load_control_image(source, "documented", ["prompts[0].ctrl_img"], Allowance(), max_bytes, stop, private=True)
 
     return load
 
@@ -83,7 +83,7 @@ def test_every_way_to_write_an_image_as_text_gives_the_same_image(load, source):
 def test_padding_is_never_needed(data):
     """Whatever the length, the bytes are found again: here behind an image, where they do no harm."""
     text = base64.b64encode(PNG + data).decode().rstrip("=")
-    assert is_picture(load_control_image(text, "documented", [], 1_000_000, None))  # type: ignore[arg-type]
+    assert is_picture(load_control_image(text, "documented", [], Allowance(), 1_000_000, None))  # type: ignore[arg-type]
 
 
 # What comes out
@@ -247,7 +247,7 @@ def test_a_url_of_an_empty_file_is_no_image(load, web):
 def test_an_image_that_several_prompts_name_is_told_for_each(stop):
     fields = ["prompts[0].ctrl_img", "prompts[2].ctrl_img_1"]
     with pytest.raises(WorkerError) as caught:
-        load_control_image("****", "documented", fields, 1_000_000, stop)
+        load_control_image("****", "documented", fields, Allowance(), 1_000_000, stop)
     assert [problem.field for problem in caught.value.problems] == fields
 
 
@@ -279,7 +279,7 @@ def test_a_url_that_gives_no_image_says_why_and_not_from_where(load, web, path, 
 
 def test_an_address_that_is_not_public_is_told_with_the_rule(web, stop):
     with pytest.raises(WorkerError, match=r"^CONTROL_IMAGE_INVALID: `f`: .* the address is not public; use a public one"):
-        load_control_image(web.gives("/i.png", PNG), "documented", ["f"], 1_000_000, stop)
+        load_control_image(web.gives("/i.png", PNG), "documented", ["f"], Allowance(), 1_000_000, stop)
     assert not web.requests
 
 
@@ -367,3 +367,11 @@ def test_in_preview_an_image_is_taken_as_it_is_stored():
     red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert decode(encoded(red, "PNG"), "preview").getpixel((0, 0)) == (255, 0, 0)
     assert decode(encoded(red, "PNG")).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_the_images_of_a_job_have_so_many_pixels_together():
+    allowance = Allowance(2 * picture().width * picture().height)
+    for _ in range(2):
+        decode(PNG, allowance=allowance)
+    with pytest.raises(ValueError, match="the job's images have more than 256 million pixels together"):
+        decode(PNG, allowance=allowance)

@@ -364,3 +364,8 @@ def test_without_a_token_nothing_is_sent(token):
 def test_a_download_from_elsewhere_comes_without_the_token(fetch, web):
     fetch(web.gives("/a", WEIGHTS), hf_token="hf_x")
     assert "Authorization" not in web.headers("/a")
+
+
+def test_links_in_a_circle_are_no_lora(fetch, settings):
+    (settings.lora_dir / "loop.safetensors").symlink_to("loop.safetensors")
+    failure(fetch, "loop.safetensors", Code.LORA_NOT_FOUND)
