@@ -1,5 +1,6 @@
 # make run    sets up, builds tiny checkpoints and runs test_input.json to a playable MP4
 # make test   sets up and runs the tests
+# make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
 # make lint   ruff and mypy
 # make docs   rewrites the generated parts of the documentation
@@ -9,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 TINY := .tiny
 
-.PHONY: setup run serve test lint format docs clean
+.PHONY: setup run serve test soak lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +36,9 @@ serve: $(TINY)/.ready
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
+
+soak: setup
+	$(PY) -m tests.soak --jobs 500
 
 lint: setup
 	$(PY) -m ruff check .

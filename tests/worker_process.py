@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import requests
+
+from tests.cloud import Cloud
 
 ROOT = Path(__file__).parent.parent
 STARTS_WITHIN = 120
@@ -52,7 +50,7 @@ def process(env: dict[str, str], log: Path, *arguments: str) -> Iterator[subproc
     try:
         yield worker
     finally:
-        if worker.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
 
@@ -87,101 +85,77 @@ def local_api(env: dict[str, str], folder: Path) -> Iterator[LocalApi]:
         yield LocalApi(port, log)
 
 
-class Cloud:
-    """RunPod's job API on loopback: hands out jobs, takes results and progress, passes on stops."""
+@dataclass(frozen=True)
+class Worker:
+    """One worker of an endpoint. `temp` is its temporary folder, which no other process uses."""
 
-    def __init__(self) -> None:
-        self.posts: list[tuple[str, dict[str, Any]]] = []
-        """(job id, body) of everything the worker posted, in the order of arrival: progress and results."""
-        self._jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._stops: queue.Queue[str] = queue.Queue()
-        self._arrived = threading.Condition()
-        cloud = self
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    temp: Path
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if "/job-take" in self.path:
-                    self._long_poll(cloud._jobs)
-                elif "/job-stop" in self.path:
-                    self._long_poll(cloud._stops)
-                else:
-                    self._answer(200, {})
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with cloud._arrived:
-                    cloud.posts.append((parse_qs(urlsplit(self.path).query)["job"][0], body))
-                    cloud._arrived.notify_all()
-                self._answer(200, {})
+    def memory(self) -> int:
+        """Resident bytes of its main process."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
 
-            def _long_poll(self, waiting: queue.Queue[Any]) -> None:
-                try:
-                    item = waiting.get(timeout=1)
-                except queue.Empty:
-                    self._answer(204, None)
-                    return
-                self._answer(200, {"jobsToStop": [item]} if isinstance(item, str) else item)
 
-            def _answer(self, status: int, body: Any) -> None:
-                data = b"" if body is None else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+class Endpoint:
+    """Workers that take their jobs from one cloud: they come, leave and die as a test wants. A context manager."""
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def __init__(self, cloud: Cloud, env: dict[str, str], folder: Path) -> None:
+        """`env`: what all workers have in common, see `environment`. `folder` is for logs and temporary files."""
+        self.cloud = cloud
+        self.workers: list[Worker] = []
+        """All that were ever started."""
+        self._env = env
+        self._folder = folder
+        self._processes = ExitStack()
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    def __enter__(self) -> Endpoint:
+        return self
 
-    def environment(self) -> dict[str, str]:
-        """What RunPod sets in a worker's container."""
-        base = f"http://127.0.0.1:{self._server.server_address[1]}/v2/endpoint"
-        return {
-            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none&job=$ID",
-            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID?gpu=none",
-            "RUNPOD_AI_API_KEY": "key",
-            "RUNPOD_POD_ID": "pod",
-            "RUNPOD_ENDPOINT_ID": "endpoint",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-        }
+    def __exit__(self, *_: object) -> None:
+        self._processes.close()
 
-    def submit(self, job_id: str, request: dict[str, Any], **more: Any) -> None:
-        self._jobs.put({"id": job_id, "input": request, **more})
+    @property
+    def alive(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.is_alive()]
 
-    def stop(self, job_id: str) -> None:
-        self._stops.put(job_id)
+    def start(self, temp: Path | None = None, **changes: str | Path) -> Worker:
+        """A new worker, which still has to load its model; `changes` go into its environment.
 
-    def wait_for(self, job_id: str, stage: str | None = None, seconds: float = 180) -> dict[str, Any]:
-        """The job's result, or with `stage` its first progress update of that stage."""
+        `temp`: that of a worker before it, as when a container is started again.
+        """
+        name = f"worker-{len(self.workers)}"
+        log, temp = self._folder / f"{name}.log", temp or self._folder / f"{name}.tmp"
+        temp.mkdir(exist_ok=True)
+        env = self._env | self.cloud.environment(name) | {"TMPDIR": str(temp)}
+        env |= {key: str(value) for key, value in changes.items()}
+        worker = Worker(name, self._processes.enter_context(process(env, log)), log, temp)
+        self.workers.append(worker)
+        return worker
 
-        def found() -> dict[str, Any] | None:
-            for posted_for, body in self.posts:
-                progress = body.get("status") == "IN_PROGRESS"
-                if posted_for == job_id and (
-                    body["output"]["stage"] == stage if stage and progress else not stage and not progress
-                ):
-                    return body
-            return None
+    def wait_until_ready(self, worker: Worker) -> None:
+        """Returns when it asks for a job."""
+        try:
+            self.cloud.wait(lambda: self.cloud.asked[worker.name] or not worker.is_alive(), "ready worker", STARTS_WITHIN)
+        finally:
+            assert worker.is_alive(), worker.log.read_text()[-4000:]
 
-        with self._arrived:
-            assert self._arrived.wait_for(lambda: found() is not None, seconds), (
-                f"{job_id}: nothing in {seconds} s: {self.posts}"
-            )
-            body = found()
-            assert body is not None
-            return body
+    def kill(self, worker: Worker) -> list[str]:
+        """Kill it as the host of a worker can die, and hand out its jobs again, as RunPod does. Returns their ids."""
+        os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        return self.cloud.redeliver(worker.name)
 
-    def progress_of(self, job_id: str) -> list[dict[str, Any]]:
-        return [
-            body["output"] for posted_for, body in self.posts if posted_for == job_id and body.get("status") == "IN_PROGRESS"
-        ]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def leave(self, worker: Worker, seconds: float = 120) -> int:
+        """Ask it to leave, and wait for it. Returns its exit status; -9: it had to be killed after `seconds`."""
+        worker.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            return worker.process.wait(seconds)
+        self.kill(worker)
+        return -signal.SIGKILL
