@@ -8,13 +8,23 @@ is the request of docs/api.md, and what comes back is its result, or `{"error": 
     python handler.py --rp_serve_api       serves the local RunPod API on port 8000
 """
 
+from __future__ import annotations
+
+import gc
 import os
 import sys
-from typing import NoReturn
+import time
+from typing import TYPE_CHECKING, NoReturn
 
+from pipelines import ahead, lean
+from pipelines.catalog import MODELS
+from pipelines.clock import timed
 from worker import logs
 from worker.errors import WorkerError
-from worker.settings import SettingsError, load_settings
+from worker.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from worker.job import JobRunner
 
 
 def main() -> None:
@@ -26,9 +36,7 @@ def main() -> None:
     try:
         settings = load_settings()
         logs.hide(settings.secrets)
-        from worker.job import cold_start
-
-        runner = cold_start(settings)
+        runner = start(settings)
     except (SettingsError, WorkerError) as error:
         fail(str(error), in_cloud)
     except Exception as error:
@@ -42,6 +50,22 @@ def main() -> None:
     cloud.serve(runner.run, runner.wants_a_job)
     if runner.device_is_lost:
         sys.exit(1)
+
+
+def start(settings: Settings) -> JobRunner:
+    """Import what is needed and load the model, while the system reads the weights. Raises what `cold_start` raises."""
+    took = {"settings": round(time.process_time(), 3)}
+    ahead.read_weights(MODELS[settings.model_id], settings.checkpoint_dir)
+    if reason := lean.install():
+        logs.log.warning("a slow start, with everything that the libraries import: %s", reason)
+    gc.disable()  # to look for garbage among what is imported takes a second, and finds next to none
+    with timed(took, "sdk"):
+        import worker.cloud  # noqa: F401 for `main`
+    with timed(took, "libraries"):
+        from worker.job import cold_start
+    gc.freeze()
+    gc.enable()
+    return cold_start(settings, took)
 
 
 def fail(reason: str, in_cloud: bool) -> NoReturn:

@@ -12,13 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -27,11 +22,12 @@ import transformers
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
+from benchmarks import report
+from benchmarks.report import median
 from builder import tiny_checkpoints
 from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.lora_file import LoraFile
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
 """Attention heads of width 128, ffn_dim, blocks: the published configs."""
 
@@ -46,15 +42,11 @@ def main() -> int:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(Path(folder), options.size, options.blocks, options.ranks, options.repeat)
-    print_table(report)
-    RESULTS.mkdir(exist_ok=True)
-    name = f"switch-{report['device']}-{report['size']}".replace(" ", "_").replace("/", "_")
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        measure(Path(folder), options.size, options.blocks, options.ranks, options.repeat)
     return 0
 
 
-def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat: int) -> dict[str, object]:
+def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tiny_checkpoints.write_checkpoints(root)
     shape = tiny_checkpoints.SIZE_1B
@@ -72,14 +64,9 @@ def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat:
             seconds = median(repeat, *(lambda lora=lora, mode=mode: model.apply_loras([lora], mode) for lora in pair))
             row |= {f"{mode}_seconds": round(seconds, 3), f"{mode}_to_fresh": round(seconds / fresh, 3)}
         rows.append(row)
-    return {
-        "size": f"{size}-{shape.blocks}-blocks",
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}",
-        "torch": torch.__version__,
-        "transformer_gigabytes": round(sum(p.nbytes for p in model._pipe.transformer.parameters()) / 1e9, 2),
-        "fresh_pipeline_seconds": round(fresh, 3),
-        "rows": rows,
-    }
+    size = f"{size}-{shape.blocks}-blocks"
+    gigabytes = round(sum(p.nbytes for p in model._pipe.transformer.parameters()) / 1e9, 2)
+    report.write(f"switch-{size}", rows, size=size, transformer_gigabytes=gigabytes, fresh_pipeline_seconds=round(fresh, 3))
 
 
 def plain_diffusers(root: Path, device: str) -> None:
@@ -124,26 +111,6 @@ def write_lora(path: Path, model: WanModel, rank: int, seed: int) -> Adapter:
             tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator).to(torch.bfloat16)
     save_file(tensors, path, metadata=tiny_checkpoints.lora_metadata(path.stem, "wan_2.1"))
     return Adapter(LoraFile.read(path), 0.5)
-
-
-def median(repeat: int, *calls: Callable[[], object]) -> float:
-    """Median seconds of a call, over `repeat` rounds through all of them."""
-    times = []
-    for _ in range(repeat):
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def print_table(report: dict[str, object]) -> None:
-    print(f"{report['size']} on {report['device']}: a fresh pipeline takes {report['fresh_pipeline_seconds']} s")
-    print("rank | adapter s | of fresh | merge s | of fresh")
-    for row in report["rows"]:  # type: ignore[attr-defined]
-        print(" | ".join(str(value) for value in row.values()))
 
 
 if __name__ == "__main__":

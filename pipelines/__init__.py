@@ -9,7 +9,8 @@
         ...
 
 `catalog`, `errors`, `lora_file`, `recipes` and `weights` import no torch, so that the worker can check a job before anything
-heavy is loaded. The names above are imported on first use, for the same reason.
+heavy is loaded, nor do `ahead`, `clock` and `lean`, which make a start quick. The names above are imported on first use, for
+the same reason.
 """
 
 from typing import TYPE_CHECKING, Any

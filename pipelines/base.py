@@ -9,7 +9,7 @@ import contextlib
 import gc
 import itertools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipelines.catalog import (
     LoraMode,
     ModelSpec,
 )
+from pipelines.clock import timed
 from pipelines.decode import decode
 from pipelines.embeddings import remember_embeddings
 from pipelines.errors import DeviceLost, OutOfMemory, blamed_on
@@ -305,19 +306,43 @@ class KeptInFloat32:
             self._is_cast = False
 
 
-def load_part(spec: ModelSpec, name: str, checkpoints: Path, dtype: torch.dtype) -> Any:
-    """One component of a pipeline from its own repo, for the models whose parts come from several."""
-    source = spec.sources[name]
-    options = {"subfolder": source.subfolder, "local_files_only": True}
-    if name == "tokenizer":
-        return transformers.AutoTokenizer.from_pretrained(checkpoints / source.repo, **options)
-    part_class = {
-        "transformer": diffusers.WanTransformer3DModel,
-        "transformer_2": diffusers.WanTransformer3DModel,
-        "vae": diffusers.AutoencoderKLWan,
-        "text_encoder": transformers.UMT5EncoderModel,
-    }[name]
-    return part_class.from_pretrained(checkpoints / source.repo, dtype=dtype, use_safetensors=True, **options)
+class Parts:
+    """Loads the components of a model, each from its own repo and to its device before the next one, and times them.
+
+    Files in the model's dtype are mapped and go to a GPU as they are; of others, one component is in main memory at a time.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, checkpoints: Path, dtype: torch.dtype, device: torch.device | None, took: dict[str, float]
+    ) -> None:
+        """`device`: None leaves the components where they are loaded, for an offloading that is set up later."""
+        self._spec = spec
+        self._checkpoints = checkpoints
+        self._dtype = dtype
+        self._device = device
+        self._took = took
+
+    def load(self, names: Iterable[str]) -> dict[str, Any]:
+        parts = {}
+        for name in names:
+            with timed(self._took, name):
+                parts[name] = self._load(name)
+        return parts
+
+    def _load(self, name: str) -> Any:
+        source = self._spec.sources[name]
+        repo, options = self._checkpoints / source.repo, {"subfolder": source.subfolder, "local_files_only": True}
+        if name == "tokenizer":
+            return transformers.AutoTokenizer.from_pretrained(repo, **options)
+        part_class = {
+            "transformer": diffusers.WanTransformer3DModel,
+            "transformer_2": diffusers.WanTransformer3DModel,
+            "vae": diffusers.AutoencoderKLWan,
+            "text_encoder": transformers.UMT5EncoderModel,
+            "image_encoder": transformers.CLIPVisionModel,
+        }[name]
+        part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
+        return part if self._device is None else part.to(self._device)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pipelines.base import WanModel
+from pipelines.base import Parts, WanModel
 from pipelines.catalog import MODELS, ModelSpec, OffloadMode
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
@@ -33,11 +33,13 @@ def load_pipeline(
     toolkit_path: Path | None = None,
     dtype: torch.dtype | None = None,
     toolkit_commit: str | None = None,
+    took: dict[str, float] | None = None,
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
 
     `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
     `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, where it has one; None: any.
+    `took` is given the seconds of each component.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
     """
     _quiet_libraries()
@@ -49,7 +51,8 @@ def load_pipeline(
         _check_checkpoints(spec, checkpoints)
         if target.type == "cuda":
             check_memory(spec, checkpoints, offload_mode, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
-        model = _load(spec, checkpoints, target, dtype, offload_mode, toolkit)
+        parts = Parts(spec, checkpoints, dtype, target if offload_mode == "none" else None, {} if took is None else took)
+        model = _load(spec, checkpoints, target, parts, offload_mode, toolkit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
@@ -61,17 +64,17 @@ def _load(
     spec: ModelSpec,
     checkpoints: Path,
     target: torch.device,
-    dtype: torch.dtype,
+    parts: Parts,
     offload_mode: OffloadMode,
     toolkit: Toolkit | None,
 ) -> WanModel:
     if toolkit is not None:
         toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
-        pipe = toolkit_class.load(spec, checkpoints, dtype, target, toolkit)
+        pipe = toolkit_class.load(spec, parts, target, toolkit)
         _place(pipe, target, offload_mode)
         return toolkit_class(spec, pipe, target, checkpoints, toolkit)
     model_class: type[Wan21] | type[Wan22TextToVideo] = Wan22TextToVideo if spec.moe else Wan21
-    pipe = model_class.load(spec, checkpoints, dtype)
+    pipe = model_class.load(spec, checkpoints, parts)
     _place(pipe, target, offload_mode)
     return model_class(spec, pipe, target, checkpoints)
 

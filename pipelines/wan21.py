@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from pipelines.base import WanModel
+from pipelines.base import Parts, WanModel
 from pipelines.catalog import ModelSpec
+from pipelines.weights import STEM_OF
 
 
 class Wan21(WanModel):
     """The checkpoint says everything; text- and image-to-video differ in the pipeline class."""
 
     @staticmethod
-    def load(spec: ModelSpec, checkpoints: Path, dtype: torch.dtype) -> Any:
+    def load(spec: ModelSpec, checkpoints: Path, parts: Parts) -> Any:
         pipeline_class = WanImageToVideoPipeline if spec.control_image == "required" else WanPipeline
-        folder = checkpoints / spec.sources["transformer"].repo
-        return pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        folder = checkpoints / spec.sources["vae"].repo
+        loaded = parts.load(name for name in spec.sources if name in STEM_OF)
+        return pipeline_class.from_pretrained(folder, **loaded, local_files_only=True)

@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from pipelines.base import UNIPC, Sampling, WanModel, load_part
+from pipelines.base import UNIPC, Parts, Sampling, WanModel
 from pipelines.catalog import ModelSpec
 from pipelines.toolkit import Toolkit
 
@@ -24,12 +24,12 @@ class Wan22Toolkit(WanModel):
         self._toolkit = toolkit
 
     @staticmethod
-    def load(spec: ModelSpec, checkpoints: Path, dtype: torch.dtype, device: torch.device, toolkit: Toolkit) -> Any:
-        parts = {name: load_part(spec, name, checkpoints, dtype) for name in spec.sources}
+    def load(spec: ModelSpec, parts: Parts, device: torch.device, toolkit: Toolkit) -> Any:
+        loaded = parts.load(spec.sources)
         # 5B has one transformer, which the toolkit puts in both slots.
-        parts.setdefault("transformer_2", parts["transformer"])
+        loaded.setdefault("transformer_2", loaded["transformer"])
         return toolkit.Wan22Pipeline(
-            **parts,
+            **loaded,
             scheduler=UniPCMultistepScheduler(**UNIPC, flow_shift=spec.flow_shift),
             boundary_ratio=spec.boundary_ratio,
             expand_timesteps=spec.expand_timesteps,

@@ -18,7 +18,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
-import worker.sdk  # isort: split
+import worker.sdk  # noqa: F401 it makes the import of the SDK quick
+
+# isort: split
 
 import aiohttp
 import runpod

@@ -345,9 +345,12 @@ def test_a_worker_killed_before_its_result_arrived_leaves_nothing_to_make(
 # Leaving.
 
 
-def test_a_worker_that_is_told_to_leave_finishes_its_job(endpoint: Endpoint, worker: Worker, cloud: Cloud, tiny: Path) -> None:
+def test_a_worker_that_is_told_to_leave_finishes_its_job_and_delivers_it(
+    endpoint: Endpoint, worker: Worker, cloud: Cloud, tiny: Path
+) -> None:
     cloud.submit("last", request_for("wan21_1b", tiny, **SLOW))
     cloud.wait_for("last", stage="denoise")
+    cloud.fail("result", Status(503), times=2)
     assert endpoint.leave(worker) == 0
     assert videos_of(cloud.wait_for("last", seconds=1))
     assert endpoint.cloud.redeliver(worker.name) == []

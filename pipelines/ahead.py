@@ -1,0 +1,67 @@
+"""What a start does beside the imports: it has the system read the weights. No torch in this file."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from pipelines.catalog import ModelSpec
+from pipelines.weights import STEM_OF, file_names
+
+_READERS = 4
+"""Files at a time: a network volume serves several streams faster than one."""
+_BYTES_PER_CALL = 64 * 1024**2
+
+_MACHINE = Path("/proc/meminfo")
+_CONTAINER = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+
+
+def read_weights(spec: ModelSpec, checkpoints: Path) -> None:
+    """Have the system read the model's weights into its cache, in the background and in the order in which they are loaded.
+
+    As far as they fit into half of the memory: what is read beyond it would drive out what was read before.
+    """
+    files: SimpleQueue[Path] = SimpleQueue()
+    room = _memory() // 2
+    for file in _weights(spec, checkpoints):
+        room -= file.stat().st_size
+        if room < 0:
+            break
+        files.put(file)
+    for _ in range(min(_READERS, files.qsize())):
+        threading.Thread(target=_read, args=(files,), daemon=True).start()
+
+
+def _weights(spec: ModelSpec, checkpoints: Path) -> Iterator[Path]:
+    for part, source in spec.sources.items():
+        if part in STEM_OF:
+            folder = checkpoints / source.repo / source.subfolder
+            with suppress(OSError, ValueError, KeyError):  # what is wrong with them, the load says better
+                yield from (folder / name for name in file_names(folder, part) if (folder / name).is_file())
+
+
+def _read(files: SimpleQueue[Path]) -> None:
+    """Send files to nowhere: their pages come into memory, and no copy of them is made."""
+    with suppress(Empty, OSError), Path(os.devnull).open("wb") as nowhere:
+        while True:
+            with files.get_nowait().open("rb") as file:
+                position = 0
+                while sent := os.sendfile(nowhere.fileno(), file.fileno(), position, _BYTES_PER_CALL):
+                    position += sent
+
+
+def _memory() -> int:
+    """Bytes that this process can have: what is free on the machine, or the limit of its container."""
+    sizes = []
+    with suppress(OSError):
+        free = re.findall(r"^MemAvailable:\s*(\d+) kB", _MACHINE.read_text(), re.MULTILINE)
+        sizes += [int(kilobytes) * 1024 for kilobytes in free]
+    for file in _CONTAINER:
+        with suppress(OSError, ValueError):  # "max": no limit
+            sizes.append(int(file.read_text()))
+    return min(sizes, default=0)

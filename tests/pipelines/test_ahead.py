@@ -1,0 +1,74 @@
+"""The weights are read while Python imports."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines import ahead
+from pipelines.catalog import MODELS
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read to their end, as `folder/name`."""
+    files: list[str] = []
+    send = os.sendfile
+
+    def sendfile(target: int, source: int, position: int, count: int) -> int:
+        sent = send(target, source, position, count)
+        if sent == 0:
+            files.append("/".join(Path(f"/proc/self/fd/{source}").readlink().parts[-2:]))
+        return sent
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    return files
+
+
+def read_weights(checkpoints: Path, model_id: str = "wan21_1b") -> None:
+    before = threading.enumerate()
+    ahead.read_weights(MODELS[model_id], checkpoints)
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join()
+
+
+def test_all_weights_of_the_model_are_read_and_nothing_else(tiny: Path, read: list[str]) -> None:
+    read_weights(tiny, "wan22_14b_t2v")
+    name = "diffusion_pytorch_model.safetensors"
+    parts = {"text_encoder/model.safetensors", f"vae/{name}", f"transformer/{name}", f"transformer_2/{name}"}
+    assert (set(read), len(read)) == (parts, len(parts))
+
+
+def test_no_more_is_read_than_fits_into_half_of_the_memory(
+    tiny: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = next(ahead._weights(MODELS["wan21_1b"], tiny))
+    monkeypatch.setattr(ahead, "_memory", lambda: 2 * first.stat().st_size)
+    read_weights(tiny)
+    assert read == ["/".join(first.parts[-2:])]
+
+
+def test_checkpoints_that_are_missing_or_damaged_are_left_to_the_load(tmp_path: Path, read: list[str]) -> None:
+    index = tmp_path / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer/diffusion_pytorch_model.safetensors.index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text("{")
+    read_weights(tmp_path)
+    assert read == []
+
+
+def test_the_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, limit, no_limit = tmp_path / "meminfo", tmp_path / "limit", tmp_path / "max"
+    machine.write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
+    limit.write_text("1000000\n")
+    no_limit.write_text("max\n")
+    monkeypatch.setattr(ahead, "_MACHINE", machine)
+    monkeypatch.setattr(ahead, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
+    assert ahead._memory() == 4000 * 1024
+    monkeypatch.setattr(ahead, "_CONTAINER", [limit])
+    assert ahead._memory() == 1000000
+    monkeypatch.setattr(ahead, "_MACHINE", tmp_path / "nowhere")
+    monkeypatch.setattr(ahead, "_CONTAINER", [])
+    assert ahead._memory() == 0
