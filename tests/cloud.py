@@ -124,7 +124,7 @@ class Cloud:
                 return False
             self._stopped.add(job_id)
             self._waiting = deque(waiting for waiting in self._waiting if waiting != job_id)
-            self._signals += [(delivery.worker, job_id) for delivery in self.deliveries if delivery.job_id == job_id]
+            self._signals += {(delivery.worker, job_id) for delivery in self.deliveries if delivery.job_id == job_id}
             self._changed.notify_all()
             return True
 
@@ -158,15 +158,12 @@ class Cloud:
     # What can be seen.
 
     def wait_for(self, job_id: str, stage: str | None = None, nth: int = 1, seconds: float = 60) -> dict[str, Any]:
-        """The body of the job's nth result, or with `stage` of its nth progress update of that stage."""
+        """The job's nth result as it was posted, or with `stage` its nth progress update of that stage."""
 
         def found() -> dict[str, Any] | None:
-            bodies = [
-                post.body
-                for post in self.posts
-                if post.job_id == job_id and post.counts and post.is_result == (stage is None)
-                and (stage is None or post.body["output"]["stage"] == stage)
-            ]  # fmt: skip
+            bodies = self.results_of(job_id)
+            if stage is not None:
+                bodies = [update for update in self.progress_of(job_id) if update["stage"] == stage]
             return bodies[nth - 1] if len(bodies) >= nth else None
 
         return self.wait(found, f"{stage or 'result'} {nth} of {job_id}", seconds)

@@ -280,14 +280,18 @@ class Soak:
             time.sleep(0.02)
 
     def _look_after_workers(self) -> None:
-        """One that ends by itself is a violation, and replaced."""
+        """One that ends is replaced. It may not, unless it found no bucket when it started."""
         for worker in self._endpoint.workers:
-            if worker.name not in self._gone and not worker.is_alive():
+            if worker.name in self._gone or worker.is_alive():
+                continue
+            if self._cloud.asked[worker.name] == 0 and "cannot start: UPLOAD_FAILED" in worker.log.read_text():
+                self._counts["starts without a bucket"] += 1
+            else:
                 self._violations.append(f"{worker.name} ended by itself, with {worker.process.returncode}")
                 self._watched = None
-                self._gone.add(worker.name)
-                self._cloud.redeliver(worker.name)
-                self._endpoint.start()
+            self._gone.add(worker.name)
+            self._cloud.redeliver(worker.name)
+            self._endpoint.start()
 
     def _when(self, condition: Callable[[], bool], action: Callable[[], None]) -> None:
         self._actions.append((condition, action))
@@ -450,7 +454,7 @@ class Soak:
 
     def _findings(self, seconds: float) -> Findings:
         names = ["workers killed", "jobs of killed workers", "workers told to leave", "jobs delivered twice"]
-        names += ["times the bucket was away", "cached LoRAs damaged", "videos made again"]
+        names += ["times the bucket was away", "starts without a bucket", "cached LoRAs damaged", "videos made again"]
         verdicts = ["lost", "duplicated", "wrong", "made twice"]
         faults = self._cloud.faults.met + self._gateway.faults.met
         figures: dict[str, Any] = {"jobs": len(self._jobs), "jobs stopped": len(self._stopped)}

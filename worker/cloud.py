@@ -18,8 +18,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
-import worker.sdk  # isort: split
-
 import aiohttp
 import runpod
 from runpod.http_client import AsyncClientSession, TooManyRequests

@@ -44,7 +44,7 @@ from worker.report import Output, prompt_settings, result_of, settings_of, sum_o
 from worker.request import Shot, parse, shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
-from worker.storage import Storage, storage_of, storage_of_job
+from worker.storage import NotStored, Storage, storage_of, storage_of_job
 from worker.video import encode
 
 Job = dict[str, Any]
@@ -67,6 +67,9 @@ _ID_OF_A_LOCAL_RUN = "local_test"
 _FETCHES_AT_ONCE = 8
 _SECONDS_AHEAD = 10.0
 """Before the GPU is free, the next job is taken; a download of a large LoRA takes longer, and most jobs bring none."""
+_SECONDS_FOR_THE_BUCKET = 20.0
+"""To answer at start: a store that is just restarted is no reason to give up the worker."""
+_REFUSALS_AT_START = 3
 _SECONDS_TO_UPLOAD = 15.0
 """For what was finished just before the job's time was over."""
 
@@ -79,7 +82,7 @@ def cold_start(settings: Settings) -> JobRunner:
     if settings.in_cloud and settings.allow_private_downloads:
         log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
     storage = storage_of(settings)
-    storage.check()
+    _check_storage(storage)
     # What an earlier worker could not deliver; in the background, since the model takes longer to load.
     threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
     try:
@@ -97,6 +100,19 @@ def cold_start(settings: Settings) -> JobRunner:
     except pipeline_errors.PipelineError as error:
         raise WorkerError(_CODE_OF[type(error)], str(error)) from error
     return JobRunner(settings, model, storage)
+
+
+def _check_storage(storage: Storage) -> None:
+    """Raises WorkerError with UPLOAD_FAILED: soon when the place refuses, after a while when it is away."""
+    give_up_at, refusals = time.monotonic() + _SECONDS_FOR_THE_BUCKET, 0
+    while True:
+        try:
+            return storage.check()
+        except NotStored as error:
+            refusals += error.refused
+            if refusals == _REFUSALS_AT_START or time.monotonic() > give_up_at:
+                raise
+        time.sleep(1)
 
 
 class JobRunner:
