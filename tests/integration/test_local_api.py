@@ -202,6 +202,6 @@ def test_the_log_is_json_lines_with_the_jobs_id_and_no_url(api: LocalApi, good: 
     output_of(api, good)
     lines = [json.loads(line) for line in api.log.read_text().splitlines() if line.startswith("{")]
     stages = {line.get("stage") for line in lines if line.get("job", "").startswith("test-")}
-    assert {"fetch", "wait", "load", "render", "upload", "job"} <= stages
+    assert {"fetch", "wait", "load", "generate", "upload", "job"} <= stages
     assert "file://" not in api.log.read_text()
     assert "s3cret" not in api.log.read_text()
