@@ -42,6 +42,7 @@ _OPEN_JOBS = 5
 _STUCK_SECONDS = 90
 """Nothing has happened for so long: what is open is lost."""
 _MEMORY_GROWTH = 0.05
+_SECRETS = ("X-Amz-", "Signature=", "Bearer ")
 _VIOLATIONS_SHOWN = 40
 _WARM_UP_JOBS = 50
 
@@ -403,6 +404,10 @@ class Soak:
         left += [path.name for path in self._recovery.glob("*")]
         if left:
             self._violations.append(f"left behind: {', '.join(left)}")
+        for worker in self._endpoint.workers:
+            log = worker.log.read_text()
+            seen = [secret for secret in (*_SECRETS, self._bucket.secret_access_key) if secret in log]
+            self._violations += [f"{worker.name} logged {secret}" for secret in seen]
 
     def _check_job(self, job_id: str, case: Case, renders: Counter[str]) -> Iterator[str]:
         tries = self._cloud.tries_of(job_id)

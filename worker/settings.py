@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     )
     lora_dir: Path = Field(default=Path("/runpod-volume/loras"), description="Where relative `loras[].path` are looked for.")
     lora_cache_dir: Path = Field(
-        default=Path(tempfile.gettempdir()) / "lora-cache", description="Where LoRAs from URLs are kept; on a network volume all workers share it."
+        default=Path(tempfile.gettempdir()) / "lora-cache",
+        description="Where LoRAs from URLs are kept; on a network volume all workers share it.",
     )
     lora_cache_max_bytes: int = Field(
         default=20 * 1024**3, gt=0, description="Size of LORA_CACHE_DIR above which the longest unused LoRAs go, in bytes."

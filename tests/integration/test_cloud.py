@@ -61,7 +61,9 @@ def endpoint(tiny: Path, gateway: Gateway, recovery: Path, tmp_path_factory: pyt
 def worker(endpoint: Endpoint) -> Worker:
     """The one worker that is alive; a new one where the test before has ended the last."""
     endpoint.cloud.faults.forget()
-    return endpoint.alive[0] if endpoint.alive else endpoint.start()
+    worker = endpoint.alive[0] if endpoint.alive else endpoint.start()
+    endpoint.wait_until_ready(worker)
+    return worker
 
 
 @pytest.fixture
@@ -357,7 +359,6 @@ def test_a_worker_that_is_told_to_leave_finishes_its_job_and_delivers_it(
 
 
 def test_an_idle_worker_leaves_at_once_and_leaves_nothing_behind(endpoint: Endpoint, worker: Worker) -> None:
-    endpoint.wait_until_ready(worker)
     started = time.monotonic()
     assert endpoint.leave(worker) == 0
     assert time.monotonic() - started < 5
