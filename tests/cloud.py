@@ -59,6 +59,8 @@ class Ping:
 
     worker: str
     job_ids: list[str]
+    unhealthy_because: str
+    """Why it cannot start; "" for a worker that works."""
     at: float
 
 
@@ -279,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif channel == "job-stop":
             self._stop(worker)
         else:
-            self._ping(worker, [job_id for job_id in query.get("job_id", "").split(",") if job_id])
+            self._ping(worker, [job_id for job_id in query.get("job_id", "").split(",") if job_id], query.get("reason", ""))
 
     def do_POST(self) -> None:
         *_, worker, job_id = urlsplit(self.path).path.split("/")
@@ -321,11 +323,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({}, fault)
         return fault is None or isinstance(fault, Slow)
 
-    def _ping(self, worker: str, job_ids: list[str]) -> None:
+    def _ping(self, worker: str, job_ids: list[str], reason: str) -> None:
         cloud = self.server.cloud
         fault = cloud.faults.next("ping")
         if not isinstance(fault, DOES_NOT_COUNT):
-            cloud._pinged(Ping(worker, job_ids, time.monotonic()))
+            cloud._pinged(Ping(worker, job_ids, reason, time.monotonic()))
         self._answer({}, fault)
 
     def _answer(self, body: Any, fault: Fault | None = None) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import request_for
+from tests.s3_server import serve
 from tests.worker_process import ROOT, Cloud, environment, process, run_handler
 
 
@@ -86,8 +87,6 @@ def test_a_worker_that_cannot_work_stops_at_start_with_one_clear_line(tiny: Path
 
 
 def test_sigterm_finishes_the_running_job(tiny: Path, tmp_path: Path) -> None:
-    from tests.s3_server import serve
-
     cloud = Cloud()
     with serve() as bucket:
         env = environment(tiny, "wan22_5b", AI_TOOLKIT_PATH=STAND_IN, **bucket.environment(), **cloud.environment())
@@ -97,4 +96,34 @@ def test_sigterm_finishes_the_running_job(tiny: Path, tmp_path: Path) -> None:
             worker.terminate()
             assert "output" in cloud.wait_for("last")
             assert worker.wait(timeout=120) == 0
+    cloud.close()
+
+
+def test_a_cloud_worker_that_cannot_start_tells_the_platform_why(tiny: Path) -> None:
+    cloud = Cloud()
+    try:
+        done = run_handler(environment(tiny, "wan21_1b", **cloud.environment()))
+        assert done.returncode == 1
+        assert "STORAGE_NOT_CONFIGURED" in cloud.pings[-1].unhealthy_because
+    finally:
+        cloud.close()
+
+
+def test_a_cloud_worker_whose_gpu_died_gives_its_error_and_leaves_with_status_1(tiny: Path, tmp_path: Path) -> None:
+    """The death is played: no device here can be killed. That a real one is noticed is a test marked `gpu`."""
+    lines = [
+        "import handler",
+        "from pipelines import WanModel",
+        "def denoise(*_): raise RuntimeError('CUDA error: an illegal memory access was encountered')",
+        "WanModel._denoise, WanModel.device_answers = denoise, lambda self: False",
+        "handler.main()",
+    ]
+    cloud = Cloud()
+    with serve() as bucket:
+        env = environment(tiny, "wan21_1b", **bucket.environment(), **cloud.environment())
+        command = [sys.executable, "-c", "\n".join(lines)]
+        with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+            cloud.submit("unlucky", request_for("wan21_1b", tiny))
+            assert cloud.wait_for("unlucky")["error"].startswith("INTERNAL: the GPU failed, and this worker leaves")
+            assert worker.wait(timeout=60) == 1
     cloud.close()
