@@ -9,6 +9,7 @@ exports and uploads one after another. All on tiny checkpoints, with one thread 
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -35,6 +36,7 @@ WIDTH, HEIGHT, NUM_FRAMES, STEPS = 320, 192, 17, 6
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the worker's process
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, s3_server.serve() as server:

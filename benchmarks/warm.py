@@ -9,6 +9,7 @@ transformer and the VAE's decoder is taken off both.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
 import sys
@@ -28,9 +29,8 @@ from worker import logs
 from worker.job import JobRunner, cold_start
 from worker.settings import Settings
 
-SIZES = [(64, 64, 5, 2), (320, 192, 17, 4), (832, 480, 41, 1)]
-"""Width, height, frames, steps."""
-ROUNDS = 7
+SIZES = [(64, 64, 5, 2, 15), (320, 192, 17, 4, 5), (832, 480, 41, 1, 1)]
+"""Width, height, frames, steps, rounds."""
 
 
 class InForward:
@@ -53,6 +53,7 @@ class InForward:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,7 +71,8 @@ def main() -> int:
                 output_dir=folder / "output",
             )
         )
-        rows = [row(pipe, InForward(pipe), runner, InForward(runner._model._pipe), folder, *size) for size in SIZES]
+        in_plain, in_ours = InForward(pipe), InForward(runner._model._pipe)
+        rows = [row(pipe, in_plain, runner, in_ours, folder, *size) for size in SIZES]
     report.write("warm", rows)
     return 0
 
@@ -85,6 +87,7 @@ def row(
     height: int,
     num_frames: int,
     steps: int,
+    rounds: int,
 ) -> dict[str, Any]:
     def plain() -> None:
         call = {"prompt": "a boat", "negative_prompt": "", "width": width, "height": height, "num_frames": num_frames}
@@ -101,7 +104,7 @@ def row(
     plain()
     ours()
     beside: dict[str, list[float]] = {"plain": [], "ours": []}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call, forward in (("plain", plain, in_plain), ("ours", ours, in_ours)):
             forward.seconds = 0.0
             beside[name].append(report.seconds(call) - forward.seconds)
