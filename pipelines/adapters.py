@@ -1,22 +1,33 @@
 """LoRAs beside untouched weights, as diffusers adapters: load, switch, scale, drop.
 
-Each transformer carries at most one LoRA. A switch drops the old adapter and loads the new one, so any rank can follow any
-other and the frames equal those of a fresh worker. Nothing here reloads the model.
+Each transformer carries at most one LoRA. A LoRA of the same layers, ranks and dtypes is copied into the place of the old one;
+any other drops it and is loaded anew. The frames equal those of a fresh worker either way. Nothing here reloads the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pipelines.catalog import ModelSpec
 from pipelines.errors import LoraIncompatible, blamed_on
-from pipelines.lora_file import Adapter, transformer_of
-from pipelines.lora_layers import read_layers
+from pipelines.lora_file import Adapter, LoraFile, transformer_of
+from pipelines.lora_layers import Layer, read_layers
 
 _NAME = "lora"
+
+
+def _outline(file: LoraFile, layers: Mapping[str, Layer]) -> dict[str, tuple[object, ...]] | None:
+    """Shapes and dtypes by layer; None for a file with alphas, which are no tensors in an adapter."""
+    if any(layer.keys.keys() != {"A", "B"} for layer in layers.values()):
+        return None
+    return {
+        path: tuple((file.shapes[layer.keys[half]], file.dtypes[layer.keys[half]]) for half in ("A", "B"))
+        for path, layer in layers.items()
+    }
 
 
 class Adapters:
@@ -33,12 +44,14 @@ class Adapters:
         Raises LoraIncompatible. A transformer whose load fails may be left half adapted: call `drop_all` then.
         """
         wanted = {transformer_of(adapter.side): adapter for adapter in adapters}
-        for name, loaded in list(self._loaded.items()):
-            if name not in wanted or wanted[name].file.identity != loaded.file.identity:
-                self._drop(name)
+        for name in set(self._loaded) - set(wanted):
+            self._drop(name)
         for position, (name, adapter) in enumerate(wanted.items()):
-            if name not in self._loaded:
-                with blamed_on(position):
+            with blamed_on(position):
+                loaded = self._loaded.get(name)
+                if loaded and loaded.file.identity != adapter.file.identity and not self._swap(name, loaded.file, adapter.file):
+                    self._drop(name)
+                if name not in self._loaded:
                     self._load(name, adapter)
             getattr(self._pipe, name).set_adapters([_NAME], [adapter.scale])
             self._loaded[name] = adapter
@@ -51,6 +64,25 @@ class Adapters:
     def _drop(self, name: str) -> None:
         getattr(self._pipe, name).unload_lora()
         self._loaded.pop(name, None)
+
+    def _swap(self, name: str, old: LoraFile, new: LoraFile) -> bool:
+        """Copy `new` into the tensors of `old`. False, with nothing done, where they differ in more than their numbers."""
+        layers = read_layers(new, self._pipe, self._spec.id)[0]
+        outline = _outline(new, layers)
+        if outline is None or outline != _outline(old, read_layers(old, self._pipe, self._spec.id)[0]):
+            return False
+        modules = dict(getattr(self._pipe, name).named_modules())
+        weights = {
+            layer.keys[half]: getattr(modules[path], f"lora_{half}")[_NAME].weight
+            for path, layer in layers.items()
+            for half in ("A", "B")
+        }
+        if any(weight.is_meta for weight in weights.values()):  # an offloaded one is somewhere else
+            return False
+        with safe_open(new.path, framework="pt") as tensors:
+            for key, weight in weights.items():
+                weight.data.copy_(tensors.get_tensor(key))
+        return True
 
     def _load(self, name: str, adapter: Adapter) -> None:
         path = adapter.file.path

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -49,11 +51,28 @@ class Layer:
         return torch.kron(_factor(parts, "w1"), _factor(parts, "w2")) * _lokr_scale(parts)
 
 
-def read_layers(file: LoraFile, pipe: Any, model_id: str) -> tuple[dict[str, Layer], list[str]]:
+_Layers = tuple[dict[str, Layer], list[str]]
+_KEPT = 64
+_known: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], _Layers]] = WeakKeyDictionary()
+"""By the pipeline, by the file's path and identity: a job's LoRA is looked at several times."""
+
+
+def read_layers(file: LoraFile, pipe: Any, model_id: str) -> _Layers:
     """({layer of the transformer: Layer}, keys that have no effect). Reads nothing but the header that is in `file`.
 
-    Raises LoraIncompatible, LoraInvalid; the texts name `model_id`.
+    What was read of a file is kept for the pipeline, and must not be changed. Raises LoraIncompatible, LoraInvalid; the texts
+    name `model_id`.
     """
+    known = _known.setdefault(pipe, OrderedDict())
+    key = (file.path, file.identity)
+    if key not in known:
+        known[key] = _read_layers(file, pipe, model_id)
+        if len(known) > _KEPT:
+            known.popitem(last=False)
+    return known[key]
+
+
+def _read_layers(file: LoraFile, pipe: Any, model_id: str) -> _Layers:
     if strange := _unsupported_kind(file.shapes):
         raise LoraIncompatible(f"this is {strange}; {model_id} takes LoRA files (lora_A and lora_B keys)")
     if any(".lokr_" in key for key in file.shapes):

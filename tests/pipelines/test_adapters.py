@@ -357,3 +357,31 @@ def test_keys_that_can_only_be_merged_say_so_before_anything_is_loaded(
     assert small.check_lora(lora, "merge") == []
     with pytest.raises(LoraIncompatible, match="can be merged but not loaded as an adapter; set `match` to preview"):
         small.check_lora(lora, "adapter")
+
+
+@pytest.mark.parametrize("change", ["nothing", "rank", "dtype", "layers", "alpha"])
+def test_a_lora_takes_the_place_of_one_of_the_same_shapes_and_of_no_other(
+    small: WanModel, write: Callable[..., LoraFile], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    first = lora_tensors(SIZE_1B, 8, 1)
+    other = lora_tensors(SIZE_1B, 4 if change == "rank" else 8, 2)
+    if change == "dtype":
+        other = {key: value.float() for key, value in other.items()}
+    if change == "layers":
+        other = {key: value for key, value in other.items() if "ffn" not in key}
+    if change == "alpha":
+        other |= {key.replace("lora_A.weight", "alpha"): torch.tensor(4.0) for key in other if "lora_A" in key}
+    one, two = write(first, "one"), write(other, "two")
+    small.apply_loras([])
+    small.apply_loras([Adapter(two, 0.7)])
+    alone = frames(small)
+    small.apply_loras([])
+    small.apply_loras([Adapter(one)])
+    loads = []
+    load = type(small._pipe).load_lora_weights
+    monkeypatch.setattr(
+        type(small._pipe), "load_lora_weights", lambda *given, **named: loads.append(1) or load(*given, **named)
+    )
+    small.apply_loras([Adapter(two, 0.7)])
+    assert np.array_equal(frames(small), alone)
+    assert len(loads) == (change != "nothing")
