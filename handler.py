@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
@@ -45,11 +46,14 @@ def main() -> None:
 
     from worker import cloud
 
+    def leave(*_: object) -> NoReturn:
+        sys.exit(int(runner.device_is_lost))
+
     if not one_local_run:
         cloud.redact_the_log()
+        signal.signal(signal.SIGTERM, leave)  # the queue's loop has its own; the local API sends the signal on when it is done
     cloud.serve(runner.run, runner.wants_a_job)
-    if runner.device_is_lost:
-        sys.exit(1)
+    leave()
 
 
 def start(settings: Settings) -> JobRunner:

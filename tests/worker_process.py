@@ -58,9 +58,10 @@ def process(env: dict[str, str], log: Path, *arguments: str) -> Iterator[subproc
 class LocalApi:
     """RunPod's local API (`--rp_serve_api`)."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self._url = f"http://127.0.0.1:{port}"
         self.log = log
+        self.process = process
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """POST /runsync; the answer with its `status`, and `output` or `error`."""
@@ -82,7 +83,7 @@ def local_api(env: dict[str, str], folder: Path) -> Iterator[LocalApi]:
                 assert worker.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
-        yield LocalApi(port, log)
+        yield LocalApi(port, log, worker)
 
 
 @dataclass(frozen=True)

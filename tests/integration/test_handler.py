@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import request_for
 from tests.s3_server import serve
-from tests.worker_process import ROOT, Cloud, environment, process, run_handler
+from tests.worker_process import ROOT, Cloud, environment, local_api, process, run_handler
 
 
 def test_test_input_json_runs_as_it_is_to_a_playable_mp4(tiny: Path, tmp_path: Path) -> None:
@@ -127,3 +127,13 @@ def test_a_cloud_worker_whose_gpu_died_gives_its_error_and_leaves_with_status_1(
             assert cloud.wait_for("unlucky")["error"].startswith("INTERNAL: the GPU failed, and this worker leaves")
             assert worker.wait(timeout=60) == 1
     cloud.close()
+
+
+def test_a_local_api_that_is_told_to_leave_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "temp").mkdir()
+    env = environment(tiny, "wan21_1b", OUTPUT_DIR=tmp_path, TMPDIR=tmp_path / "temp")
+    with local_api(env, tmp_path) as api:
+        assert list((tmp_path / "temp").glob("worker-wan-lora-*"))
+        api.process.terminate()
+        assert api.process.wait(timeout=30) == 0
+    assert not list((tmp_path / "temp").glob("worker-wan-lora-*"))
