@@ -73,7 +73,7 @@ def _load(
         pipe = toolkit_class.load(spec, parts, target, toolkit)
         _place(pipe, target, offload_mode)
         return toolkit_class(spec, pipe, target, checkpoints, toolkit)
-    model_class: type[Wan21] | type[Wan22TextToVideo] = Wan22TextToVideo if spec.moe else Wan21
+    model_class = Wan22TextToVideo if spec.moe else Wan21
     pipe = model_class.load(spec, checkpoints, parts)
     _place(pipe, target, offload_mode)
     return model_class(spec, pipe, target, checkpoints)
@@ -107,6 +107,7 @@ def _place(pipe: Any, device: torch.device, offload_mode: OffloadMode) -> None:
 def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
     missing: list[str] = []
     changed: set[str] = set()
+    manifests = {repo: Manifest.read(checkpoints / repo) for repo in {source.repo for source in spec.sources.values()}}
     for part, source in spec.sources.items():
         folder = checkpoints / source.repo / source.subfolder
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -114,7 +115,7 @@ def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
             continue
         if part in STEM_OF:
             missing += [f"{source}/{name}" for name in _missing_weights(folder, part)]
-        if manifest := Manifest.read(checkpoints / source.repo):
+        if manifest := manifests[source.repo]:
             changed |= {f"{source.repo}/{path}" for path in manifest.not_as_listed(checkpoints / source.repo, source.subfolder)}
     if not spec.needs_toolkit and not (checkpoints / spec.sources["vae"].repo / "model_index.json").is_file():
         missing.append(f"{spec.sources['vae'].repo}/model_index.json")
@@ -135,7 +136,9 @@ def check_memory(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, 
 
     Only a lower bound of what a job needs, but one that is certain. Raises DeviceUnavailable.
     """
-    needed = {mode: _bytes_on_device(spec, checkpoints, mode, itemsize) for mode in spec.offload_modes}
+    sizes = _bytes_of_parts(spec, checkpoints, itemsize)
+    on_device: dict[OffloadMode, int] = {"none": sum(sizes), "model": max(sizes), "sequential": 0}  # one layer is nothing
+    needed = {mode: on_device[mode] for mode in spec.offload_modes}
     if needed[offload_mode] <= free:
         return
     fitting = next((mode for mode, size in needed.items() if size <= free), None)
@@ -146,14 +149,14 @@ def check_memory(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, 
     )
 
 
-def _bytes_on_device(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, itemsize: int) -> int:
-    """Weights that are on the device at one time: all of them, the largest component's, or one layer's, which is nothing."""
+def _bytes_of_parts(spec: ModelSpec, checkpoints: Path, itemsize: int) -> list[int]:
+    """What the weights of each component take in numbers of `itemsize` bytes."""
     sizes = []
     for part, source in spec.sources.items():
         if part in STEM_OF:
             folder = checkpoints / source.repo / source.subfolder
             sizes.append(sum(_count(folder / name) for name in file_names(folder, part)) * itemsize)
-    return {"none": sum(sizes), "model": max(sizes), "sequential": 0}[offload_mode]
+    return sizes
 
 
 def _count(file: Path) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,14 @@ _MAX_NAME = 100
 _MAX_STEP = 2**53  # beyond it JSON readers disagree
 
 
+Identity = tuple[int, int, int, int]
+"""Of a file: device, inode, size and mtime."""
+
+
+def identity_of(stat: os.stat_result) -> Identity:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """A local LoRA file and its header."""
@@ -45,8 +54,8 @@ class LoraFile:
     dtypes: Mapping[str, str]
     """Key to dtype as safetensors writes it (`F32`, `BF16`, …)."""
     metadata: Mapping[str, str]
-    identity: tuple[int, int, int, int]
-    """Device, inode, size and mtime: a file that is replaced under the same name is another LoRA."""
+    identity: Identity
+    """A file that is replaced under the same name is another LoRA."""
 
     @classmethod
     def read(cls, path: Path) -> LoraFile:
@@ -58,7 +67,7 @@ class LoraFile:
             stat = path.stat()
             if not S_ISREG(stat.st_mode):  # reading a pipe or a device may never end
                 raise LoraInvalid("this is a folder or a device, not a file; name the .safetensors file itself")
-            return _read(path, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            return _read(path, identity_of(stat))
         except OSError as error:
             raise LoraInvalid("the file could not be read") from error
 

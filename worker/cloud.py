@@ -1,10 +1,11 @@
-"""RunPod's queue: the SDK's job loop, ahead of the GPU, and without the three ways in which it loses something.
+"""RunPod's queue: the SDK's job loop, ahead of the GPU, and without the ways in which it loses something.
 
 The next job is taken shortly before the GPU is free, so that its files are there by then; not sooner, since another worker may
 be idle. The last job's file is encoded and uploaded meanwhile.
 
-It posts a result three times and then drops it in silence. Told to leave while it waits for a job, it goes on waiting for up
-to 90 s and drops the job that comes. A stop that overtakes the start of its job is forgotten.
+By itself the SDK posts a result three times and then drops it in silence. Told to leave while it waits for a job, it goes on
+waiting for up to 90 s and drops the job that comes. A stop that overtakes the start of its job is forgotten. A queue that fails
+is asked again at once, hundreds of times a second.
 
 Imported once the log is set up: the SDK reads its environment when it is imported.
 """
@@ -29,6 +30,7 @@ from runpod.serverless.modules import rp_fitness, rp_http, rp_scale
 from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
+from worker.errors import is_refusal
 from worker.logs import log, redact
 
 Job = dict[str, Any]
@@ -133,7 +135,7 @@ async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: 
                 if answer.ok:
                     return
                 reason = f"the queue answered {answer.status}"
-                refusals += answer.status < 500 and answer.status not in (408, 425, 429)
+                refusals += is_refusal(answer.status)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = type(error).__name__
         if refusals == _REFUSALS or time.monotonic() + pause > give_up_at:

@@ -11,9 +11,10 @@ import json
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from worker.addresses import NotPublic
 from worker.download import Stopped
@@ -21,6 +22,8 @@ from worker.errors import Code, Problem, WorkerError
 from worker.logs import log
 from worker.recovery import Kept, Recovery
 from worker.storage import NotStored, Storage, Stored
+
+T = TypeVar("T")
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
@@ -47,6 +50,31 @@ class Identity:
     def seed(self, index: int) -> int:
         """A random seed for the prompt `index`: the same one when the job comes again. 0 to 2**31 - 1."""
         return int(hashlib.sha256(f"{self.sum} {index}".encode()).hexdigest(), 16) % 2**31
+
+
+def patiently(
+    attempt: Callable[[], T],
+    give_up_at: float,
+    stop: threading.Event,
+    refusals: int = _REFUSALS,
+    longest_pause: float = _LONGEST_PAUSE,
+) -> T:
+    """What `attempt` gives, tried with growing pauses until `give_up_at` (`time.monotonic`), and after fewer refusals.
+
+    Raises NotStored, Stopped.
+    """
+    pause = min(_FIRST_PAUSE, longest_pause)
+    while True:
+        try:
+            return attempt()
+        except NotStored as error:
+            refusals -= error.refused
+            if refusals == 0 or time.monotonic() + pause > give_up_at:
+                raise
+            log.warning("%s; trying again in %g s", error, pause)
+        if stop.wait(pause):
+            raise Stopped
+        pause = min(2 * pause, longest_pause)
 
 
 class Delivery:
@@ -137,18 +165,10 @@ class Delivery:
         return f"{self._folder}/{name}"
 
     def _store(self, file: Path, key: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
-        pause, refusals = _FIRST_PAUSE, 0
-        while True:
-            try:
-                return self._storage.put(file, key, content_type, self._made_from)
-            except NotStored as error:
-                refusals += error.refused
-                if refusals == _REFUSALS or time.monotonic() + pause > give_up_at:
-                    raise
-                log.warning("`%s` was not stored, trying again in %g s", key, pause, extra={"fields": {"job": self._folder}})
-            if stop.wait(pause):
-                raise Stopped
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        def attempt() -> Stored:
+            return self._storage.put(file, key, content_type, self._made_from)
+
+        return patiently(attempt, give_up_at, stop)
 
     def _kept_error(self, error: NotStored) -> WorkerError:
         when = "the next worker that starts stores it there" if self._own else "the same job, delivered again, stores it there"

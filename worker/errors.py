@@ -73,6 +73,11 @@ class Problem:
         return f"`{self.field}`: {self.text}" if self.field else self.text
 
 
+def is_refusal(status: int) -> bool:
+    """Whether an HTTP status says no, rather than that it cannot be done now."""
+    return 400 <= status < 500 and status not in (408, 425, 429)
+
+
 class WorkerError(Exception):
     """A job ends with this; `str()` is what the client gets."""
 

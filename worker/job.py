@@ -31,7 +31,7 @@ from pipelines.lora_file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
 from worker import logs
 from worker.deadline import Deadline
-from worker.delivery import Delivery, Identity
+from worker.delivery import Delivery, Identity, patiently
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.files import scratch
@@ -45,7 +45,7 @@ from worker.report import Output, prompt_settings, result_of, settings_of, sum_o
 from worker.request import Shot, parse, shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
-from worker.storage import NotStored, Storage, storage_of, storage_of_job
+from worker.storage import Storage, storage_of, storage_of_job
 from worker.video import encode
 
 Job = dict[str, Any]
@@ -108,15 +108,8 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None) -> JobR
 
 def _check_storage(storage: Storage) -> None:
     """Raises WorkerError with UPLOAD_FAILED: soon when the place refuses, after a while when it is away."""
-    give_up_at, refusals = time.monotonic() + _SECONDS_FOR_THE_BUCKET, 0
-    while True:
-        try:
-            return storage.check()
-        except NotStored as error:
-            refusals += error.refused
-            if refusals == _REFUSALS_AT_START or time.monotonic() > give_up_at:
-                raise
-        time.sleep(1)
+    give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
+    patiently(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)
 
 
 class JobRunner:
@@ -289,7 +282,7 @@ class JobRunner:
         A prompt that fails takes none of the others with it, and what an earlier delivery of the job finished is not made
         again. Raises WorkerError when the LoRAs cannot be applied.
         """
-        outcomes = await self._find(run)
+        outcomes = await in_thread(run.stop_delivery, self._find, run)
         finishing: dict[int, asyncio.Task[Output]] = {}
         try:
             if missing := [shot for shot in run.shots if shot.index not in outcomes]:
@@ -302,14 +295,16 @@ class JobRunner:
                 task.cancel()
             await asyncio.gather(*finishing.values(), return_exceptions=True)
 
-    async def _find(self, run: Run) -> Outcomes:
+    def _find(self, run: Run) -> Outcomes:
         """The shots that an earlier delivery of the job finished."""
         found: Outcomes = {}
         for shot in run.shots:
+            if run.stop_delivery.is_set():
+                raise Stopped
             encoding = run.encoding(shot)
-            arguments = (f"{shot.index}{encoding.suffix}", encoding.content_type, self._give_up_at(run), run.stop_delivery)
+            name = f"{shot.index}{encoding.suffix}"
             try:
-                stored = await in_thread(run.stop_delivery, run.delivery.find, *arguments)
+                stored = run.delivery.find(name, encoding.content_type, self._give_up_at(run), run.stop_delivery)
             except WorkerError as error:
                 found[shot.index] = error
             else:

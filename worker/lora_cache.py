@@ -29,7 +29,7 @@ from typing import IO, Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora_file import Identity, LoraFile, identity_of
 from worker.download import Answer, ServerDown, Stopped
 from worker.files import atomic_write
 from worker.logs import log
@@ -57,8 +57,6 @@ _TRIES = 3
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-Identity = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,7 @@ class _Copy:
 
     @property
     def identity(self) -> Identity:
-        stat = os.fstat(self.file.fileno())
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return identity_of(os.fstat(self.file.fileno()))
 
 
 _RECORD = TypeAdapter(_Record)

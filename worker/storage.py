@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from worker.addresses import NotPublic, public_only
-from worker.errors import Code, Problem, WorkerError
+from worker.errors import Code, Problem, WorkerError, is_refusal
 from worker.files import atomic_write
 from worker.logs import log
 from worker.settings import BUCKET_NAME, Settings, SettingsError
@@ -332,8 +332,7 @@ def _client_error(error: BaseException | None) -> ClientError | None:
 def _is_refusal(error: Exception) -> bool:
     """Whether the store said no (4xx), rather than that it cannot now."""
     answer = _client_error(error)
-    status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) if answer else 500
-    return 400 <= status < 500 and status not in (408, 425, 429)
+    return answer is not None and is_refusal(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
 
 
 def _reason(error: Exception) -> str:
