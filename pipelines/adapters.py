@@ -53,8 +53,9 @@ class Adapters:
                     self._drop(name)
                 if name not in self._loaded:
                     self._load(name, adapter)
-            getattr(self._pipe, name).set_adapters([_NAME], [adapter.scale])
-            self._loaded[name] = adapter
+            if self._loaded.get(name) != adapter:
+                getattr(self._pipe, name).set_adapters([_NAME], [adapter.scale])
+                self._loaded[name] = adapter
 
     def drop_all(self) -> None:
         """Leave every transformer plain, whatever state it is in."""

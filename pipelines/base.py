@@ -6,6 +6,7 @@ A model's own file says how its pipeline is loaded and called; everything else a
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import traceback
@@ -93,6 +94,8 @@ class WanModel:
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
         self._checkpoint_scheduler = pipe.scheduler
+        self._fresh_schedulers: dict[tuple[str, float | None], Any] = {}
+        """By solver and shift; never run."""
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         remember_embeddings(pipe)
         self._check = LoraCheck(spec, pipe)
@@ -145,7 +148,13 @@ class WanModel:
                 self._pipe.maybe_free_model_hooks()
 
     def scheduler_of(self, recipe: Recipe) -> Any:
-        """A new scheduler, so that no solver state outlives a video."""
+        """A scheduler that was never run; a video gets a copy, so that no solver state outlives it."""
+        key = (recipe.solver, recipe.shift)
+        if key not in self._fresh_schedulers:
+            self._fresh_schedulers[key] = self._make_scheduler(recipe)
+        return self._fresh_schedulers[key]
+
+    def _make_scheduler(self, recipe: Recipe) -> Any:
         if recipe.solver == "flowmatch":
             return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
         if recipe.solver == "unipc":
@@ -167,7 +176,7 @@ class WanModel:
         return self._checkpoint_boundary_ratio if recipe.boundary_ratio is None else recipe.boundary_ratio
 
     def _follow(self, recipe: Recipe) -> None:
-        self._pipe.scheduler = self.scheduler_of(recipe)
+        self._pipe.scheduler = copy.deepcopy(self.scheduler_of(recipe))
         self._pipe.register_to_config(boundary_ratio=self.boundary_ratio_of(recipe))
         if recipe.trainer_dtypes:
             self._kept_in_float32.cast(self._pipe.transformer.dtype)

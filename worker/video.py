@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
 from worker.request import OutputFormat
@@ -57,8 +57,10 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, comment: str) ->
         context = stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries, context.color_trc = 1, 1  # both BT.709 in H.273's numbering
+        reformatter = VideoReformatter()  # one for all: a frame's own would set up its tables anew
         for frame in itertools.chain([first], frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
                 format="yuv420p",
                 src_colorspace=Colorspace.ITU709,
                 dst_colorspace=Colorspace.ITU709,
