@@ -34,6 +34,7 @@ from pipelines.catalog import (
     ModelSpec,
 )
 from pipelines.clock import timed
+from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import remember_embeddings
 from pipelines.errors import DeviceLost, OutOfMemory, blamed_on
@@ -102,6 +103,12 @@ class WanModel:
         self._adapters = Adapters(spec, pipe)
         self._merges = Merges(spec, pipe, checkpoints)
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
+
+    def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
+        """See `compiled.compile_blocks`. Before the first LoRA is applied."""
+        compile_blocks([getattr(self._pipe, name) for name in self.spec.transformers], self.device, cache_dir, backend)
+        self._adapters.are_compiled = True
+        self.facts["compiled"] = True
 
     def check_lora(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
         """See `LoraCheck.check`; touches no weight of the model."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 OffloadMode = Literal["none", "model", "sequential"]
+Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
 """What a video is made to match: the model page, or the samples of the trainer."""

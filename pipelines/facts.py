@@ -28,6 +28,7 @@ def facts_of(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
+        "compiled": False,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
     if spec.needs_toolkit and toolkit is not None:

@@ -11,8 +11,9 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from pipelines.attention import set_attention
 from pipelines.base import Parts, WanModel
-from pipelines.catalog import MODELS, ModelSpec, OffloadMode
+from pipelines.catalog import MODELS, Attention, ModelSpec, OffloadMode
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
 from pipelines.manifest import Manifest
@@ -34,12 +35,13 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     toolkit_commit: str | None = None,
     took: dict[str, float] | None = None,
+    attention: Attention = "native",
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
 
     `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
     `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, where it has one; None: any.
-    `took` is given the seconds of each component.
+    `took` is given the seconds of each component. `attention`: see `attention.set_attention`.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
     """
     _quiet_libraries()
@@ -56,6 +58,7 @@ def load_pipeline(
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
+    set_attention([getattr(model._pipe, name) for name in spec.transformers], attention, target)
     model.facts = facts_of(spec, checkpoints, toolkit_path, target, dtype) | {"offload_mode": offload_mode}
     return model
 

@@ -82,6 +82,8 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None) -> JobR
     """
     if settings.in_cloud and settings.allow_private_downloads:
         log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
+    if settings.exact and (settings.attention != "native" or settings.compile):
+        log.warning("EXACT=1: ATTENTION and COMPILE are left out")
     took = {} if took is None else took
     storage = storage_of(settings)
     with timed(took, "storage"):
@@ -98,7 +100,11 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None) -> JobR
                 settings.ai_toolkit_path,
                 toolkit_commit=settings.ai_toolkit_commit,
                 took=took,
+                attention="native" if settings.exact else settings.attention,
             )
+            if settings.compiles:
+                with timed(took, "compiler"):
+                    model.compile_blocks(settings.compile_cache_dir)
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:

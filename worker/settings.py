@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, TOOLKIT_COMMIT, LoraMode, Match, OffloadMode
+from pipelines.catalog import MODELS, TOOLKIT_COMMIT, Attention, LoraMode, Match, OffloadMode
 from worker.errors import Code, WorkerError
 
 SEVEN_DAYS = 7 * 24 * 3600
@@ -61,6 +61,23 @@ class Settings(BaseSettings):
     offload_mode: OffloadMode = Field(
         default="none",
         description="`none`, `model` (one component on the GPU at a time) or `sequential` (one layer at a time).",
+    )
+    attention: Attention = Field(
+        default="native",
+        description="Attention kernels: `native` (torch's own, as in plain diffusers), `cudnn`, `flash` or `flash3` (where "
+        "installed), `auto` (the quickest that works here). All but `native` change the last bit of a frame.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="`1`: the transformers' blocks are compiled when they first run. Changes the last bit of a frame.",
+    )
+    compile_cache_dir: Path | None = Field(
+        default=None,
+        description="Where compiled code is kept: on a network volume or in the image, only the first worker compiles. "
+        "Not set: torch's own place in the system's temp folder.",
+    )
+    exact: bool = Field(
+        default=False, description="`1`: frames are those of plain diffusers to the bit, whatever ATTENTION and COMPILE say."
     )
     default_match: Match = Field(
         default="documented", description="What `match` is when a request does not say: `documented` or `preview`."
@@ -123,6 +140,10 @@ class Settings(BaseSettings):
         return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
 
     @property
+    def compiles(self) -> bool:
+        return self.compile and not self.exact
+
+    @property
     def in_cloud(self) -> bool:
         return self.runpod_webhook_get_job is not None
 
@@ -148,6 +169,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "OFFLOAD_MODE=sequential cannot merge LoRAs; use none or model, or LORA_MODE=adapter and documented"
             )
+        if self.compiles and self.offload_mode in ("group", "sequential"):
+            raise ValueError(f"COMPILE=1 does not go with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
         if self.offload_mode != "none" and self.device != "cuda":
             raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
         return self

@@ -1,0 +1,84 @@
+"""Which attention kernels a transformer runs on: chosen by the device, and checked against plain arithmetic before a job comes.
+
+The kernels differ in the order of their sums, and so in the last bit of a frame: only `native` is what plain diffusers runs.
+None here computes in less than the model's own precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName as Backend
+
+from pipelines.catalog import Attention
+from pipelines.errors import DeviceUnavailable
+
+_BACKENDS: dict[Attention, Backend] = {
+    "native": Backend.NATIVE,
+    "cudnn": Backend._NATIVE_CUDNN,
+    "flash": Backend.FLASH,
+    "flash3": Backend._FLASH_3,
+}
+
+_HEAD_DIM = 128
+"""Of every Wan transformer."""
+
+
+def set_attention(transformers: Sequence[Any], attention: Attention, device: torch.device) -> None:
+    """Run the transformers on these kernels; `auto`: on the first that work of those made for the device.
+
+    The choice depends on the kind of device and on what is installed, not on a race that another worker could end
+    differently. Raises DeviceUnavailable when the kernels that are asked for do not work here.
+    """
+    chosen = _best(device) if attention == "auto" else attention
+    if reason := why_not(chosen, device):
+        raise DeviceUnavailable(f"ATTENTION={attention} does not work here, {reason}; set ATTENTION to native, or to auto")
+    for transformer in transformers:
+        transformer.set_attention_backend(_BACKENDS[chosen].value)
+
+
+def _best(device: torch.device) -> Attention:
+    return next(attention for attention in _candidates(device) if not why_not(attention, device))
+
+
+def _candidates(device: torch.device) -> Sequence[Attention]:
+    """The quickest first, by what the kernels' makers publish for Wan's head width."""
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if generation == 9:
+        return ("flash3", "cudnn", "native")
+    if generation > 9:
+        return ("cudnn", "native")
+    return ("native",)  # torch's own choice is FlashAttention 2 there
+
+
+def why_not(attention: Attention, device: torch.device) -> str:
+    """Why these kernels cannot be used on the device, or "".
+
+    They are, when they come as close to float32 as torch's own do, with twice their error as the limit.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, tokens, 8, _HEAD_DIM, generator=generator).to(device, dtype) for tokens in (1024, 512, 512)
+    )
+    exact = _plain(query.float(), key.float(), value.float())
+    with torch.no_grad():
+        try:
+            _check_attention_backend_requirements(_BACKENDS[attention])
+            theirs, native = (
+                float((dispatch_attention_fn(query, key, value, backend=backend) - exact).abs().max())
+                for backend in (_BACKENDS[attention], Backend.NATIVE)
+            )
+        except Exception as error:  # whatever the kernels of another package can raise
+            return str(error).strip().partition("\n")[0] or type(error).__name__
+    return "" if theirs <= 2 * native else f"it is off by {theirs:.2g} where torch's own kernels are off by {native:.2g}"
+
+
+def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention by its definition. [1, tokens, heads, width] each, as its result."""
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", weights.softmax(-1), value)
