@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
 from diffusers.models.attention_dispatch import AttentionBackendName as Backend
+from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
 
 from pipelines.catalog import Attention
 from pipelines.errors import DeviceUnavailable

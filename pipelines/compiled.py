@@ -1,4 +1,4 @@
-"""`torch.compile` for the blocks of a transformer, each compiled once for all of its kind, with caches that outlive the process.
+"""`torch.compile` for the blocks of a transformer, each compiled once for all of them, with caches that outlive the process.
 
 Compiled code computes in another order than plain diffusers, and so differs in the last bit of a frame.
 """
@@ -22,7 +22,10 @@ torch's own limit of 8 ends in running uncompiled.
 
 
 def compile_blocks(
-    transformers: Sequence[Any], device: torch.device, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor"
+    transformers: Sequence[Any],
+    device: torch.device,
+    cache_dir: Path | None = None,
+    backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Have the repeated blocks compiled when they first run, in seconds rather than the minutes of a whole model.
 
@@ -34,7 +37,9 @@ def compile_blocks(
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is, and the log says so
     if backend == "inductor" and (reason := _why_nothing_compiles(device)):
-        raise DeviceUnavailable(f"COMPILE=1, but nothing can be compiled here ({reason}): install a C++ compiler, or set COMPILE=0")
+        raise DeviceUnavailable(
+            f"COMPILE=1, but nothing can be compiled here ({reason}): install a C++ compiler, or set COMPILE=0"
+        )
     for transformer in transformers:
         transformer.requires_grad_(False)  # as peft leaves them with the first LoRA, for which all would be compiled again
         transformer.compile_repeated_blocks(backend=backend)
