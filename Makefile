@@ -3,7 +3,7 @@
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
 # make lint   ruff and mypy
-# make docs   rewrites the generated parts of the documentation
+# make docs   rewrites the generated parts of the documentation and builds it as a site
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ TINY := .tiny
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt
+$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt builder/requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r builder/requirements-torch.txt
@@ -51,6 +51,7 @@ format: setup
 
 docs: setup
 	$(PY) -m docs.generate
+	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(TINY) output
+	rm -rf $(VENV) $(TINY) output site

@@ -9,6 +9,7 @@ A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def schema() -> str:
 def filled(path: Path) -> str:
     """The file's text with its generated parts current."""
     parts: dict[str, Callable[[], str]] = {
-        "models": models,
+        "models": partial(models, path.parent),
         "fields": fields,
         "errors": errors,
         "environment": environment,
@@ -64,10 +65,12 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *body))
 
 
-def models() -> str:
+def models(folder: Path) -> str:
+    """`folder`: of the page, where its links start."""
+    pages = posixpath.relpath((ROOT / "docs/models").as_posix(), folder.as_posix())
     rows = [
         (
-            f"[`{spec.id}`](docs/models/{spec.id}.md)",
+            f"[`{spec.id}`]({posixpath.normpath(f'{pages}/{spec.id}.md')})",
             spec.title,
             {"none": "no", "optional": "optional", "required": "required"}[spec.control_image],
             "high and/or low" if spec.moe else "one",

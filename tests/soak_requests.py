@@ -48,7 +48,7 @@ def cases_of(model_id: str, web: str) -> list[Case]:
         case("webp", 3, "b", output_format="webp"),
         case("gif", 2, "a", output_format="gif"),
         case("png", 3, "b", output_format="png"),
-        case("three prompts", 3, "a", {}, {"seed": 7}, {"prompt": "a lake", "num_frames": 1}),
+        case("three prompts", 3, "a", {}, {"seed": 7}, {"prompt": "a lake", "num_frames": 1}, contact_sheet=True),
         case("one frame", 2, "b", {"num_frames": 1}),
         case("another sampler", 1, "a", {"sampler": "flowmatch"}),
         case("as the trainer", 2, "b", match="preview"),

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.frames import Clip
 from tools.metrics import Frame, FrameDistance
+from worker.pictures import scaled
 
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 28, 30), (120, 120, 126)
 _TILE_WIDTH, _LABEL, _GAP, _MARGIN, _HEADER = 400, 132, 10, 20, 92
@@ -44,7 +45,7 @@ def contact_sheet(target: Path, clips: tuple[Clip, Clip], rows: Sequence[Row], t
         top = _MARGIN + _HEADER + place * (tile[1] + _GAP)
         _draw_label(ImageDraw.Draw(sheet), row, top)
         for column, picture in enumerate((row.a, row.b, np.minimum(difference * gain, 255).astype(np.uint8))):
-            sheet.paste(_scaled(picture, tile), (_column(column), top))
+            sheet.paste(scaled(picture, tile), (_column(column), top))
     sheet.save(target, format="PNG")
 
 
@@ -59,12 +60,6 @@ def gain_for(differences: Sequence[np.ndarray]) -> int:
 
 def _column(number: int) -> int:
     return _MARGIN + _LABEL + number * (_TILE_WIDTH + _GAP)
-
-
-def _scaled(picture: Frame, size: tuple[int, int]) -> Image.Image:
-    """Small frames keep their pixels visible, large ones are averaged."""
-    enlarged = picture.shape[1] < size[0]
-    return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
 
 
 def _draw_header(draw: ImageDraw.ImageDraw, clips: tuple[Clip, Clip], title: str, gain: int) -> None:

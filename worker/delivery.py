@@ -6,6 +6,7 @@ the result is stored beside it, so that what exists is not made a second time.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import secrets
@@ -14,12 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from worker.addresses import NotPublic
 from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.logs import log
+from worker.pictures import Kind
 from worker.recovery import Kept, Recovery
 from worker.storage import NotStored, Storage, Stored
 
@@ -30,6 +32,11 @@ _LONGEST_PAUSE = 30.0
 _REFUSALS = 4
 """A place that says no is asked four times: a store that has just come back can refuse what it takes a moment later."""
 _RESULT = "result.json"
+
+
+def _pictures_of(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """What lies beside a video of a result."""
+    return [item[kind] for kind in get_args(Kind) if item.get(kind)]
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,11 @@ class Delivery:
         try:
             return self._store(file, key, content_type, give_up_at, stop)
         except NotStored as error:
-            kept = self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own))
-            raise self._kept_error(error) if kept else error from error
+            raise self._kept_error(error) if self.keep(file, content_type) else error from error
+
+    def keep(self, file: Path, content_type: str) -> bool:
+        """Keep `file` in RECOVERY_DIR, without a try to store it. False when that is not possible either."""
+        return self._recovery.keep(file, Kept(self._key(file.name), content_type, self._made_from, self._own))
 
     def find(self, name: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored | None:
         """The finished file of that name, if an earlier delivery of this job made it; a kept one is stored now, see `put`."""
@@ -142,6 +152,10 @@ class Delivery:
             if stored is None:
                 return None
             item |= {"url": stored.url, "expires_at": stored.expires_at}
+            for picture in _pictures_of(item):
+                # Not asked for: a bucket that does not answer now must not take a poster from a result.
+                again = self._storage.address(self._key(PurePosixPath(picture["key"]).name), picture["bytes"])
+                picture |= {"url": again.url, "expires_at": again.expires_at}
         return result
 
     def remember(self, result: dict[str, Any], folder: Path) -> None:
@@ -151,11 +165,12 @@ class Delivery:
         """
         if not self._recurs:
             return
-        outputs = {
-            kind: [item | {"url": None, "expires_at": None} for item in items] for kind, items in result["outputs"].items()
-        }
+        without_urls = copy.deepcopy(result)
+        for item in (*without_urls["outputs"]["images"], *without_urls["outputs"]["videos"]):
+            for entry in (item, *_pictures_of(item)):
+                entry |= {"url": None, "expires_at": None}
         file = folder / _RESULT
-        file.write_text(json.dumps(result | {"outputs": outputs}, ensure_ascii=False))
+        file.write_text(json.dumps(without_urls, ensure_ascii=False))
         try:
             self._storage.put(file, self._key(_RESULT), "application/json", self._made_from)
         except NotStored:

@@ -111,6 +111,8 @@ def _rule(location: Location, models: Models) -> str:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
     if schema["type"] == "array":
         return "a list with at least one item"
+    if schema["type"] == "boolean":
+        return "true or false"
     kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
     if "maximum" in schema:
         kind += f" from {schema['minimum']} to {schema['maximum']}"

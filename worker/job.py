@@ -40,9 +40,19 @@ from worker.handover import Abandoned, Handover
 from worker.images import Allowance, load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
+from worker.pictures import JPEG, Camera, Picture
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.recovery import Recovery
-from worker.report import Output, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
+from worker.report import (
+    Output,
+    PictureItems,
+    picture_item,
+    prompt_settings,
+    result_of,
+    settings_of,
+    sum_of_pixels,
+    teaching_warnings,
+)
 from worker.request import Shot, parse, shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
@@ -74,6 +84,8 @@ _SECONDS_FOR_THE_BUCKET = 20.0
 _REFUSALS_AT_START = 3
 _SECONDS_TO_UPLOAD = 15.0
 """For what was finished just before the job's time was over."""
+_SECONDS_FOR_A_PICTURE = 10.0
+"""A few tries, after which the result goes out without the poster; a bucket that has just taken the video seldom needs two."""
 
 
 def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> JobRunner:
@@ -319,7 +331,23 @@ class JobRunner:
                 found[shot.index] = error
             else:
                 if stored:
-                    found[shot.index] = Output(shot, stored)
+                    found[shot.index] = Output(shot, stored, self._find_pictures(run, shot))
+        return found
+
+    def _find_pictures(self, run: Run, shot: Shot) -> PictureItems:
+        """Those beside a video that was found. One that is not there cannot be made without the frames."""
+        found: PictureItems = {}
+        for picture in run.pictures(shot):
+            name, give_up_at = f"{shot.index}{picture.suffix}", time.monotonic() + _SECONDS_FOR_A_PICTURE
+            try:
+                stored = run.delivery.find(name, JPEG, give_up_at, run.stop_delivery)
+            except WorkerError as error:
+                run.warn_of_picture(shot, picture, self._told(error, run.id).message)
+            else:
+                if stored:
+                    found[picture.kind] = picture_item(picture, stored)
+                else:
+                    run.warn_of_picture(shot, picture, "it was not found beside the video, which an earlier worker made")
         return found
 
     async def _make(
@@ -425,29 +453,64 @@ class JobRunner:
                 frames.put(chunk)
 
     async def _finish(self, run: Run, shot: Shot, frames: Handover) -> Output:
-        file = await in_thread(run.stop_delivery, self._encode, run, shot, frames)
-        return await self._upload(run, shot, file)
+        file, pictures = await in_thread(run.stop_delivery, self._encode, run, shot, frames)
+        return await self._upload(run, shot, file, pictures)
 
-    def _encode(self, run: Run, shot: Shot, frames: Handover) -> Path:
-        """Write one video while its frames come."""
-        encoding = run.encoding(shot)
+    def _encode(self, run: Run, shot: Shot, frames: Handover) -> tuple[Path, dict[Picture, Path]]:
+        """Write one video while its frames come, and the pictures of it."""
+        encoding, camera = run.encoding(shot), Camera(run.pictures(shot))
         target = run.folder / f"{shot.index}{encoding.suffix}"
         tag = json.dumps(run.settings | run.prompt_settings[shot.index])
         started = time.monotonic()
         try:
-            encode(frames.until(run.stop_delivery), target, encoding, shot.fps, tag)
+            encode(camera.watch(frames.until(run.stop_delivery)), target, encoding, shot.fps, tag)
         finally:
             frames.leave()
+        pictures = self._write_pictures(run, shot, camera)
         seconds = time.monotonic() - started - frames.seconds_waited
         run.timings["encode"] = round(run.timings.get("encode", 0.0) + seconds, 3)
-        return target
+        return target, pictures
 
-    async def _upload(self, run: Run, shot: Shot, file: Path) -> Output:
+    def _write_pictures(self, run: Run, shot: Shot, camera: Camera) -> dict[Picture, Path]:
+        """Those that can be written: the video is what was asked for, and is not lost with its poster."""
+        written = {}
+        for picture in run.pictures(shot):
+            target = run.folder / f"{shot.index}{picture.suffix}"
+            try:
+                camera.save(picture, target)
+            except Exception as error:
+                run.warn_of_picture(shot, picture, self._told(error, run.id).message)
+            else:
+                written[picture] = target
+        return written
+
+    async def _upload(self, run: Run, shot: Shot, file: Path, pictures: dict[Picture, Path]) -> Output:
+        """The video first, then what lies beside it."""
         arguments = (file, run.encoding(shot).content_type, self._give_up_at(run), run.stop_delivery)
         with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=file.stat().st_size):
-            stored = await in_thread(run.stop_delivery, run.delivery.put, *arguments)
-        file.unlink()
-        return Output(shot, stored)
+            try:
+                stored = await in_thread(run.stop_delivery, run.delivery.put, *arguments)
+            except WorkerError:
+                for path in pictures.values():
+                    await in_thread(run.stop_delivery, run.delivery.keep, path, JPEG)
+                raise
+            file.unlink()
+            items = await asyncio.gather(*(self._upload_picture(run, shot, *made) for made in pictures.items()))
+            return Output(shot, stored, {made.kind: item for made, item in zip(pictures, items, strict=True) if item})
+
+    async def _upload_picture(self, run: Run, shot: Shot, picture: Picture, path: Path) -> dict[str, Any] | None:
+        """None when it cannot be stored soon: the video is safe, and need not wait long for its poster."""
+        give_up_at = min(self._give_up_at(run), time.monotonic() + _SECONDS_FOR_A_PICTURE)
+        try:
+            stored = await in_thread(run.stop_delivery, run.delivery.put, path, JPEG, give_up_at, run.stop_delivery)
+        except Stopped:
+            raise
+        except Exception as error:
+            run.warn_of_picture(shot, picture, self._told(error, run.id).message)
+            return None
+        finally:
+            path.unlink()
+        return picture_item(picture, stored)
 
     def _give_up_at(self, run: Run) -> float:
         """Until when an upload is tried again: UPLOAD_TIMEOUT from now, but the job has to end in time."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -14,6 +14,7 @@ from pipelines.catalog import MODELS, LoraMode, Match
 from pipelines.lora_file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from worker.errors import WorkerError
+from worker.pictures import Kind, Picture
 from worker.request import Shot
 from worker.run import Run
 from worker.storage import Stored
@@ -22,12 +23,17 @@ NumbersOf = Callable[[Recipe], dict[str, Any]]
 """What a recipe comes to on the loaded model; see `WanModel.numbers_of`."""
 
 
+PictureItems = dict[Kind, dict[str, Any]]
+"""By their field, as the result says them."""
+
+
 @dataclass(frozen=True)
 class Output:
-    """A finished file: of which shot, and where it is."""
+    """A finished file: of which shot, where it is, and what was made beside it; a picture that was not is not there."""
 
     shot: Shot
     stored: Stored
+    pictures: PictureItems = field(default_factory=dict)
 
 
 def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, Any]:
@@ -39,7 +45,11 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
             errors.append({"prompt_index": index, "code": outcome.code.value, "message": outcome.message})
         else:
             still = outcome.shot.num_frames == 1
-            outputs["images" if still else "videos"].append(_item(outcome, "png" if still else run.request.output_format))
+            if still:
+                outputs["images"].append(_item(outcome, "png"))
+            else:
+                pictures = {kind: outcome.pictures.get(kind) for kind in get_args(Kind)}
+                outputs["videos"].append(_item(outcome, run.request.output_format) | pictures)
     warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
     warnings += run.warnings
     warnings += [warning for shot in run.shots for warning in shot.warnings]
@@ -66,6 +76,19 @@ def _item(output: Output, format: str) -> dict[str, Any]:
         "num_frames": shot.num_frames,
         "fps": shot.fps,
         "seed": shot.seed,
+        "bytes": stored.bytes,
+    }
+
+
+def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
+    """A poster or a contact sheet, as the result says it."""
+    width, height = picture.size
+    return {
+        "url": stored.url,
+        "expires_at": stored.expires_at,
+        "key": stored.key,
+        "width": width,
+        "height": height,
         "bytes": stored.bytes,
     }
 

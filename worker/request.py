@@ -169,6 +169,9 @@ class Request(_Strict):
         examples=["preview"],
     )
     output_format: OutputFormat = Field(default="mp4", description="`png` gives a zip of lossless frames.", examples=["mp4"])
+    contact_sheet: bool = Field(
+        default=False, description="Also a JPEG for each video with up to 16 of its frames.", examples=[True]
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipelines.catalog import LoraMode, Match
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
 from worker.download import Stopped
+from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot
 from worker.video import IMAGE, VIDEO, Encoding
@@ -58,10 +59,21 @@ class Run:
         """How the prompt's file is written: one frame is an image whatever the format."""
         return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
 
+    def pictures(self, shot: Shot) -> list[Picture]:
+        """What is made beside the prompt's video; an image needs no picture of itself."""
+        if shot.num_frames == 1:
+            return []
+        sheet = [contact_sheet(shot.width, shot.height, shot.num_frames)] if self.request.contact_sheet else []
+        return [poster(shot.width, shot.height), *sheet]
+
     def control_image(self, shot: Shot) -> str:
         """The source of the prompt's control image, as in the request; "" when there is none."""
         _, source = self.request.prompts[shot.index].control_image or ("", "")
         return source
+
+    def warn_of_picture(self, shot: Shot, picture: Picture, why: str) -> None:
+        """The result says why a picture is `null` in it."""
+        self.warnings.append(f"prompts[{shot.index}]: no {picture.kind}: {why}")
 
     def check(self) -> None:
         """Raises Stopped when the job must not go on."""

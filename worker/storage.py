@@ -65,6 +65,9 @@ class Storage(Protocol):
     def read(self, key: str, made_from: str) -> bytes | None:
         """The body of what `find` finds; for small files."""
 
+    def address(self, key: str, size: int) -> Stored:
+        """What is known to lie under `key`, and to have so many bytes, with a new URL. The place is not asked."""
+
 
 class LocalFolder:
     """Files below OUTPUT_DIR, as file:// URLs."""
@@ -103,6 +106,9 @@ class LocalFolder:
 
     def read(self, key: str, made_from: str) -> bytes | None:
         return (self._folder / key).read_bytes() if self.find(key, made_from) else None
+
+    def address(self, key: str, size: int) -> Stored:
+        return Stored((self._folder / key).as_uri(), key, None, size)
 
     @staticmethod
     def _note(target: Path) -> Path:
@@ -205,6 +211,9 @@ class Bucket:
             return answer["Body"].read() if answer["Metadata"].get(_MADE_FROM) == made_from else None
         except _FAILURES:
             return None
+
+    def address(self, key: str, size: int) -> Stored:
+        return self._signed(self._key_prefix + key, size)
 
     def check(self) -> None:
         key = f"{self._key_prefix}.worker-wan-lora-write-check"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 
 from tests.cloud import Cloud
 from tests.faults import CutShort, Dropped, Fault, Garbage, Slow, Status, Unanswered
@@ -88,13 +90,18 @@ def videos_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def lasting(result: dict[str, Any]) -> dict[str, Any]:
     """A result without its URLs, which are signed anew each time."""
-    videos = [{**video, "url": None, "expires_at": None} for video in videos_of(result)]
-    return {**result["output"], "outputs": videos}
+    videos = [{**video, **{kind: unsigned(video[kind]) for kind in ("poster", "contact_sheet")}} for video in videos_of(result)]
+    return {**result["output"], "outputs": [unsigned(video) for video in videos]}
+
+
+def unsigned(item: dict[str, Any] | None) -> dict[str, Any] | None:
+    return item and {**item, "url": None, "expires_at": None}
 
 
 def bodies_of(result: dict[str, Any]) -> list[bytes]:
-    """The files, as a client fetches them."""
-    answers = [requests.get(video["url"], timeout=30) for video in videos_of(result)]
+    """The files and their posters, as a client fetches them."""
+    items = [item for video in videos_of(result) for item in (video, video["poster"])]
+    answers = [requests.get(item["url"], timeout=30) for item in items]
     assert [answer.status_code for answer in answers] == [200] * len(answers)
     return [answer.content for answer in answers]
 
@@ -116,6 +123,19 @@ def test_a_job_from_the_queue_becomes_a_url_that_plays(cloud: Cloud, good: dict[
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", video["expires_at"])
     assert "X-Amz" not in worker.log.read_text()
     assert "test-secret-key" not in worker.log.read_text()
+
+
+def test_a_video_has_a_poster_and_a_contact_sheet_with_urls_of_their_own(cloud: Cloud, good: dict[str, Any]) -> None:
+    cloud.submit("pictured", good | {"contact_sheet": True})
+    (video,) = videos_of(cloud.wait_for("pictured"))
+    for kind, name, size in (("poster", "0.poster.jpg", (64, 64)), ("contact_sheet", "0.sheet.jpg", (132, 132))):
+        picture = video[kind]
+        assert picture["key"] == f"videos/pictured/{name}"
+        answer = requests.get(picture["url"], timeout=30)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/jpeg")
+        assert len(answer.content) == picture["bytes"]
+        assert Image.open(io.BytesIO(answer.content)).size == (picture["width"], picture["height"]) == size
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", picture["expires_at"])
 
 
 def test_progress_comes_in_order_and_ends_before_the_result(cloud: Cloud, tiny: Path) -> None:
@@ -373,8 +393,16 @@ def test_an_upload_that_fails_is_tried_again(cloud: Cloud, gateway: Gateway, goo
     job_id, before = named("uploaded", fault), gateway.faults.met.total()
     gateway.faults.order("PUT", fault)
     cloud.submit(job_id, good)
-    assert len(bodies_of(cloud.wait_for(job_id))) == 1
+    assert len(bodies_of(cloud.wait_for(job_id))) == 2
     assert gateway.faults.met.total() == before + 1
+
+
+def test_a_poster_whose_upload_fails_is_tried_again(cloud: Cloud, gateway: Gateway, good: dict[str, Any]) -> None:
+    gateway.faults.order("PUT", Slow(0))  # the video
+    gateway.faults.order("PUT", Status(503), times=3)  # as often as boto3 tries
+    cloud.submit("late-poster", good)
+    video, poster = bodies_of(cloud.wait_for("late-poster"))
+    assert (video[:2], poster[:2]) == (b"PK", b"\xff\xd8")
 
 
 @pytest.mark.parametrize("fault", [Status(503), Dropped(), CutShort()], ids=str)
@@ -398,16 +426,26 @@ def test_a_bucket_that_comes_back_gets_the_file(cloud: Cloud, good: dict[str, An
         cloud.wait_for("patient", stage="upload")
         time.sleep(2)
         assert cloud.results_of("patient") == []
-    assert len(bodies_of(cloud.wait_for("patient"))) == 1
+    assert len(bodies_of(cloud.wait_for("patient"))) == 2
 
 
 def test_a_file_that_no_bucket_takes_is_brought_there_by_the_next_worker(
-    endpoint: Endpoint, good: dict[str, Any], bucket: S3Server, recovery: Path
+    endpoint: Endpoint, good: dict[str, Any], bucket: S3Server, gateway: Gateway, recovery: Path
 ) -> None:
     for worker in endpoint.alive:
         endpoint.leave(worker)
     cloud, impatient = endpoint.cloud, endpoint.start(UPLOAD_TIMEOUT="3")
     endpoint.wait_until_ready(impatient)
+    gateway.faults.order("PUT", Slow(0))  # the video
+    gateway.faults.order("PUT", Status(503), times=1000)
+    cloud.submit("no-poster", good)
+    result = cloud.wait_for("no-poster")
+    gateway.faults.forget()
+    (video,) = videos_of(result)
+    assert video["poster"] is None and requests.get(video["url"], timeout=30).content[:2] == b"PK"
+    (warning,) = [text for text in result["output"]["warnings"] if "poster" in text]
+    assert "no poster: the bucket did not take `videos/no-poster/0.poster.jpg` (SlowDown)" in warning
+
     with bucket.away():
         cloud.submit("kept", good)
         error = cloud.wait_for("kept")["error"]
@@ -422,7 +460,9 @@ def test_a_file_that_no_bucket_takes_is_brought_there_by_the_next_worker(
     cloud.wait(lambda: not list(recovery.iterdir()), "empty folder")
     cloud.deliver_again("kept")
     result = cloud.wait_for("kept", nth=2)
-    assert [video["key"] for video in videos_of(result)] == ["videos/kept/0.zip"]
+    keys = [(video["key"], video["poster"]["key"]) for video in videos_of(result)]
+    assert "videos/no-poster/0.poster.jpg" in bucket.keys("videos/no-poster/")
+    assert keys == [("videos/kept/0.zip", "videos/kept/0.poster.jpg")]
     assert renders_of(heir, "kept") == 0
     cloud.submit("never-kept", good)
     assert bodies_of(result) == bodies_of(cloud.wait_for("never-kept"))

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import WanModel
 from pipelines.errors import OutOfMemory
-from tests.integration.test_local_api import request_for
+from tests.integration.test_local_api import file_of, frames_of, request_for
 from worker.files import scratch
 from worker.job import JobRunner, cold_start
+from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.storage import LocalFolder, NotStored, Stored
 from worker.video import encode
@@ -70,6 +73,15 @@ class FussyStorage:
 
     def read(self, key: str, made_from: str) -> None:
         return None
+
+
+class NoPictures(LocalFolder):
+    """Takes videos and no JPEG."""
+
+    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        if content_type == "image/jpeg":
+            raise NotStored(f"no place for `{key}`", refused=True)
+        return super().put(file, key, content_type, made_from)
 
 
 def job(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
@@ -293,3 +305,92 @@ def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(runner: Runn
         return [*wanted, worker.wants_a_job()]
 
     assert asyncio.run(watch()) == [True, False, True, True]
+
+
+# Posters and contact sheets.
+
+
+def with_sheet(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
+    one = job(tiny, *prompts)
+    return one | {"input": one["input"] | {"contact_sheet": True}}
+
+
+def test_every_video_has_a_poster_and_on_request_a_contact_sheet_and_an_image_has_neither(runner: Runner, tiny: Path) -> None:
+    asked = with_sheet(tiny, {"width": 96, "num_frames": 9}, {"num_frames": 1})
+    outputs = run(runner(), asked)["outputs"]
+    (video,), (image,) = outputs["videos"], outputs["images"]
+    assert set(image) == set(video) - {"poster", "contact_sheet"}
+    for kind, name, size in (("poster", "0.poster.jpg", (96, 64)), ("contact_sheet", "0.sheet.jpg", (296, 200))):
+        picture = video[kind]
+        assert picture["key"] == f"{asked['id']}/{name}"
+        assert (picture["width"], picture["height"]) == size == Image.open(file_of(picture)).size
+        assert picture["bytes"] == file_of(picture).stat().st_size
+    first_frame = frames_of(video)[0].astype(int)
+    shown = np.asarray(Image.open(file_of(video["poster"])))
+    assert np.abs(shown - first_frame).mean() < np.abs(shown - frames_of(video)[-1].astype(int)).mean() / 3
+    assert run(runner(), job(tiny, {}))["outputs"]["videos"][0]["contact_sheet"] is None
+
+
+def test_a_poster_that_no_place_takes_is_a_warning_and_the_next_worker_stores_it(
+    runner: Runner, tiny: Path, tmp_path: Path
+) -> None:
+    worker = runner(NoPictures(tmp_path), recovery_dir=tmp_path / "recovery")
+    asked = with_sheet(tiny, {})
+    result = run(worker, asked)
+    (video,) = result["outputs"]["videos"]
+    assert file_of(video).exists() and "errors" not in result
+    assert (video["poster"], video["contact_sheet"]) == (None, None)
+    for kind, name in (("poster", "0.poster.jpg"), ("contact_sheet", "0.sheet.jpg")):
+        assert f"prompts[0]: no {kind}: no place for `{asked['id']}/{name}`{KEPT}" in result["warnings"]
+    Recovery(tmp_path / "recovery").send_all(LocalFolder(tmp_path))
+    assert Image.open(tmp_path / asked["id"] / "0.sheet.jpg").size == (132, 132)
+    assert list((tmp_path / "recovery").iterdir()) == []
+
+
+def test_a_poster_that_cannot_be_made_is_a_warning(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("worker.pictures.scaled", scaled)
+    result = run(runner(), job(tiny, {}) | {"id": "no-poster"})
+    assert frames_of(result["outputs"]["videos"][0]).shape == (5, 64, 64, 3)
+    assert result["outputs"]["videos"][0]["poster"] is None
+    assert "prompts[0]: no poster: a fault of the worker; its log says more under no-poster" in result["warnings"]
+
+
+def test_a_video_that_no_place_takes_is_kept_with_its_pictures(runner: Runner, tiny: Path, tmp_path: Path) -> None:
+    worker = runner(FussyStorage({0}), recovery_dir=tmp_path / "recovery")
+    once_more = with_sheet(tiny, {})
+    assert run(worker, once_more)["error"].startswith("UPLOAD_FAILED: ")
+    back = runner(LocalFolder(tmp_path / "out"), recovery_dir=tmp_path / "recovery")
+    (video,) = run(back, once_more)["outputs"]["videos"]
+    assert all(file_of(item).exists() for item in (video, video["poster"], video["contact_sheet"]))
+    assert list((tmp_path / "recovery").iterdir()) == []
+
+
+def test_a_job_that_comes_again_has_its_pictures_though_nobody_can_be_asked_for_them(
+    runner: Runner, tiny: Path, tmp_path: Path
+) -> None:
+    class CannotFindPictures(LocalFolder):
+        def find(self, key: str, made_from: str) -> Stored | None:
+            return None if key.endswith(".jpg") else super().find(key, made_from)
+
+    twice = with_sheet(tiny, {})
+    first = run(runner(LocalFolder(tmp_path)), twice)
+    assert run(runner(CannotFindPictures(tmp_path)), twice) == first
+
+
+@pytest.mark.parametrize("lost", ["nothing", "0.poster.jpg"])
+def test_a_job_whose_worker_died_before_the_result_has_the_pictures_that_were_stored(
+    runner: Runner, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    twice = with_sheet(tiny, {})
+    first = run(runner(LocalFolder(tmp_path)), twice)
+    for name in ("result.json", lost):
+        (tmp_path / twice["id"] / name).unlink(missing_ok=True)
+    monkeypatch.delattr(WanModel, "generate")
+    result = run(runner(LocalFolder(tmp_path)), twice)
+    (video,), (before,) = result["outputs"]["videos"], first["outputs"]["videos"]
+    told = "prompts[0]: no poster: it was not found beside the video, which an earlier worker made"
+    assert (told in result["warnings"]) == (lost != "nothing")
+    assert video == before | ({} if lost == "nothing" else {"poster": None})

@@ -135,13 +135,19 @@ def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
     settings = Settings(model_id="wan21_1b", bucket_key_prefix="p/", **{k.lower(): v for k, v in s3.environment().items()})
     mine = Delivery(storage_of(settings), True, recovery, "job", JOB)
     put(mine, file)
-    outputs = {"images": [], "videos": [RESULT["outputs"]["videos"][0] | {"key": "p/job/0.mp4"}]}
+    poster = {"key": "p/job/0.poster.jpg", "url": "https://a?signed=S3cr3t", "expires_at": "soon", "bytes": 8}
+    outputs = {"images": [], "videos": [RESULT["outputs"]["videos"][0] | {"key": "p/job/0.mp4", "poster": poster}]}
+    picture = file.with_name("0.poster.jpg")
+    picture.write_bytes(b"a poster")
+    put(mine, picture)
     mine.remember(RESULT | {"outputs": outputs}, file.parent)
     body = s3.client().get_object(Bucket=s3.bucket, Key="p/job/result.json")["Body"].read().decode()
     assert "S3cr3t" not in body and "X-Amz" not in body
     recalled = Delivery(storage_of(settings), True, recovery, "job", JOB).recall()
     (video,) = recalled["outputs"]["videos"]
     assert requests.get(video["url"], timeout=10).content == b"a finished video"
+    assert requests.get(video["poster"]["url"], timeout=10).content == b"a poster"
+    assert video["poster"]["expires_at"] > "2026"
     assert video["expires_at"] > "2026" and recalled["warnings"] == ["ü"]
 
 

@@ -1,0 +1,60 @@
+"""What MkDocs needs to know of this project: links that leave docs/, and pages that may be missing. It writes no text."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+COMING = {"checkpoints.md", "client.md", "deploy.md", "playground.md"}
+"""Pages in the navigation that may be missing."""
+
+_README = {
+    "models": "models/index.md",
+    "environment": "environment.md",
+    "fields-of-a-request": "api.md#request",
+    "errors": "api.md#errors",
+    "run-it-with-real-weights": "first-video.md#with-real-weights",
+}
+"""Where the site says what a part of the README says; all else is on the first page."""
+
+
+def on_config(config: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    missing = {name for name in COMING if not (ROOT / "docs" / name).is_file()}
+    config["nav"] = _without(config["nav"], missing)
+    return config
+
+
+def _without(nav: list[Any], missing: set[str]) -> list[Any]:
+    kept: list[Any] = []
+    for entry in nav:
+        if isinstance(entry, dict):
+            [(title, target)] = entry.items()
+            if isinstance(target, list):
+                kept.append({title: _without(target, missing)})
+            elif target not in missing:
+                kept.append(entry)
+        else:
+            kept.append(entry)
+    return kept
+
+
+def on_page_markdown(markdown: str, page: Any, config: MutableMapping[str, Any], **_: Any) -> str:
+    """Links in pages lead through the repository, as on GitHub; those that leave docs/ get another target on the site."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match[1], match[2]
+        place = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), target.partition("#")[0]))
+        if place.startswith("docs/") or not (ROOT / place).exists():
+            return match[0]  # MkDocs checks it
+        if place == "README.md":
+            there = _README.get(target.partition("#")[2], "index.md")
+            return f"[{text}]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')})"
+        repository = config["extra"]["repository"]
+        return f"[{text}]({repository}/blob/main/{place})" if repository else text
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s]+)\)", link, markdown)
