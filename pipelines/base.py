@@ -32,16 +32,18 @@ from pipelines.catalog import (
     DEFAULT_STEPS,
     LoraMode,
     ModelSpec,
+    OffloadMode,
 )
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import remember_embeddings
-from pipelines.errors import DeviceLost, OutOfMemory, blamed_on
+from pipelines.errors import DeviceLost, DeviceUnavailable, OutOfMemory, blamed_on
 from pipelines.lora_check import LoraCheck
 from pipelines.lora_file import Adapter
 from pipelines.merge import Merges
+from pipelines.offload import STREAMED, refresh, stays_on_device
 from pipelines.recipes import Recipe, documented
 
 Frames = npt.NDArray[np.uint8]
@@ -107,6 +109,8 @@ class WanModel:
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """See `compiled.compile_blocks`. Before the first LoRA is applied."""
+        if (mode := self.facts["offload_mode"]) in ("group", "sequential"):
+            raise DeviceUnavailable(f"COMPILE=1 does not go with OFFLOAD_MODE={mode}, which fits this GPU; set COMPILE=0")
         compile_blocks([getattr(self._pipe, name) for name in self.spec.transformers], self.device, cache_dir, backend)
         self._adapters.are_compiled = True
         self.facts["compiled"] = True
@@ -123,14 +127,15 @@ class WanModel:
         for position, adapter in enumerate(adapters):
             with blamed_on(position):
                 adapter.file.check_unchanged()
-        self._kept_in_float32.restore()
+        if self._kept_in_float32.restore():
+            refresh(self._pipe, self.spec.transformers)
         try:
             with self._device_errors():
                 if mode == "adapter":
                     self._merges.take_out_all()
                     self._adapters.apply(adapters)
                 else:
-                    self._adapters.drop_all()
+                    self._adapters.apply([])
                     self._merges.apply(adapters)
         except BaseException:
             self._adapters.drop_all()
@@ -187,9 +192,11 @@ class WanModel:
         self._pipe.scheduler = copy.deepcopy(self.scheduler_of(recipe))
         self._pipe.register_to_config(boundary_ratio=self.boundary_ratio_of(recipe))
         if recipe.trainer_dtypes:
-            self._kept_in_float32.cast(self._pipe.transformer.dtype)
+            changed = self._kept_in_float32.cast(self._pipe.transformer.dtype)
         else:
-            self._kept_in_float32.restore()
+            changed = self._kept_in_float32.restore()
+        if changed:
+            refresh(self._pipe, self.spec.transformers)
 
     def _fit(self, sampling: Sampling, recipe: Recipe) -> Sampling:
         width, height = recipe.effective_size(sampling.width, sampling.height)
@@ -253,11 +260,11 @@ class WanModel:
 
     def _rest_of_the_model(self) -> list[torch.nn.Module]:
         """What a decode does not need and another memory could hold."""
-        if self.device.type == "cpu" or any(hasattr(part, "_hf_hook") for part in self._pipe.components.values()):
+        if self.device.type == "cpu":
             return []
         names = ("text_encoder", "image_encoder", "transformer", "transformer_2")
         parts = {id(part): part for name in names if (part := getattr(self._pipe, name, None)) is not None}
-        return list(parts.values())
+        return [part for part in parts.values() if stays_on_device(part)]
 
     def device_answers(self) -> bool:
         """Whether the device still computes: after an illegal access, an assert or an ECC error it does not, for ever."""
@@ -307,20 +314,25 @@ class KeptInFloat32:
             if tensor is not None and tensor.is_floating_point() and tensor.dtype != model.dtype
         ]
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Cast them as the trainer's `.to(dtype)` on the whole model does."""
+    def cast(self, dtype: torch.dtype) -> bool:
+        """Cast them as the trainer's `.to(dtype)` on the whole model does. Whether there was anything to do."""
+        if self._is_cast:
+            return False
         for place, name, tensor in self._wide:
             narrow = tensor.detach().to(dtype)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             place[name] = torch.nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
         self._is_cast = True
+        return True
 
-    def restore(self) -> None:
-        """Put the very tensors of the load back."""
-        if self._is_cast:
-            for place, name, tensor in self._wide:
-                place[name] = tensor
-            self._is_cast = False
+    def restore(self) -> bool:
+        """Put the very tensors of the load back. Whether there was anything to do."""
+        if not self._is_cast:
+            return False
+        for place, name, tensor in self._wide:
+            place[name] = tensor
+        self._is_cast = False
+        return True
 
 
 class Parts:
@@ -330,13 +342,20 @@ class Parts:
     """
 
     def __init__(
-        self, spec: ModelSpec, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | None, took: dict[str, float]
+        self,
+        spec: ModelSpec,
+        checkpoints: Checkpoints,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload_mode: OffloadMode,
+        took: dict[str, float],
     ) -> None:
-        """`device`: None leaves the components where they are loaded, for an offloading that is set up later."""
+        """What `offload_mode` brings to the device later is left where it is loaded."""
         self._spec = spec
         self._checkpoints = checkpoints
         self._dtype = dtype
         self._device = device
+        self._waiting = STREAMED.get(offload_mode, tuple(spec.sources))
         self._took = took
 
     def load(self, names: Iterable[str]) -> dict[str, Any]:
@@ -359,7 +378,7 @@ class Parts:
             "image_encoder": transformers.CLIPVisionModel,
         }[name]
         part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
-        return part if self._device is None else part.to(self._device)
+        return part if name in self._waiting else part.to(self._device)
 
 
 @contextmanager

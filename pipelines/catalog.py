@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-OffloadMode = Literal["none", "model", "sequential"]
+OffloadMode = Literal["auto", "none", "text_encoder", "group", "model", "sequential"]
+"""See `offload`."""
 Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
@@ -71,7 +72,8 @@ class ModelSpec:
     expand_timesteps: bool = False
     drops_incomplete_frames: bool = False
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
-    offload_modes: tuple[OffloadMode, ...] = ("none", "model", "sequential")
+    offload_modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "group", "model", "sequential")
+    """The quickest first; beside them, `auto`."""
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ _WAN22_I2V_14B = ModelSpec(
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
-    offload_modes=("none",),
+    offload_modes=("none", "text_encoder", "group"),
 )
 
 _WAN22_T2V_14B = ModelSpec(
@@ -145,7 +147,7 @@ _WAN22_5B = ModelSpec(
     flow_shift=5.0,
     expand_timesteps=True,
     drops_incomplete_frames=True,
-    offload_modes=("none",),
+    offload_modes=("none", "text_encoder", "group"),
 )
 
 _WAN21_I2V_14B = ModelSpec(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pipelines.attention import set_attention
 from pipelines.base import Parts, WanModel
@@ -17,20 +15,20 @@ from pipelines.catalog import MODELS, Attention, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
+from pipelines.offload import mode_for, place
 from pipelines.toolkit import Toolkit, load_toolkit
 from pipelines.wan21 import Wan21
 from pipelines.wan22_5b import Wan22TextImageToVideo
 from pipelines.wan22_i2v import Wan22ImageToVideo
 from pipelines.wan22_t2v import Wan22TextToVideo
 from pipelines.wan22_toolkit import Wan22Toolkit
-from pipelines.weights import STEM_OF, file_names
 
 
 def load_pipeline(
     model_id: str,
     checkpoints: Path | Checkpoints,
     device: str = "cuda",
-    offload_mode: OffloadMode = "none",
+    offload_mode: OffloadMode = "auto",
     toolkit_path: Path | None = None,
     dtype: torch.dtype | None = None,
     toolkit_commit: str | None = None,
@@ -53,15 +51,16 @@ def load_pipeline(
     try:
         checkpoints = Checkpoints.of(spec, checkpoints)
         checkpoints.check()
+        mode: OffloadMode = "none"
         if target.type == "cuda":
-            check_memory(spec, checkpoints, offload_mode, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
-        parts = Parts(spec, checkpoints, dtype, target if offload_mode == "none" else None, {} if took is None else took)
-        model = _load(spec, checkpoints, target, parts, offload_mode, toolkit)
+            mode = mode_for(offload_mode, checkpoints, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
+        parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took)
+        model = _load(spec, checkpoints, target, parts, mode, toolkit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
     set_attention([getattr(model._pipe, name) for name in spec.transformers], attention, target)
-    model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": offload_mode}
+    model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": mode}
     return model
 
 
@@ -76,11 +75,11 @@ def _load(
     if toolkit is not None:
         toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
         pipe = toolkit_class.load(spec, parts, target, toolkit)
-        _place(pipe, target, offload_mode)
+        place(pipe, target, offload_mode)
         return toolkit_class(spec, pipe, target, checkpoints, toolkit)
     model_class = Wan22TextToVideo if spec.moe else Wan21
     pipe = model_class.load(spec, checkpoints, parts)
-    _place(pipe, target, offload_mode)
+    place(pipe, target, offload_mode)
     return model_class(spec, pipe, target, checkpoints)
 
 
@@ -95,49 +94,8 @@ def _check_device(spec: ModelSpec, device: str, offload_mode: OffloadMode) -> to
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DeviceUnavailable("DEVICE is cuda, but no CUDA device can be used here; use DEVICE=cpu or a GPU machine")
-    if offload_mode not in spec.offload_modes or (offload_mode != "none" and target.type != "cuda"):
+    if offload_mode != "auto" and (
+        offload_mode not in spec.offload_modes or (offload_mode != "none" and target.type != "cuda")
+    ):
         raise DeviceUnavailable(f"{spec.id} cannot run with OFFLOAD_MODE={offload_mode} on {device}")
     return target
-
-
-def _place(pipe: Any, device: torch.device, offload_mode: OffloadMode) -> None:
-    if offload_mode == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload_mode == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-
-
-def check_memory(spec: ModelSpec, checkpoints: Path | Checkpoints, offload_mode: OffloadMode, itemsize: int, free: int) -> None:
-    """Whether the weights, in numbers of `itemsize` bytes, fit into `free` bytes of the device.
-
-    Only a lower bound of what a job needs, but one that is certain. Raises DeviceUnavailable.
-    """
-    sizes = _bytes_of_parts(Checkpoints.of(spec, checkpoints), itemsize)
-    on_device: dict[OffloadMode, int] = {"none": sum(sizes), "model": max(sizes), "sequential": 0}  # one layer is nothing
-    needed = {mode: on_device[mode] for mode in spec.offload_modes}
-    if needed[offload_mode] <= free:
-        return
-    fitting = next((mode for mode, size in needed.items() if size <= free), None)
-    remedy = f"set OFFLOAD_MODE={fitting}, or use a larger GPU" if fitting else "use a larger GPU"
-    raise DeviceUnavailable(
-        f"the weights of {spec.id} take {needed[offload_mode] / 1e9:.1f} GB with OFFLOAD_MODE={offload_mode}, and the GPU has "
-        f"{free / 1e9:.1f} GB free: {remedy}"
-    )
-
-
-def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int) -> list[int]:
-    """What the weights of each component take in numbers of `itemsize` bytes."""
-    sizes = []
-    for part in checkpoints.spec.sources:
-        if part in STEM_OF:
-            folder = checkpoints.folder_of(part)
-            sizes.append(sum(_count(folder / name) for name in file_names(folder, part)) * itemsize)
-    return sizes
-
-
-def _count(file: Path) -> int:
-    """How many numbers a safetensors file holds."""
-    with safe_open(file, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

@@ -177,7 +177,7 @@ class JobRunner:
         """The job as it begins: its request checked, a folder for its files, nothing fetched."""
         request = parse(job.get("input"), self._model.spec)
         match = request.match or self._settings.default_match
-        if match == "preview" and self._settings.offload_mode == "sequential":
+        if match == "preview" and self._model.facts["offload_mode"] == "sequential":
             text = "this worker runs with OFFLOAD_MODE=sequential, which cannot merge LoRAs; send documented"
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
         s3_config = job.get("s3Config")
@@ -542,7 +542,7 @@ class JobRunner:
         code = _CODE_OF.get(type(error))
         if code is Code.OUT_OF_MEMORY:
             modes = self._model.spec.offload_modes
-            other = modes[modes.index(self._settings.offload_mode) + 1 :]
+            other = modes[modes.index(self._model.facts["offload_mode"]) + 1 :]
             remedy = f"run the worker with OFFLOAD_MODE={other[0]}" if other else "use a GPU with more memory"
             return WorkerError(code, f"{error}, or {remedy}")
         return WorkerError(code, str(error)) if code else error

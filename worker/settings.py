@@ -74,8 +74,10 @@ class Settings(BaseSettings):
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` (bf16) or `cpu` (float32).")
     offload_mode: OffloadMode = Field(
-        default="none",
-        description="`none`, `model` (one component on the GPU at a time) or `sequential` (one layer at a time).",
+        default="auto",
+        description="What waits in main memory: `none`, `text_encoder`, `group` (transformers too, streamed block by block), "
+        "`model` (all but one component), `sequential` (all but one layer); `auto`: the first of the first three that leaves "
+        "room for a job.",
     )
     attention: Attention = Field(
         default="native",
@@ -187,16 +189,16 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _possible_offload_mode(self) -> Settings:
         modes = MODELS[self.model_id].offload_modes
-        if self.offload_mode not in modes:
-            raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE {' or '.join(modes)}, not {self.offload_mode}")
+        if self.offload_mode not in ("auto", *modes):
+            raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE auto or {' or '.join(modes)}, not {self.offload_mode}")
         if self.offload_mode == "sequential" and (self.lora_mode == "merge" or self.default_match == "preview"):
             raise ValueError(
-                "OFFLOAD_MODE=sequential cannot merge LoRAs; use none or model, or LORA_MODE=adapter and documented"
+                "OFFLOAD_MODE=sequential cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
             )
         if self.compiles and self.offload_mode in ("group", "sequential"):
             raise ValueError(f"COMPILE=1 does not go with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
-        if self.offload_mode != "none" and self.device != "cuda":
-            raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=none")
+        if self.offload_mode not in ("auto", "none") and self.device != "cuda":
+            raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=auto")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ def problem_of(environment, **variables: str) -> str:
 def test_a_model_id_is_all_that_is_needed(environment):
     environment()
     settings = load_settings()
-    assert (settings.model_id, settings.device, settings.offload_mode) == ("wan21_1b", "cuda", "none")
+    assert (settings.model_id, settings.device, settings.offload_mode) == ("wan21_1b", "cuda", "auto")
     assert (settings.default_match, settings.lora_mode) == ("documented", "adapter")
     assert (settings.bucket_name, settings.presigned_url_ttl, settings.in_cloud) == (None, 86400, False)
 
@@ -136,11 +136,11 @@ MERGES = pytest.mark.parametrize(
 @MERGES
 def test_sequential_offloading_cannot_merge_loras_and_says_what_can(environment, variables):
     text = problem_of(environment, OFFLOAD_MODE="sequential", **variables)
-    assert text.startswith("OFFLOAD_MODE=sequential cannot merge LoRAs; use none or model") and "\n" not in text
+    assert text.startswith("OFFLOAD_MODE=sequential cannot merge LoRAs; use auto or model") and "\n" not in text
 
 
 @MERGES
-@pytest.mark.parametrize("offload_mode", ["none", "model"])
+@pytest.mark.parametrize("offload_mode", ["auto", "none", "text_encoder", "group", "model"])
 def test_the_other_offload_modes_merge_loras(environment, variables, offload_mode):
     environment(OFFLOAD_MODE=offload_mode, **variables)
     assert load_settings().offload_mode == offload_mode

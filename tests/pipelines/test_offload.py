@@ -1,0 +1,127 @@
+"""Which offload mode fits, and that none changes a frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines.catalog import MODELS, OffloadMode
+from pipelines.checkpoints import Checkpoints
+from pipelines.errors import DeviceUnavailable
+from pipelines.lora_file import LoraFile
+from pipelines.offload import BYTES_OF_A_JOB, mode_for, place
+from pipelines.recipes import preview
+from tests.conftest import STAND_IN
+
+SAMPLING = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2)
+
+
+def size_of(checkpoints: Checkpoints, part: str) -> int:
+    """The component's weights in bf16, in bytes, read and counted one by one."""
+    files = checkpoints.folder_of(part).glob("*.safetensors")
+    return sum(2 * tensor.numel() for file in files for tensor in load_file(file).values())
+
+
+@pytest.fixture(scope="module")
+def one_billion(tiny: Path) -> Checkpoints:
+    return Checkpoints(MODELS["wan21_1b"], tiny)
+
+
+@pytest.fixture(scope="module")
+def sizes(one_billion: Checkpoints) -> dict[str, int]:
+    return {part: size_of(one_billion, part) for part in ("text_encoder", "transformer", "vae")}
+
+
+def test_a_gpu_that_is_too_small_is_told_with_the_mode_that_fits(one_billion: Checkpoints, sizes: dict[str, int]) -> None:
+    assert mode_for("none", one_billion, 2, sum(sizes.values())) == "none"
+    with pytest.raises(DeviceUnavailable, match=r"OFFLOAD_MODE=none, and the GPU has .*: set OFFLOAD_MODE=text_encoder"):
+        mode_for("none", one_billion, 2, sum(sizes.values()) - 1)
+    assert mode_for("text_encoder", one_billion, 2, sizes["transformer"] + sizes["vae"]) == "text_encoder"
+    with pytest.raises(DeviceUnavailable, match=r"OFFLOAD_MODE=text_encoder"):
+        mode_for("text_encoder", one_billion, 2, sizes["transformer"] + sizes["vae"] - 1)
+    assert mode_for("model", one_billion, 2, max(sizes.values())) == "model"
+    with pytest.raises(DeviceUnavailable, match="OFFLOAD_MODE=model, and the GPU"):
+        mode_for("model", one_billion, 2, max(sizes.values()) - 1)
+    assert mode_for("sequential", one_billion, 2, 1) == "sequential"
+
+
+def test_a_gpu_that_is_too_small_for_every_mode_must_be_larger(tiny: Path) -> None:
+    checkpoints = Checkpoints(MODELS["wan22_14b_i2v"], tiny)
+    for mode in ("auto", "none", "group"):
+        with pytest.raises(DeviceUnavailable, match="free: use a larger GPU"):
+            mode_for(mode, checkpoints, 2, size_of(checkpoints, "vae") - 1)  # type: ignore[arg-type]
+
+
+def test_auto_keeps_on_the_gpu_what_leaves_room_for_a_job(one_billion: Checkpoints, sizes: dict[str, int]) -> None:
+    without_text = sum(sizes.values()) - sizes["text_encoder"]
+    for left, mode in {
+        sum(sizes.values()): "none",
+        sum(sizes.values()) - 1: "text_encoder",
+        without_text: "text_encoder",
+        without_text - 1: "group",
+        -BYTES_OF_A_JOB // 2: "group",
+    }.items():
+        assert mode_for("auto", one_billion, 2, BYTES_OF_A_JOB + left) == mode
+
+
+def test_auto_on_a_cpu_offloads_nothing(tiny: Path) -> None:
+    assert load_pipeline("wan21_1b", tiny, "cpu", offload_mode="auto").facts["offload_mode"] == "none"
+
+
+@pytest.mark.parametrize("model_id", ["wan21_1b", "wan22_14b_t2v", "wan22_14b_i2v", "wan22_5b"])
+def test_streaming_changes_no_frame_whatever_loras_come_and_go(tiny: Path, model_id: str) -> None:
+    """On a CPU, where a piece is brought to the memory it is in: all of it but the copies."""
+    plain = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN)
+    streamed = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN)
+    place(streamed._pipe, torch.device("cpu"), "group")
+    assert frames_of_a_day(plain, tiny) == frames_of_a_day(streamed, tiny)
+
+
+def frames_of_a_day(model: WanModel, tiny: Path) -> list[bytes]:
+    """No LoRA, one, another rank, merged in the trainer's dtypes, and none again."""
+    from PIL import Image
+
+    loras = sorted((tiny / "loras" / model.spec.id).glob("*.safetensors"))[:2]
+    side = "high" if model.spec.moe else None
+    image = Image.fromarray(np.full((64, 64, 3), 99, np.uint8)) if model.spec.control_image == "required" else None
+    sampling = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2, control_image=image)
+    made = []
+    for lora, mode in [(None, "adapter"), (loras[0], "adapter"), (loras[1], "adapter"), (loras[0], "merge"), (None, "adapter")]:
+        model.apply_loras([Adapter(LoraFile.read(lora), 1.0, side)] if lora else [], mode)  # type: ignore[arg-type]
+        recipe = preview(model.spec, "flowmatch", "") if mode == "merge" else None
+        made.append(b"".join(frames.tobytes() for frames in model.generate(sampling, recipe)))
+    assert made[0] == made[-1] != made[1] != made[3]
+    return made
+
+
+def test_the_one_transformer_in_both_slots_is_streamed_once(tiny: Path) -> None:
+    model = load_pipeline("wan22_5b", tiny, "cpu", toolkit_path=STAND_IN)
+    place(model._pipe, torch.device("cpu"), "group")
+    hooks = model._pipe.transformer.blocks[0]._diffusers_hook.hooks
+    assert [name for name in hooks if "group" in name] == ["group_offloading"]
+
+
+def test_offloading_needs_a_gpu(tiny: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match="OFFLOAD_MODE=model on cpu"):
+        load_pipeline("wan21_1b", tiny, "cpu", offload_mode="model")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload_mode", ["text_encoder", "group", "model", "sequential"])
+def test_offloading_changes_no_frame(tiny: Path, offload_mode: OffloadMode) -> None:
+    plain = load_pipeline("wan21_1b", tiny, "cuda", offload_mode="none")
+    offloaded = load_pipeline("wan21_1b", tiny, "cuda", offload_mode=offload_mode)
+    assert (next(offloaded.generate(SAMPLING)) == next(plain.generate(SAMPLING))).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_id", ["wan21_1b", "wan22_14b_i2v"])
+def test_streaming_from_main_memory_changes_no_frame_whatever_loras_come_and_go(tiny: Path, model_id: str) -> None:
+    plain = load_pipeline(model_id, tiny, "cuda", "none", toolkit_path=STAND_IN)
+    streamed = load_pipeline(model_id, tiny, "cuda", "group", toolkit_path=STAND_IN)
+    assert frames_of_a_day(plain, tiny) == frames_of_a_day(streamed, tiny)
