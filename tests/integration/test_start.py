@@ -11,6 +11,8 @@ from pipelines.catalog import MODELS
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import request_for
 from tests.worker_process import ROOT, environment, run_handler
+from worker.job import cold_start
+from worker.settings import Settings, SettingsError
 
 LEFT_OUT = {"sympy", "torch._dynamo.config", "torch.distributed.tensor", "paramiko.client", "fastapi", "imageio"}
 
@@ -56,3 +58,12 @@ def test_the_handler_starts_as_usual_with_versions_it_does_not_know(tiny: Path, 
     done = run_handler(env, "--test_input", json.dumps({"input": request_for("wan21_1b", tiny)}))
     assert done.returncode == 0, done.stderr
     assert "a slow start, with everything that the libraries import: peft is " in done.stderr
+
+
+def test_exact_leaves_out_what_changes_a_bit_and_says_so(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    choices = {"model_id": "wan21_1b", "checkpoint_dir": tiny, "device": "cpu", "attention": "flash3", "compile": True}
+    runner = cold_start(Settings(**choices, exact=True))
+    assert (runner._model.facts["attention"], runner._model.facts["compiled"]) == ("native", False)
+    assert "EXACT=1: ATTENTION and COMPILE are left out" in caplog.text
+    with pytest.raises(SettingsError, match="ATTENTION=flash3 does not work here"):
+        cold_start(Settings(**choices))
