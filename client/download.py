@@ -1,0 +1,135 @@
+"""A finished output → a file of its own name, whole or not there.
+
+A presigned URL is a secret that needs no other: no key goes with it, and no message repeats it.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import requests
+
+from client.api import Auth, Patience
+from client.errors import DownloadFailed
+from client.result import Output
+
+_CHUNK = 1 << 20
+_TIMEOUT = (10.0, 60.0)
+"""Seconds to connect, and between two chunks."""
+
+
+def download(output: Output, folder: Path, patience: Patience, here: bool) -> Path:
+    """Fetch `output` into `folder`, going on where a connection broke off. Returns where it is.
+
+    `here`: file:// URLs are of this computer. Raises DownloadFailed.
+    """
+    what = f"prompts[{output.prompt_index}]"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder) as part:
+            if urlsplit(output.url).scheme == "file":
+                _copy(output, part, here, what)
+            else:
+                _fetch(output, part, patience, what)
+            return _placed(part, folder, output.name())
+    except OSError as error:
+        raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {folder} cannot be written to ({error.strerror})") from error
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new file with the permissions of any other, which those of `tempfile` have not; gone with the block."""
+    path = folder / f".download-{uuid.uuid4().hex}"
+    path.open("xb").close()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _copy(output: Output, part: Path, here: bool, what: str) -> None:
+    source = Path(url2pathname(urlsplit(output.url).path))
+    if not here or not source.is_file():
+        text = f"{what}: the worker left it on its own disk, as {source}, which is not here; give the worker a bucket"
+        raise DownloadFailed("DOWNLOAD_FAILED", text)
+    shutil.copyfile(source, part)
+
+
+def _fetch(output: Output, part: Path, patience: Patience, what: str) -> None:
+    """Write the body of the URL to `part`, until it has as many bytes as the worker says."""
+    etag, furthest = "", 0
+    with requests.Session() as session, part.open("r+b") as file:
+        while True:
+            start = file.seek(0, os.SEEK_END)
+            # If-Range: to another version of the file the rest would not fit, and a server sends the whole.
+            headers = {"Range": f"bytes={start}-", "If-Range": etag} if start and etag else {}
+            headers["Accept-Encoding"] = "identity"
+            try:
+                with session.get(output.url, headers=headers, auth=Auth(None), timeout=_TIMEOUT, stream=True) as response:
+                    _raise_for_refusal(response, output, what)
+                    failure = f"status {response.status_code}"
+                    if response.ok:
+                        goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                        file.truncate(file.seek(start if response.status_code == 206 and goes_on else 0))
+                        etag = response.headers.get("ETag", "")
+                        for chunk in response.iter_content(_CHUNK):
+                            file.write(chunk)
+                            if file.tell() > output.bytes:
+                                break
+                            if file.tell() > furthest:
+                                furthest = file.tell()
+                                patience.again()
+                        failure = f"{file.tell()} bytes came instead of {output.bytes}"
+                        if file.tell() == output.bytes:
+                            return
+                        if file.tell() > output.bytes or "Content-Length" in response.headers:
+                            break  # not cut short: it is another file
+            except requests.RequestException as error:
+                if isinstance(error, ValueError):
+                    failure = "its URL is none"
+                    break
+                failure = "no answer in time" if isinstance(error, requests.Timeout) else "the connection broke off"
+            if not patience.wait(f"{what}: {failure}"):
+                break
+    raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
+
+
+def _raise_for_refusal(response: requests.Response, output: Output, what: str) -> None:
+    """Raises DownloadFailed for the answers that will be the same next time."""
+    status = response.status_code
+    if not 400 <= status < 500 or status in (408, 425, 429):
+        return
+    if output.expires_at and datetime.now(UTC) >= datetime.fromisoformat(output.expires_at):
+        text = f"{what}: its URL expired at {output.expires_at}; the file lies in the bucket as {output.key}"
+        raise DownloadFailed("URL_EXPIRED", text)
+    raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: the bucket answers with status {status} for {output.key}")
+
+
+def _placed(part: Path, folder: Path, name: str) -> Path:
+    """Give `part` its name, or that of the same file that is there already, or the next free one."""
+    for number in count(1):
+        target = folder / (name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}")
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            if target.is_file() and filecmp.cmp(part, target, shallow=False):
+                return target
+            continue
+        except OSError:  # a file system without links
+            try:
+                target.open("xb").close()
+            except FileExistsError:
+                continue
+            part.replace(target)
+        return target
+    raise AssertionError
