@@ -18,7 +18,16 @@ from urllib.parse import quote, urlsplit
 
 from client.api import Api, Patience, Say
 from client.download import download
-from client.errors import ClientError, JobFailed, JobNotFound, JobStopped, NotAuthorized, Refused, SubmissionUnknown
+from client.errors import (
+    ClientError,
+    JobFailed,
+    JobNotFound,
+    JobStopped,
+    NotAuthorized,
+    Refused,
+    SubmissionUnknown,
+    Unreachable,
+)
 from client.request import job_of
 from client.result import Output, Progress, Result
 
@@ -104,6 +113,9 @@ class Client:
         except JobNotFound as error:
             what = "no local API of a worker" if self._here else "no such endpoint for this key; check its id"
             raise JobNotFound(f"{error}: there is {what}") from None
+        except Unreachable as error:
+            hint = "; start a worker's local API there, or name a RunPod endpoint" if self._here else ""
+            raise Unreachable(f"{error}{hint}; nothing was started") from None
         except SubmissionUnknown as error:
             raise SubmissionUnknown(
                 f"the request was sent, but its answer was lost ({error}): the job may run, or it may not. Look at the "

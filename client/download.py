@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import requests
+import urllib3
 
 from client.api import Auth, Patience
 from client.errors import DownloadFailed
@@ -82,7 +83,8 @@ def _fetch(output: Output, part: Path, patience: Patience, what: str) -> None:
                         goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
                         file.truncate(file.seek(start if response.status_code == 206 and goes_on else 0))
                         etag = response.headers.get("ETag", "")
-                        for chunk in response.iter_content(_CHUNK):
+                        # read1 gives what is there; `iter_content` waits for a whole chunk, and loses it when it breaks.
+                        while chunk := response.raw.read1(_CHUNK, decode_content=True):
                             file.write(chunk)
                             if file.tell() > output.bytes:
                                 break
@@ -94,11 +96,12 @@ def _fetch(output: Output, part: Path, patience: Patience, what: str) -> None:
                             return
                         if file.tell() > output.bytes or "Content-Length" in response.headers:
                             break  # not cut short: it is another file
-            except requests.RequestException as error:
-                if isinstance(error, ValueError):
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                if isinstance(error, requests.RequestException) and isinstance(error, ValueError):
                     failure = "its URL is none"
                     break
-                failure = "no answer in time" if isinstance(error, requests.Timeout) else "the connection broke off"
+                late = isinstance(error, requests.Timeout | urllib3.exceptions.ReadTimeoutError)
+                failure = "no answer in time" if late else "the connection broke off"
             if not patience.wait(f"{what}: {failure}"):
                 break
     raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
