@@ -46,7 +46,7 @@ class Patience:
     """Tries again with growing pauses, until nothing has gone right for so many seconds."""
 
     def __init__(self, seconds: float, say: Say) -> None:
-        self.seconds = seconds
+        self._seconds = seconds
         self._say = say
         self.again()
 
@@ -55,6 +55,11 @@ class Patience:
         self._failing_since: float | None = None
         self._pause = _FIRST_PAUSE
 
+    @property
+    def tried_for(self) -> float:
+        """Seconds since something went right."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
+
     def wait(self, what: str, at_least: float = 0) -> bool:
         """Sleep before the next try. False, at once, when there shall be none; `what` went wrong, in a few words."""
         now = time.monotonic()
@@ -62,7 +67,7 @@ class Patience:
             self._failing_since = now
             self._say(f"{what}; trying again")
         pause = max(self._pause * random.uniform(0.75, 1.25), at_least)
-        if now + pause - self._failing_since > self.seconds:
+        if now + pause - self._failing_since > self._seconds:
             return False
         time.sleep(pause)
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
@@ -85,7 +90,7 @@ class Api:
         patience: Patience,
         body: bytes | None = None,
         may_repeat: bool = True,
-        read_timeout: float = 30,
+        read_timeout: float | None = 30,
     ) -> Answer:
         """The JSON object that `path` answers, with the text that is `wanted` in it, as `status`.
 
@@ -122,7 +127,7 @@ class Api:
             if counted and not may_repeat:
                 raise SubmissionUnknown(failure)
             if not patience.wait(f"{self._url}: {failure}", at_least):
-                raise Unreachable(f"{self._url}: {failure}, for {patience.seconds:.0f} s of trying")
+                raise Unreachable(f"{self._url}: {failure}; given up after {patience.tried_for:.0f} s")
 
     def _raise_for_refusal(self, response: requests.Response) -> None:
         """Raises for the answers that will be the same next time."""

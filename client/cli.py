@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client.client import LOCAL_URL, PATIENCE, Client
-from client.display import Display
+from client.display import Display, line_of
 from client.errors import (
     ClientError,
     DownloadFailed,
@@ -128,7 +128,7 @@ def _fetch(result: Result, options: argparse.Namespace, client: Client, display:
 
 def _status(options: argparse.Namespace, client: Client, display: Display) -> int:
     progress = client.status(options.job)
-    display.show(progress)
+    display.say(line_of(progress))
     print(json.dumps(asdict(progress)) if options.json else progress.status)
     return DONE
 

@@ -12,8 +12,9 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from client.api import Api, Patience, Say
@@ -44,9 +45,6 @@ _SECONDS_TO_SUBMIT_HERE = 5.0
 """Nothing is lost yet, and on this machine there is little that would come back by itself."""
 
 _SECONDS_BETWEEN_POLLS = 1.0
-_SECONDS_OF_A_LOCAL_JOB = 600.0
-"""Without an answer; then it is asked for again, and the worker gives the one job's result to both."""
-
 _TIMES_NOT_FOUND = 3
 """In a row, until a job counts as unknown: one that has just been submitted may not be known everywhere."""
 
@@ -54,7 +52,7 @@ _log = logging.getLogger("client")
 
 
 class Client:
-    """Jobs of one endpoint or local API. Methods may be called from several threads."""
+    """Jobs of one endpoint or local API."""
 
     def __init__(self, url: str, key: str | None, here: bool, patience: float, say: Say) -> None:
         """Use `endpoint` or `local`."""
@@ -145,8 +143,7 @@ class Client:
         """Stop the job. Returns its status: CANCELLED, or what it had come to before. Raises Refused for a local API."""
         if self._here:
             raise Refused("a local API cannot cancel a job; stop the worker with Ctrl-C")
-        answer = self._api.call("POST", f"/cancel/{quote(job_id, safe='')}", "status", self._new_patience())
-        return str(answer["status"])
+        return str(self._of_job("POST", "cancel", job_id, self._new_patience())["status"])
 
     def download(self, result: Result, folder: Path) -> list[Path]:
         """Fetch all files of a result into `folder`, each under a name of its own. Raises DownloadFailed.
@@ -174,12 +171,14 @@ class Client:
 
     def _status(self, job_id: str, patience: Patience) -> dict[str, Any]:
         for _ in range(_TIMES_NOT_FOUND - 1):
-            try:
-                return self._api.call("GET", f"/status/{quote(job_id, safe='')}", "status", patience)
-            except JobNotFound:
-                time.sleep(_SECONDS_BETWEEN_POLLS)
+            with suppress(JobNotFound):
+                return self._of_job("GET", "status", job_id, patience)
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        return self._of_job("GET", "status", job_id, patience)
+
+    def _of_job(self, method: Literal["GET", "POST"], what: str, job_id: str, patience: Patience) -> dict[str, Any]:
         try:
-            return self._api.call("GET", f"/status/{quote(job_id, safe='')}", "status", patience)
+            return self._api.call(method, f"/{what}/{quote(job_id, safe='')}", "status", patience)
         except JobNotFound:
             raise JobNotFound(
                 f"the endpoint knows no job {job_id}: RunPod keeps a result for 30 minutes; its files lie in the bucket under "
@@ -189,13 +188,9 @@ class Client:
     def _made_here(self, job_id: str, on_progress: OnProgress | None) -> dict[str, Any]:
         if on_progress:
             on_progress(Progress(job_id, "IN_PROGRESS"))  # it says no more
-        answer = self._api.call(
-            "POST",
-            f"/status/{quote(job_id, safe='')}",
-            "status",
-            self._new_patience(),
-            read_timeout=_SECONDS_OF_A_LOCAL_JOB,
-        )
+        # Again after a lost connection: the worker makes a job once, and gives its result to all who wait for it.
+        path = f"/status/{quote(job_id, safe='')}"
+        answer = self._api.call("POST", path, "status", self._new_patience(), read_timeout=None)
         if answer.get("error") == "Job ID not found":
             raise JobNotFound(
                 f"the local API knows no job {job_id}: it gives a result once; the files lie in the worker's OUTPUT_DIR, below "

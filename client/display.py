@@ -39,22 +39,27 @@ class Display:
     def show(self, progress: Progress) -> None:
         if progress.stage is None and progress.status not in _WORDS:
             return
-        what, left = _what(progress), _left(progress)
+        what = _what(progress)
         if self._bar is not None:
             self._bar.set_description_str(what, refresh=False)
-            self._bar.set_postfix_str(left, refresh=False)
+            self._bar.set_postfix_str(_left(progress), refresh=False)
             self._bar.n = progress.percent or 0
             self._bar.refresh()
         elif what != self._last or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
             self._last, self._said_at = what, time.monotonic()
-            step = f", step {progress.step} of {progress.steps}" if progress.stage == "denoise" else ""
-            percent = "" if progress.percent is None else f", {progress.percent}%"
-            self.say(f"{what}{step}{percent}{', ' + left if left else ''}")
+            self.say(line_of(progress))
+
+
+def line_of(progress: Progress) -> str:
+    step = f", step {progress.step} of {progress.steps}" if progress.stage == "denoise" else ""
+    percent = "" if progress.percent is None else f", {progress.percent}%"
+    left = _left(progress)
+    return f"{_what(progress)}{step}{percent}{', ' if left else ''}{left}"
 
 
 def _what(progress: Progress) -> str:
     if progress.stage is None:
-        return _WORDS[progress.status]
+        return _WORDS.get(progress.status, progress.status)
     return (
         progress.stage if progress.prompts == 1 else f"{progress.stage} {(progress.prompt_index or 0) + 1}/{progress.prompts}"
     )

@@ -53,14 +53,14 @@ class CloudQueue:
     """The queue of real workers."""
 
     def __init__(self, cloud: Cloud) -> None:
-        self._cloud = cloud
+        self.cloud = cloud
         self._cancelled: set[str] = set()
 
     def submit(self, job_id: str, request: dict[str, Any], **more: Any) -> None:
-        self._cloud.submit(job_id, request, **more)
+        self.cloud.submit(job_id, request, **more)
 
     def status(self, job_id: str) -> dict[str, Any] | None:
-        cloud = self._cloud
+        cloud = self.cloud
         if job_id in self._cancelled:
             return {"status": "CANCELLED"}
         if results := cloud.results_of(job_id):
@@ -72,7 +72,7 @@ class CloudQueue:
         return {"status": "IN_PROGRESS" if delivered else "IN_QUEUE"}
 
     def cancel(self, job_id: str) -> None:
-        if self._cloud.stop(job_id):
+        if self.cloud.stop(job_id):
             self._cancelled.add(job_id)
 
 

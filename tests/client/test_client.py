@@ -20,7 +20,7 @@ from client import (
     Unreachable,
 )
 from client import api as calls
-from tests.client.conftest import REQUEST, update
+from tests.client.conftest import REQUEST
 from tests.client.endpoint import KEY, Api, Script
 from tests.faults import CutShort, Dropped, Fault, Garbage, Slow, Status, Unanswered
 from tests.worker.web_server import Web
@@ -77,10 +77,11 @@ def test_an_endpoint_that_stays_away_is_given_up_with_the_job_named(client: Clie
     assert 1 < time.monotonic() - started < 3
 
 
-def test_patience_counts_from_the_last_answer(client: Client, api: Api, script: Script) -> None:
-    script.answers[:1] = [update(percent) for percent in range(30)]
-    for _ in range(25):
-        api.faults.order("status", Slow(0.1))
+def test_patience_counts_from_the_last_answer(api: Api, script: Script) -> None:
+    client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0.8)
+    for _ in range(4):
+        api.faults.order("status", Status(502), times=5)  # pauses of 0.31 s together
+        api.faults.order("status", Slow(0))
     assert client.run(REQUEST).outputs
 
 
