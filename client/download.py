@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -64,47 +65,81 @@ def _copy(output: Output, part: Path, here: bool, what: str) -> None:
         text = f"{what}: the worker left it on its own disk, as {source}, which is not here; give the worker a bucket"
         raise DownloadFailed("DOWNLOAD_FAILED", text)
     shutil.copyfile(source, part)
+    if part.stat().st_size != output.bytes:
+        text = f"{what}: {source} has not the {output.bytes} bytes that the worker wrote; is it another's?"
+        raise DownloadFailed("DOWNLOAD_FAILED", text)
 
 
 def _fetch(output: Output, part: Path, patience: Patience, what: str) -> None:
-    """Write the body of the URL to `part`, until it has as many bytes as the worker says."""
-    etag, furthest = "", 0
+    """Write the body of the URL to `part`, in as many attempts as it takes."""
     with requests.Session() as session, part.open("r+b") as file:
+        transfer = _Transfer(output, file, patience, what)
         while True:
-            start = file.seek(0, os.SEEK_END)
-            # If-Range: to another version of the file the rest would not fit, and a server sends the whole.
-            headers = {"Range": f"bytes={start}-", "If-Range": etag} if start and etag else {}
-            headers["Accept-Encoding"] = "identity"
             try:
-                with session.get(output.url, headers=headers, auth=Auth(None), timeout=_TIMEOUT, stream=True) as response:
-                    _raise_for_refusal(response, output, what)
-                    failure = f"status {response.status_code}"
-                    if response.ok:
-                        goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-                        file.truncate(file.seek(start if response.status_code == 206 and goes_on else 0))
-                        etag = response.headers.get("ETag", "")
-                        # read1 gives what is there; `iter_content` waits for a whole chunk, and loses it when it breaks.
-                        while chunk := response.raw.read1(_CHUNK, decode_content=True):
-                            file.write(chunk)
-                            if file.tell() > output.bytes:
-                                break
-                            if file.tell() > furthest:
-                                furthest = file.tell()
-                                patience.again()
-                        failure = f"{file.tell()} bytes came instead of {output.bytes}"
-                        if file.tell() == output.bytes:
-                            return
-                        if file.tell() > output.bytes or "Content-Length" in response.headers:
-                            break  # not cut short: it is another file
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                if isinstance(error, requests.RequestException) and isinstance(error, ValueError):
-                    failure = "its URL is none"
-                    break
-                late = isinstance(error, requests.Timeout | urllib3.exceptions.ReadTimeoutError)
-                failure = "no answer in time" if late else "the connection broke off"
-            if not patience.wait(f"{what}: {failure}"):
-                break
-    raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
+                transfer.attempt(session)
+                return
+            except _Interrupted as interrupted:
+                if not patience.wait(f"{what}: {interrupted}"):
+                    raise _lost(output, what, str(interrupted)) from None
+
+
+class _Interrupted(Exception):
+    """Another attempt can bring the rest."""
+
+
+class _Transfer:
+    """What has come of a file so far."""
+
+    def __init__(self, output: Output, file: BinaryIO, patience: Patience, what: str) -> None:
+        self._output = output
+        self._file = file
+        self._patience = patience
+        self._what = what
+        self._etag = ""
+        self._furthest = 0
+
+    def attempt(self, session: requests.Session) -> None:
+        """Fetch the rest. Raises DownloadFailed and _Interrupted."""
+        start = self._file.seek(0, os.SEEK_END)
+        headers = {"Accept-Encoding": "identity"}
+        if start and self._etag:
+            # If-Range: to another version of the file the rest would not fit, and a server sends the whole.
+            headers |= {"Range": f"bytes={start}-", "If-Range": self._etag}
+        try:
+            with session.get(self._output.url, headers=headers, auth=Auth(None), timeout=_TIMEOUT, stream=True) as response:
+                _raise_for_refusal(response, self._output, self._what)
+                if not response.ok:
+                    raise _Interrupted(f"status {response.status_code}")
+                goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                self._file.truncate(self._file.seek(start if response.status_code == 206 and goes_on else 0))
+                self._etag = response.headers.get("ETag", "")
+                self._read(response)
+        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+            raise _Interrupted("no answer in time") from None
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+            raise _lost(self._output, self._what, "its URL is none") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError):
+            raise _Interrupted("the connection broke off") from None
+
+    def _read(self, response: requests.Response) -> None:
+        wanted, size = self._output.bytes, self._file.tell()
+        # read1 gives what is there; `iter_content` waits for a whole chunk, and loses it when the connection breaks.
+        while size <= wanted and (chunk := response.raw.read1(_CHUNK, decode_content=True)):
+            self._file.write(chunk)
+            size += len(chunk)
+            if size > self._furthest:
+                self._furthest = size
+                self._patience.again()
+        if size == wanted:
+            return
+        failure = f"{size} bytes came instead of {wanted}"
+        if size > wanted or "Content-Length" in response.headers:  # not cut short: it is another file
+            raise _lost(self._output, self._what, failure)
+        raise _Interrupted(failure)
+
+
+def _lost(output: Output, what: str, failure: str) -> DownloadFailed:
+    return DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
 
 
 def _raise_for_refusal(response: requests.Response, output: Output, what: str) -> None:
@@ -112,7 +147,7 @@ def _raise_for_refusal(response: requests.Response, output: Output, what: str) -
     status = response.status_code
     if not 400 <= status < 500 or status in (408, 425, 429):
         return
-    if output.expires_at and datetime.now(UTC) >= datetime.fromisoformat(output.expires_at):
+    if output.expires_at and datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") >= output.expires_at:
         text = f"{what}: its URL expired at {output.expires_at}; the file lies in the bucket as {output.key}"
         raise DownloadFailed("URL_EXPIRED", text)
     raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: the bucket answers with status {status} for {output.key}")

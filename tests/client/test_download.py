@@ -188,6 +188,9 @@ def test_a_local_worker_left_its_file_here(folder: Path, tmp_path: Path) -> None
     done = Result.of("job-1", result(theirs.as_uri(), expires_at=None)["output"])
     (path,) = Client.local().download(done, folder)
     assert path.read_bytes() == theirs.read_bytes() == BODY
+    theirs.write_bytes(b"another file")
+    with pytest.raises(DownloadFailed, match="is it another's"):
+        Client.local().download(done, folder)
 
 
 def test_a_file_on_another_machine_is_not_looked_for_here(fetch: Fetch, tmp_path: Path) -> None:
