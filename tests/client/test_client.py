@@ -59,6 +59,11 @@ def test_a_job_is_followed_through_any_failure(client: Client, api: Api, said: l
     assert len(said) == (0 if isinstance(fault, Slow) else 1)
 
 
+def test_an_answer_of_another_kind_is_none(client: Client, script: Script) -> None:
+    script.answers.insert(0, {"message": "no healthy upstream"})
+    assert client.run(REQUEST).outputs
+
+
 def test_an_outage_is_told_once_and_each_new_one_again(client: Client, api: Api, said: list[str]) -> None:
     job_id = client.submit(REQUEST)
     for _ in range(2):

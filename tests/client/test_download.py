@@ -115,11 +115,25 @@ def test_a_server_that_knows_no_parts_sends_the_whole_again(fetch: Fetch, web: W
     assert path.read_bytes() == BODY
 
 
-def test_a_part_that_was_not_asked_for_is_not_put_in(fetch: Fetch, web: Web) -> None:
+def test_a_part_that_was_not_asked_for_goes_where_it_belongs(fetch: Fetch, web: Web) -> None:
     web.breaks_off("/0.mp4", BODY[:500], declared=len(BODY), ETag='"v1"')
-    web.gives("/0.mp4", BODY[:500], status=206, Content_Range=f"bytes 0-499/{len(BODY)}")
-    with pytest.raises(DownloadFailed):
-        fetch(web.url("/0.mp4"))
+    web.gives("/0.mp4", BODY, status=206, Content_Range=f"bytes 0-{len(BODY) - 1}/{len(BODY)}")
+    assert fetch(web.url("/0.mp4"))[0].read_bytes() == BODY
+
+
+def test_parts_of_two_versions_are_not_put_together(fetch: Fetch, web: Web) -> None:
+    newer = BODY[::-1]
+
+    def serve(handler: BaseHTTPRequestHandler) -> None:
+        start = 500 if handler.headers.get("Range") and handler.headers.get("If-Range") in (None, '"v2"') else 0
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(newer) - start))
+        handler.send_header("Content-Range", f"bytes {start}-{len(newer) - 1}/{len(newer)}")
+        handler.end_headers()
+        handler.wfile.write(newer[start:])
+
+    web.breaks_off("/0.mp4", BODY[:500], declared=len(BODY), ETag='"v1"')
+    assert fetch(web.runs("/0.mp4", serve))[0].read_bytes() == newer
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
