@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from client.errors import InvalidRequest
+from client.request import is_file
 from pipelines.catalog import MODELS, Match, Sampler
 from worker.request import OutputFormat, Prompt
 
@@ -72,7 +73,8 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
     if "ctrl_img" in changes:
         changes["ctrl_img_1"] = None  # the same field by another name
         if not changes["ctrl_img"].lower().startswith(("http://", "https://", "data:")):
-            changes["ctrl_img"] = str(Path(changes["ctrl_img"]).absolute())  # not relative to the file's folder
+            image = Path(changes["ctrl_img"]).absolute()  # not relative to the file's folder
+            changes["ctrl_img"] = str(image) if is_file(image) else _complain("--image", f"there is no file {image}")
     if changes or options.prompt:
         request["prompts"] = [prompt | changes if isinstance(prompt, dict) else prompt for prompt in prompts]
     return ({**job, "input": request} if "input" in job else request), folder

@@ -21,6 +21,9 @@ from worker.request import is_url, parse
 MAX_PAYLOAD = 10_000_000
 """Bytes of a POST to /run. (/runsync takes 20 MB, and forgets the result after a minute.)"""
 
+MAX_IMAGE = 64 << 20
+"""Bytes; the default of the worker's MAX_IMAGE_BYTES."""
+
 _LONGEST_PATH = 4096
 """Characters; a longer text is an image, not the name of one."""
 
@@ -77,24 +80,31 @@ def _with_images(request: Any, folder: Path, found: list[Problem]) -> Any:
     """The request with every control image that is a file of this computer as a data URL."""
     if not isinstance(request, dict) or not isinstance(request.get("prompts"), list):
         return request
-    prompts = []
-    for index, prompt in enumerate(request["prompts"]):
-        prompts.append(dict(prompt) if isinstance(prompt, dict) else prompt)
+    prompts = [dict(prompt) if isinstance(prompt, dict) else prompt for prompt in request["prompts"]]
+    for index, prompt in enumerate(prompts):
         for name in ("ctrl_img", "ctrl_img_1"):
             source = prompt.get(name) if isinstance(prompt, dict) else None
-            if not isinstance(source, str) or not _may_be_path(source):
-                continue
-            path = folder / source
-            kind = mimetypes.guess_type(path.name)[0] or ""
-            try:
-                if _is_file(path):
-                    data = base64.b64encode(path.read_bytes()).decode()
-                    prompts[-1][name] = f"data:{kind or 'application/octet-stream'};base64,{data}"
-                elif kind.startswith("image/"):
-                    found.append((f"prompts[{index}].{name}", f"there is no file {path}"))
-            except OSError as error:
-                found.append((f"prompts[{index}].{name}", f"{path} cannot be read: {error.strerror}"))
+            if isinstance(source, str) and _may_be_path(source):
+                try:
+                    prompt[name] = _data_url(folder / source) or source
+                except ValueError as error:
+                    found.append((f"prompts[{index}].{name}", str(error)))
     return {**request, "prompts": prompts}
+
+
+def _data_url(path: Path) -> str:
+    """The image that is in this file; "" for what is no file and not named like one. Raises ValueError."""
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    if not is_file(path):
+        if kind.startswith("image/"):
+            raise ValueError(f"there is no file {path}")
+        return ""
+    try:
+        if path.stat().st_size > MAX_IMAGE:
+            raise ValueError(f"{path} has more than the {MAX_IMAGE >> 20} MiB that a worker takes; shrink it")
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _may_be_path(text: str) -> bool:
@@ -109,13 +119,14 @@ def _local_loras(request: Any, here: bool) -> Iterator[Problem]:
         if not isinstance(path, str) or not _may_be_path(path):
             continue
         is_relative = not path.startswith(("/", "~", "./", "../")) and not Path(path).is_absolute()
-        if is_relative and (here or not _is_file(path)):
+        if is_relative and (here or not is_file(path)):
             continue
-        if _is_file(path):
+        if is_file(path):
             yield f"loras[{index}].path", _REMEDY_HERE if here else _REMEDY
 
 
-def _is_file(path: str | Path) -> bool:
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file here, whatever the text is."""
     try:
         return Path(path).expanduser().is_file()
     except (OSError, RuntimeError):

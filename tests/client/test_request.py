@@ -168,6 +168,19 @@ def test_an_image_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "`prompts[0].ctrl_img`: there is no file" in problems(with_image("missing.png"), folder=tmp_path)
 
 
+def test_an_image_option_that_names_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="`--image`: there is no file"):
+        given("--image", str(tmp_path / "missing"))
+    with pytest.raises(InvalidRequest, match="`--image`: there is no file"):
+        given("--image", "QUJD" * 100)
+
+
+def test_an_image_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    assert "64 MiB" in problems(with_image("a.png"), folder=tmp_path)
+
+
 def test_a_request_that_runpod_would_not_take_is_told_which_image_it_is(tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(MAX_PAYLOAD))
     told = problems(with_image("large.png"), folder=tmp_path)
