@@ -29,7 +29,7 @@ from client.errors import (
     SubmissionUnknown,
     Unreachable,
 )
-from client.request import job_of
+from client.request import body_of, job_of
 from client.result import Output, Progress, Result
 
 OnProgress = Callable[[Progress], None]
@@ -103,7 +103,7 @@ class Client:
         Raises InvalidRequest, NotAuthorized, JobNotFound, Refused, Unreachable, and SubmissionUnknown: RunPod takes no
         key against doubles, so a request whose answer was lost is not sent again.
         """
-        body = json.dumps(job_of(request, folder or Path(), self._here)).encode()
+        body = body_of(job_of(request, folder or Path(), self._here))
         patience = self._new_patience(_SECONDS_TO_SUBMIT_HERE if self._here else _SECONDS_TO_SUBMIT)
         try:
             # A local job that nobody knows the id of is never made: there it may be sent twice.
@@ -213,8 +213,10 @@ def _result_of(job_id: str, answer: dict[str, Any]) -> Result:
         if re.match("(CANCELLED|TIMEOUT): ", text):
             raise JobStopped(text.partition(":")[0], text)
         raise JobFailed(text)
+    if answer.get("output") is None:
+        raise JobFailed(f"the job completed, but its result was lost; its files may lie in the bucket under {job_id}/")
     try:
-        return Result.of(job_id, answer.get("output"))
+        return Result.of(job_id, answer["output"])
     except ValueError as error:
         raise JobFailed(f"the job completed with {error}; is another worker behind this address?") from None
 

@@ -18,8 +18,8 @@ from pipelines.catalog import MODELS
 from worker.errors import WorkerError
 from worker.request import is_url, parse
 
-MAX_PAYLOAD = 10_000_000
-"""Bytes of a POST to /run. (/runsync takes 20 MB, and forgets the result after a minute.)"""
+MAX_PAYLOAD = 10 << 20
+"""Bytes of a POST to /run, as RunPod's own command counts them. (/runsync takes twice as many, and forgets after a minute.)"""
 
 MAX_IMAGE = 64 << 20
 """Bytes; the default of the worker's MAX_IMAGE_BYTES."""
@@ -62,6 +62,11 @@ def job_of(raw: dict[str, Any], folder: Path, here: bool) -> dict[str, Any]:
     if problems:
         raise InvalidRequest(code or "INVALID_INPUT", problems)
     return job
+
+
+def body_of(job: dict[str, Any]) -> bytes:
+    """The job as it goes over the wire."""
+    return json.dumps(job, separators=(",", ":")).encode()
 
 
 def _schema_problems(request: Any) -> tuple[str | None, list[Problem]]:
@@ -134,13 +139,14 @@ def is_file(path: str | Path) -> bool:
 
 
 def _size_problems(job: dict[str, Any]) -> Iterator[str]:
-    size = len(json.dumps(job))
+    size = len(body_of(job))
     if size <= MAX_PAYLOAD:
         return
-    yield f"it has {size / 1e6:.1f} MB, and RunPod takes {MAX_PAYLOAD / 1e6:.0f} MB; send large images as URLs, or shrink them"
+    limit = MAX_PAYLOAD >> 20
+    yield f"it has {size / (1 << 20):.1f} MiB, and RunPod takes {limit} MiB; send large images as URLs, or shrink them"
     for index, prompt in enumerate(job["input"]["prompts"]):
         for name in ("ctrl_img", "ctrl_img_1"):
             image = prompt.get(name) or ""
             if len(image) > MAX_PAYLOAD // 20:
-                text = f"{len(image) / 1e6:.1f} MB as base64; as a JPEG of the video's size it is far smaller"
+                text = f"{len(image) / (1 << 20):.1f} MiB as base64; as a JPEG of the video's size it is far smaller"
                 yield f"`prompts[{index}].{name}`: {text}"

@@ -259,7 +259,13 @@ def test_a_job_that_was_stopped_is_told_from_one_that_failed(
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("output", [None, "text", {}, {"model": "x", "outputs": {"images": [], "videos": [{}]}}])
+def test_a_result_that_was_lost_is_told_with_where_the_files_may_be(client: Client, script: Script) -> None:
+    script.answers = [{"status": "COMPLETED"}]
+    with pytest.raises(JobFailed, match="bucket under job-1/"):
+        client.run(REQUEST)
+
+
+@pytest.mark.parametrize("output", [[], "text", {}, {"model": "x", "outputs": {"images": [], "videos": [{}]}}])
 def test_the_result_of_another_worker_is_an_error(client: Client, script: Script, output: Any) -> None:
     script.answers = [{"status": "COMPLETED", "output": output}]
     with pytest.raises(JobFailed, match="another worker"):

@@ -184,7 +184,7 @@ def test_an_image_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_a_request_that_runpod_would_not_take_is_told_which_image_it_is(tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(MAX_PAYLOAD))
     told = problems(with_image("large.png"), folder=tmp_path)
-    assert "13.3 MB, and RunPod takes 10 MB" in told and "`prompts[0].ctrl_img`" in told
+    assert "13.3 MiB, and RunPod takes 10 MiB" in told and "`prompts[0].ctrl_img`" in told
     assert job_of(with_image("large.png"), tmp_path, here=True)
 
 

@@ -24,7 +24,7 @@ from tests.s3_server import Gateway
 from tests.s3_server import serve as serve_bucket
 from tests.worker_process import ROOT, Endpoint, LocalApi, environment, local_api
 
-SLOW = {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 60}
+SLOW = {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 30}
 """A prompt that denoises for some seconds."""
 
 
@@ -139,7 +139,7 @@ def test_a_local_job_whose_connection_broke_is_made_once_and_its_result_comes(lo
     client = Client.local(local.url)
     job_id = client.submit(json.loads(request_file(tmp_path, **SLOW).read_text()))
     with pytest.raises(requests.ReadTimeout):
-        requests.post(f"{local.url}/status/{job_id}", timeout=0.5)
+        requests.post(f"{local.url}/status/{job_id}", timeout=0.2)
     assert client.wait(job_id).outputs[0].bytes
     lines = [json.loads(line) for line in local.log.read_text().splitlines() if line.startswith("{")]
     assert sum(line.get("job") == job_id and line["message"] == "generate done" for line in lines) == 1
