@@ -79,8 +79,9 @@ class Api:
 
     def __init__(self, url: str, key: str | None) -> None:
         self._url = url
+        self._key = key
         self._auth = Auth(key)
-        self._session = requests.Session()
+        self._session = self._new_session()
 
     def call(
         self,
@@ -98,7 +99,7 @@ class Api:
         Raises NotAuthorized, JobNotFound, Refused, Unreachable, and SubmissionUnknown without `may_repeat`.
         """
         # A kept connection may have been closed by the server: a call that goes out on it is lost, and nobody can tell.
-        session = self._session if may_repeat else requests.Session()
+        session = self._session if may_repeat else self._new_session()
         while True:
             try:
                 response = session.request(
@@ -128,6 +129,11 @@ class Api:
                 raise SubmissionUnknown(failure)
             if not patience.wait(f"{self._url}: {failure}", at_least):
                 raise Unreachable(f"{self._url}: {failure}; given up after {patience.tried_for:.0f} s")
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = self._key is not None  # a local API is not behind the proxy of the environment
+        return session
 
     def _raise_for_refusal(self, response: requests.Response) -> None:
         """Raises for the answers that will be the same next time."""

@@ -141,6 +141,13 @@ def test_where_nothing_listens_a_submission_is_tried_for_a_while_and_nothing_was
         client.submit(REQUEST)
 
 
+def test_a_local_api_is_not_looked_for_behind_a_proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(Unreachable, match="status 501"):  # an answer: of a server that takes no POST
+        Client.local(web.address, patience=0.2).submit(REQUEST)
+
+
 # What no second try would change.
 
 
