@@ -36,6 +36,19 @@ def test_only_the_job_touches_both_sides(path: Path) -> None:
     assert known <= VOCABULARY or path.name == "job.py"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "client").glob("*.py")), ids=lambda path: path.name)
+def test_the_client_knows_the_schema_and_nothing_else_of_the_worker(path: Path) -> None:
+    known = {
+        name for name in imports_of(path) if name.partition(".")[0] in ("worker", "pipelines", "handler", "runpod", "boto3")
+    }
+    assert known <= {"worker.request", "worker.errors", "pipelines.catalog"}
+
+
+def test_nothing_of_the_worker_knows_the_client() -> None:
+    paths = [ROOT / "handler.py", *(ROOT / "worker").glob("*.py"), *(ROOT / "pipelines").glob("*.py")]
+    assert not [path for path in paths for name in imports_of(path) if name.partition(".")[0] == "client"]
+
+
 def test_what_checks_a_job_needs_no_torch() -> None:
     modules = [path.stem for path in (ROOT / "worker").glob("*.py") if path.stem not in ("job", "__init__")]
     code = f"import sys, {', '.join(f'worker.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"

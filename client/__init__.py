@@ -1,0 +1,43 @@
+"""A client of the worker: a request out, files back, on a network that fails. Nothing of the worker but its schema is in here.
+
+    from client import Client
+
+    client = Client.endpoint("ENDPOINT_ID", os.environ["RUNPOD_API_KEY"])
+    result = client.run({"model": "wan22_14b_t2v", "loras": [...], "prompts": [...]}, on_progress=print)
+    paths = client.download(result, Path("videos"))
+
+The same as a command is `python -m client`. Every error is a ClientError with a `code`.
+"""
+
+from client.client import Client
+from client.errors import (
+    ClientError,
+    DownloadFailed,
+    InvalidRequest,
+    JobFailed,
+    JobNotFound,
+    JobStopped,
+    NotAuthorized,
+    Refused,
+    SubmissionUnknown,
+    Unreachable,
+)
+from client.result import FailedPrompt, Output, Progress, Result
+
+__all__ = [
+    "Client",
+    "ClientError",
+    "DownloadFailed",
+    "FailedPrompt",
+    "InvalidRequest",
+    "JobFailed",
+    "JobNotFound",
+    "JobStopped",
+    "NotAuthorized",
+    "Output",
+    "Progress",
+    "Refused",
+    "Result",
+    "SubmissionUnknown",
+    "Unreachable",
+]

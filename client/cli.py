@@ -1,0 +1,187 @@
+"""`python -m client`: run, resume, status, cancel, models.
+
+stdout has the paths of the files, one a line, or with --json one JSON object; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from client.client import LOCAL_URL, PATIENCE, Client
+from client.display import Display, line_of
+from client.errors import (
+    ClientError,
+    DownloadFailed,
+    InvalidRequest,
+    JobFailed,
+    JobNotFound,
+    JobStopped,
+    NotAuthorized,
+    Refused,
+    SubmissionUnknown,
+    Unreachable,
+)
+from client.models import fields_table, models_table
+from client.options import add_request_options, request_of
+from client.result import Result
+
+DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+"""Exit statuses; docs/client.md has the table."""
+
+_STATUS_OF: dict[type[ClientError], int] = {
+    JobFailed: FAILED,
+    InvalidRequest: INVALID,
+    Unreachable: NO_CONNECTION,
+    NotAuthorized: NO_CONNECTION,
+    JobNotFound: NO_CONNECTION,
+    Refused: NO_CONNECTION,
+    JobStopped: STOPPED,
+    DownloadFailed: INCOMPLETE,
+    SubmissionUnknown: UNKNOWN,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.command == "models":
+        print(f"{models_table()}\n\n{fields_table()}")
+        return DONE
+    with Display() as display:
+        try:
+            command: Callable[[argparse.Namespace, Client, Display], int] = options.does
+            return command(options, _client(options, display), display)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except ClientError as error:
+            display.say(f"{error.code}: {error}" if not str(error).startswith(f"{error.code}: ") else str(error))
+            if error.job_id and not isinstance(error, JobFailed | JobStopped | JobNotFound):
+                display.say(_what_now(options, error.job_id))
+            if options.json:
+                print(json.dumps({"job_id": error.job_id, "error": {"code": error.code, "message": str(error)}}))
+            return _STATUS_OF[type(error)]
+
+
+def _client(options: argparse.Namespace, display: Display) -> Client:
+    if options.endpoint is None:
+        return Client.local(options.url, options.patience, display.say)
+    return Client.endpoint(options.endpoint, os.environ.get("RUNPOD_API_KEY", ""), None, options.patience, display.say)
+
+
+def _run(options: argparse.Namespace, client: Client, display: Display) -> int:
+    request, folder = request_of(options, sys.stdin)
+    try:
+        job_id = client.submit(request, folder)
+    except KeyboardInterrupt:
+        display.say("interrupted while the request was sent: a job may run")
+        return INTERRUPTED
+    display.say(f"job {job_id}")
+    return _finish(job_id, options, client, display)
+
+
+def _resume(options: argparse.Namespace, client: Client, display: Display) -> int:
+    return _finish(options.job, options, client, display)
+
+
+def _finish(job_id: str, options: argparse.Namespace, client: Client, display: Display) -> int:
+    """Wait for the job and fetch its files."""
+    try:
+        if options.endpoint is None:
+            display.say("running; a local API does not tell how far it is, the worker's own terminal does")
+        result = client.wait(job_id, None if options.endpoint is None else display.show)
+        return _fetch(result, options, client, display)
+    except KeyboardInterrupt:
+        display.say(f"interrupted. {_what_now(options, job_id)}")
+        return INTERRUPTED
+
+
+def _fetch(result: Result, options: argparse.Namespace, client: Client, display: Display) -> int:
+    for warning in result.warnings:
+        display.say(f"warning: {warning}")
+    for failed in result.failed:
+        display.say(f"prompts[{failed.prompt_index}] failed: {failed.code}: {failed.message}")
+    files: list[dict[str, Any]] = []
+    lost: list[DownloadFailed] = []
+    for output in result.outputs:
+        try:
+            path = client.download_one(output, options.output_dir)
+        except DownloadFailed as error:
+            display.say(f"{error.code}: {error}")
+            lost.append(error)
+            continue
+        files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": str(path)})
+        display.say(
+            f"prompts[{output.prompt_index}]: {output.width}x{output.height}, {output.num_frames} frames, seed {output.seed}"
+        )
+        if not options.json:
+            print(path, flush=True)
+    if options.json:
+        print(json.dumps({"job_id": result.job_id, "files": files, "result": result.raw}))
+    return INCOMPLETE if lost or result.failed else DONE
+
+
+def _status(options: argparse.Namespace, client: Client, display: Display) -> int:
+    progress = client.status(options.job)
+    display.say(line_of(progress))
+    print(json.dumps(asdict(progress)) if options.json else progress.status)
+    return DONE
+
+
+def _cancel(options: argparse.Namespace, client: Client, display: Display) -> int:
+    status = client.cancel(options.job)
+    print(json.dumps({"job_id": options.job, "status": status}) if options.json else status)
+    return DONE
+
+
+def _what_now(options: argparse.Namespace, job_id: str) -> str:
+    """How to go on with a job that was left."""
+    if options.endpoint is None:
+        return f"If the worker has begun the job, it goes on. Get it: python -m client resume {job_id} --url {options.url}"
+    where = f"{job_id} --endpoint {options.endpoint}"
+    return f"The job goes on. Get it: python -m client resume {where}; stop it: python -m client cancel {where}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m client",
+        description="Videos from a worker: on RunPod with --endpoint and RUNPOD_API_KEY, otherwise from a local API.",
+        epilog="Exit status: 0 done; 1 the job failed; 2 bad usage or request; 3 no connection, key or job; 4 cancelled or out "
+        "of time; 5 some of it is missing; 6 unknown whether a job was started; 130 interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, does: Any, help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help, description=help)
+        one.set_defaults(does=does)
+        where = one.add_mutually_exclusive_group()
+        where.add_argument("--endpoint", metavar="ID", help="RunPod endpoint; the key comes from RUNPOD_API_KEY")
+        where.add_argument("--url", default=LOCAL_URL, help=f"a local API (default: {LOCAL_URL})")
+        one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        one.add_argument(
+            "--patience",
+            type=float,
+            default=PATIENCE,
+            metavar="SECONDS",
+            help="without any answer, then give up (default: %(default).0f)",
+        )
+        return one
+
+    run = command("run", _run, "make videos and fetch them")
+    resume = command("resume", _resume, "wait for a job that runs already, and fetch its files")
+    status = command("status", _status, "say how far a job is")
+    cancel = command("cancel", _cancel, "stop a job")
+    for one in (run, resume):
+        one.add_argument(
+            "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="for the files (default: %(default)s)"
+        )
+    for one in (resume, status, cancel):
+        one.add_argument("job", metavar="JOB")
+    add_request_options(run)
+    commands.add_parser("models", help="what each model takes")
+    return parser

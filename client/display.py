@@ -1,0 +1,72 @@
+"""How far a job is, on stderr: a bar in a terminal, and lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from client.result import Progress
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""Within a stage, where there is no terminal."""
+
+_WORDS = {"IN_QUEUE": "waiting for a worker", "IN_PROGRESS": "running"}
+
+
+class Display:
+    """A context manager. `show` takes progress, `say` a line."""
+
+    def __init__(self) -> None:
+        form = "{desc} {bar} {percentage:3.0f}% {elapsed}{postfix}"
+        self._bar = tqdm(total=100, file=sys.stderr, bar_format=form, leave=False, delay=1e-9) if sys.stderr.isatty() else None
+        self._last = ""
+        self._said_at = 0.0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def show(self, progress: Progress) -> None:
+        if progress.stage is None and progress.status not in _WORDS:
+            return
+        what = _what(progress)
+        if self._bar is not None:
+            self._bar.set_description_str(what, refresh=False)
+            self._bar.set_postfix_str(_left(progress), refresh=False)
+            self._bar.n = progress.percent or 0
+            self._bar.refresh()
+        elif what != self._last or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
+            self._last, self._said_at = what, time.monotonic()
+            self.say(line_of(progress))
+
+
+def line_of(progress: Progress) -> str:
+    step = f", step {progress.step} of {progress.steps}" if progress.stage == "denoise" else ""
+    percent = "" if progress.percent is None else f", {progress.percent}%"
+    left = _left(progress)
+    return f"{_what(progress)}{step}{percent}{', ' if left else ''}{left}"
+
+
+def _what(progress: Progress) -> str:
+    if progress.stage is None:
+        return _WORDS.get(progress.status, progress.status)
+    return (
+        progress.stage if progress.prompts == 1 else f"{progress.stage} {(progress.prompt_index or 0) + 1}/{progress.prompts}"
+    )
+
+
+def _left(progress: Progress) -> str:
+    if progress.seconds_left is None:
+        return ""
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"

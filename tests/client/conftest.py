@@ -1,0 +1,81 @@
+"""What the client's tests share: a request that is valid, a result that it could have, and pauses that take no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import Client
+from client import api as calls
+from client import client as following
+from tests.client.endpoint import KEY, Api, Script, serve
+from tests.worker.web_server import Web
+from tests.worker.web_server import serve as serve_web
+
+REQUEST: dict[str, Any] = {
+    "model": "wan21_1b",
+    "loras": [{"path": "job/name.safetensors"}],
+    "prompts": [{"prompt": "A sailing boat, at sunset!", "seed": 7}],
+}
+BODY = bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "_SECONDS_BETWEEN_POLLS", 0.01)
+    monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """Where the finished files are."""
+    with serve_web() as web:
+        yield web
+
+
+def result(*urls: str, **changes: Any) -> dict[str, Any]:
+    """A completed job's answer; `changes` go into every file."""
+    item = {"expires_at": "2999-01-01T00:00:00Z", "key": "job-1/0.mp4", "format": "mp4", "width": 64, "height": 64}
+    item |= {"num_frames": 5, "fps": 16, "seed": 7, "bytes": len(BODY), **changes}
+    videos = [{"prompt_index": index, "url": url, **item} for index, url in enumerate(urls)]
+    prompts = [{"prompt_index": index, "prompt": REQUEST["prompts"][0]["prompt"]} for index in range(len(urls))]
+    output = {"model": "wan21_1b", "outputs": {"images": [], "videos": videos}, "warnings": ["a word"]}
+    return {"status": "COMPLETED", "output": output | {"settings": {"prompts": prompts}, "timings": {"total": 1.0}}}
+
+
+def update(percent: int) -> dict[str, Any]:
+    """An answer while a job runs."""
+    output = {"stage": "denoise", "prompt_index": 0, "prompts": 1, "step": percent // 10, "steps": 10, "percent": percent}
+    return {"status": "IN_PROGRESS", "output": output | {"seconds_left": 84.2}}
+
+
+@pytest.fixture
+def script(web: Web) -> Script:
+    """A job that waits, runs and completes."""
+    web.gives("/0.mp4", BODY)
+    return Script({"status": "IN_QUEUE"}, {"status": "IN_PROGRESS"}, update(10), update(60), result(web.url("/0.mp4")))
+
+
+@pytest.fixture
+def api(script: Script) -> Iterator[Api]:
+    with serve(script) as api:
+        yield api
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the client told whoever waits."""
+    return []
+
+
+@pytest.fixture
+def client(api: Api, said: list[str]) -> Client:
+    return Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=2, say=said.append)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "videos"

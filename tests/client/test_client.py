@@ -1,0 +1,306 @@
+"""The client against an endpoint that fails in every way: what is tried again, what is not, and what it says."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from client import (
+    Client,
+    InvalidRequest,
+    JobFailed,
+    JobNotFound,
+    JobStopped,
+    NotAuthorized,
+    Progress,
+    Refused,
+    SubmissionUnknown,
+    Unreachable,
+)
+from client import api as calls
+from tests.client.conftest import REQUEST
+from tests.client.endpoint import KEY, Api, Script
+from tests.faults import CutShort, Dropped, Fault, Garbage, Slow, Status, Unanswered
+from tests.worker.web_server import Web
+from tests.worker_process import free_port
+
+
+def test_a_request_becomes_a_result(client: Client, script: Script) -> None:
+    seen: list[Progress] = []
+    result = client.run(REQUEST, seen.append)
+    assert script.submitted == [{"id": "job-1", "input": REQUEST}]
+    assert [progress.status for progress in seen] == ["IN_QUEUE", *["IN_PROGRESS"] * 3, "COMPLETED"]
+    assert [progress.percent for progress in seen] == [None, None, 10, 60, None]
+    assert (seen[3].stage, seen[3].step, seen[3].steps, seen[3].seconds_left) == ("denoise", 6, 10, 84.2)
+    (output,) = result.outputs
+    assert (result.job_id, output.kind, output.seed, result.warnings) == ("job-1", "video", 7, ("a word",))
+
+
+def test_what_runpod_takes_beside_the_input_goes_along(client: Client, script: Script) -> None:
+    client.submit({"input": REQUEST, "policy": {"ttl": 60000}, "id": "mine"})
+    assert script.submitted == [{"id": "job-1", "input": REQUEST, "policy": {"ttl": 60000}}]
+
+
+# A connection that fails.
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Status(500), Status(502), Status(429), Status(408), Garbage(), Dropped(), Unanswered(), CutShort(), Slow(0.1)],
+    ids=str,
+)
+def test_a_job_is_followed_through_any_failure(client: Client, api: Api, said: list[str], fault: Fault) -> None:
+    api.faults.order("status", fault, times=3)
+    assert client.run(REQUEST).outputs
+    assert api.faults.met.total() == 3
+    assert api.times("run") == 1
+    assert len(said) == (0 if isinstance(fault, Slow) else 1)
+
+
+def test_an_answer_of_another_kind_is_none(client: Client, script: Script) -> None:
+    script.answers.insert(0, {"message": "no healthy upstream"})
+    assert client.run(REQUEST).outputs
+
+
+def test_an_outage_is_told_once_and_each_new_one_again(client: Client, api: Api, said: list[str]) -> None:
+    job_id = client.submit(REQUEST)
+    for _ in range(2):
+        api.faults.order("status", Status(502), times=3)
+        client.status(job_id)
+    assert said == [f"{api.base_url}/endpoint: status 502; trying again"] * 2
+
+
+def test_an_endpoint_that_stays_away_is_given_up_with_the_job_named(client: Client, api: Api) -> None:
+    job_id = client.submit(REQUEST)
+    api.faults.order("status", Dropped(), times=1000)
+    started = time.monotonic()
+    with pytest.raises(Unreachable) as caught:
+        client.wait(job_id)
+    assert caught.value.job_id == job_id
+    assert 1 < time.monotonic() - started < 3
+
+
+def test_patience_counts_from_the_last_answer(api: Api, script: Script) -> None:
+    client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0.8)
+    for _ in range(4):
+        api.faults.order("status", Status(502), times=5)  # pauses of 0.31 s together
+        api.faults.order("status", Slow(0))
+    assert client.run(REQUEST).outputs
+
+
+def test_what_a_server_says_of_the_time_to_wait_is_heeded(client: Client, api: Api) -> None:
+    api.retry_after = "1"
+    api.faults.order("run", Status(429))
+    started = time.monotonic()
+    client.submit(REQUEST)
+    assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize("header", ["junk", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", ""])
+def test_a_time_to_wait_that_is_none_is_none(client: Client, api: Api, header: str) -> None:
+    api.retry_after = header
+    api.faults.order("run", Status(429))
+    started = time.monotonic()
+    client.submit(REQUEST)
+    assert time.monotonic() - started < 0.5
+
+
+# A submission.
+
+
+@pytest.mark.parametrize("fault", [Status(429), Status(503)], ids=str)
+def test_a_submission_that_did_not_count_is_made_again(client: Client, api: Api, script: Script, fault: Fault) -> None:
+    api.faults.order("run", fault, times=2)
+    client.submit(REQUEST)
+    assert len(script.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [Unanswered(), CutShort(), Dropped(), Garbage(), Status(500), Status(502), Status(504)], ids=str
+)
+def test_a_submission_whose_answer_is_lost_is_not_made_again_and_that_is_said(client: Client, api: Api, fault: Fault) -> None:
+    client.wait(client.submit(REQUEST))
+    api.faults.order("run", fault)
+    with pytest.raises(SubmissionUnknown, match="may run, or it may not"):
+        client.submit(REQUEST)
+    assert api.times("run") == 2
+
+
+def test_a_submission_has_a_connection_of_its_own(client: Client, api: Api) -> None:
+    """On a kept one that the server has closed by now it would be lost, and count as one that may have arrived."""
+    client.status(client.submit(REQUEST))
+    client.submit(REQUEST)
+    assert api.ports[2] not in api.ports[:2]
+
+
+def test_where_nothing_listens_a_submission_is_tried_for_a_while_and_nothing_was_started(said: list[str]) -> None:
+    client = Client.local(f"http://127.0.0.1:{free_port()}", patience=0.2, say=said.append)
+    with pytest.raises(Unreachable, match="nothing was started"):
+        client.submit(REQUEST)
+
+
+def test_a_local_api_is_not_looked_for_behind_a_proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(Unreachable, match="status 501"):  # an answer: of a server that takes no POST
+        Client.local(web.address, patience=0.2).submit(REQUEST)
+
+
+# What no second try would change.
+
+
+def test_a_wrong_key_is_told_at_once_and_not_repeated(api: Api) -> None:
+    client = Client.endpoint("endpoint", "rpa_WRONG", base_url=api.base_url)
+    with pytest.raises(NotAuthorized) as caught:
+        client.submit(REQUEST)
+    assert "rpa_WRONG" not in str(caught.value)
+    assert api.times("run") == 1
+
+
+@pytest.mark.parametrize("key", ["", "rpa_A\n", "rpa A", "schlüssel"])
+def test_a_key_that_cannot_be_one_is_not_sent(api: Api, key: str) -> None:
+    with pytest.raises(NotAuthorized):
+        Client.endpoint("endpoint", key, base_url=api.base_url)
+
+
+def test_an_unknown_endpoint_is_told_from_an_unknown_job(api: Api, client: Client) -> None:
+    with pytest.raises(JobNotFound, match="no such endpoint"):
+        Client.endpoint("another", KEY, base_url=api.base_url).submit(REQUEST)
+    with pytest.raises(JobNotFound, match="30 minutes"):
+        client.wait("job-99")
+
+
+def test_a_job_that_is_not_known_at_once_is_asked_for_again(client: Client, api: Api) -> None:
+    api.faults.order("status", Status(404), times=2)
+    assert client.run(REQUEST).outputs
+
+
+def test_a_refusal_tells_what_the_server_says(client: Client, api: Api) -> None:
+    api.faults.order("run", Status(400))
+    with pytest.raises(Refused, match="a fault on demand"):
+        client.submit(REQUEST)
+
+
+# The key.
+
+
+def test_the_key_goes_with_calls_and_not_with_downloads(client: Client, api: Api, web: Web, folder: Any) -> None:
+    client.download(client.run(REQUEST), folder)
+    assert {headers["Authorization"] for _, headers in api.asked} == {f"Bearer {KEY}"}
+    assert all("Authorization" not in headers for _, headers in web.requests)
+
+
+def test_the_key_does_not_follow_a_redirect(client: Client, api: Api) -> None:
+    api.faults.order("run", Status(307))
+    with pytest.raises(Refused, match="another address"):
+        client.submit(REQUEST)
+    assert [kind for kind, _ in api.asked] == ["run"]
+
+
+def test_the_key_is_not_sent_in_the_clear() -> None:
+    with pytest.raises(Refused, match="unencrypted"):
+        Client.endpoint("endpoint", KEY, base_url="http://example.com/v2")
+
+
+@pytest.mark.parametrize("endpoint_id", ["", "a/b", "../x", "a?b", "a b"])
+def test_an_endpoint_id_is_no_path(endpoint_id: str) -> None:
+    with pytest.raises(Refused, match="endpoint's id"):
+        Client.endpoint(endpoint_id, KEY)
+
+
+def test_neither_netrc_nor_a_message_knows_the_key(
+    client: Client, api: Api, web: Web, folder: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    api.faults.order("status", Dropped())
+    client.download(client.run(REQUEST), folder)
+    assert {headers["Authorization"] for _, headers in api.asked} == {f"Bearer {KEY}"}
+    assert all("Authorization" not in headers for _, headers in web.requests)
+    assert KEY not in "".join(said)
+
+
+# How a job ends.
+
+
+def test_a_failed_job_has_the_workers_code(client: Client, script: Script) -> None:
+    script.answers = [{"status": "FAILED", "error": "OUT_OF_MEMORY: the video is too large"}]
+    with pytest.raises(JobFailed) as caught:
+        client.run(REQUEST)
+    assert (caught.value.code, caught.value.job_id) == ("OUT_OF_MEMORY", "job-1")
+    assert str(caught.value) == "OUT_OF_MEMORY: the video is too large"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ('{"error_type": "E", "error_message": "it broke", "error_traceback": "File /secret"}', "it broke"),
+        ("job timed out after 1 retries", "job timed out after 1 retries"),
+        (None, "RunPod gives no reason; look at the worker's log"),
+        ({"a": 1}, "{'a': 1}"),
+    ],
+)
+def test_a_failure_without_a_code_is_told_too(client: Client, script: Script, error: Any, text: str) -> None:
+    script.answers = [{"status": "FAILED", "error": error}]
+    with pytest.raises(JobFailed) as caught:
+        client.run(REQUEST)
+    assert (caught.value.code, str(caught.value)) == ("JOB_FAILED", text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ({"status": "CANCELLED"}, "CANCELLED"),
+        ({"status": "TIMED_OUT"}, "TIMEOUT"),
+        ({"status": "FAILED", "error": "TIMEOUT: the job took longer than 570 s"}, "TIMEOUT"),
+    ],
+)
+def test_a_job_that_was_stopped_is_told_from_one_that_failed(
+    client: Client, script: Script, answer: dict[str, Any], code: str
+) -> None:
+    script.answers = [answer]
+    with pytest.raises(JobStopped) as caught:
+        client.run(REQUEST)
+    assert caught.value.code == code
+
+
+def test_a_result_that_was_lost_is_told_with_where_the_files_may_be(client: Client, script: Script) -> None:
+    script.answers = [{"status": "COMPLETED"}]
+    with pytest.raises(JobFailed, match="bucket under job-1/"):
+        client.run(REQUEST)
+
+
+@pytest.mark.parametrize("output", [[], "text", {}, {"model": "x", "outputs": {"images": [], "videos": [{}]}}])
+def test_the_result_of_another_worker_is_an_error(client: Client, script: Script, output: Any) -> None:
+    script.answers = [{"status": "COMPLETED", "output": output}]
+    with pytest.raises(JobFailed, match="another worker"):
+        client.run(REQUEST)
+
+
+def test_a_job_can_be_cancelled_through_failures(client: Client, api: Api) -> None:
+    job_id = client.submit(REQUEST)
+    api.faults.order("cancel", Unanswered())
+    api.faults.order("cancel", Status(500))
+    assert client.cancel(job_id) == "CANCELLED"
+    with pytest.raises(JobStopped):
+        client.wait(job_id)
+
+
+def test_nothing_is_sent_of_a_request_that_is_not_valid(client: Client, api: Api) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit({**REQUEST, "prompts": [{"prompt": "a boat", "width": 32, "stesp": 3}]})
+    assert len(caught.value.problems) == 2
+    assert api.asked == []
+
+
+def test_pauses_grow_and_stay_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(calls.time, "sleep", pauses.append)
+    patience = calls.Patience(100, [].append)
+    for _ in range(12):
+        assert patience.wait("away")
+    assert pauses[0] < 0.7 < pauses[4]
+    assert max(pauses) <= 30 * 1.25
