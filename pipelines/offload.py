@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from safetensors import safe_open
 
-from pipelines.catalog import OffloadMode
+from pipelines.catalog import ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.weights import STEM_OF, file_names
@@ -31,7 +32,7 @@ STREAMED: dict[OffloadMode, tuple[str, ...]] = {
 """Components that are brought piece by piece. The other modes move all of them, in accelerate's way."""
 
 BYTES_OF_A_JOB = 12_000_000_000
-"""What a video of the default size needs beside the weights: 10.9 GB for the VAE's convolutions, by benchmarks/memory.py."""
+"""What a video of the default size needs beside the weights: up to 11.3 GB for the decode, by benchmarks/memory.py."""
 
 
 def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: int) -> OffloadMode:
@@ -40,7 +41,8 @@ def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: 
     `auto`: the quickest of `none`, `text_encoder` and `group` that leaves room for a job of the default size, else `group`.
     For a mode that is asked for, only what is certain is checked: the weights themselves. Raises DeviceUnavailable.
     """
-    spec, needed = checkpoints.spec, _needed(checkpoints, itemsize)
+    spec = checkpoints.spec
+    needed = on_device(spec, _bytes_of_parts(checkpoints, itemsize))
     if asked == "auto":
         asked = next((mode for mode in STREAMED if needed[mode] + BYTES_OF_A_JOB <= free), "group")
     if needed[asked] <= free:
@@ -53,14 +55,16 @@ def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: 
     )
 
 
-def _needed(checkpoints: Checkpoints, itemsize: int) -> dict[OffloadMode, int]:
-    """The weights on the device, in bytes. Of what comes piece by piece, two blocks of a transformer."""
-    sizes = _bytes_of_parts(checkpoints, itemsize)
+def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
+    """The weights on the device in each mode, from the bytes of each component.
+
+    Of what comes piece by piece, two blocks of a transformer.
+    """
 
     def without(*streamed: str) -> int:
         there = sum(size for part, size in sizes.items() if part not in streamed)
-        transformers = [sizes[part] for part in checkpoints.spec.transformers if part in streamed]
-        return there + 2 * max(transformers, default=0) // checkpoints.spec.num_blocks
+        transformers = [sizes[part] for part in spec.transformers if part in streamed]
+        return there + 2 * max(transformers, default=0) // spec.num_blocks
 
     return {mode: without(*parts) for mode, parts in STREAMED.items()} | {"model": max(sizes.values()), "sequential": 0}
 

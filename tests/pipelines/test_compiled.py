@@ -118,7 +118,7 @@ def test_without_a_compiler_the_start_says_so(tiny: Path, tmp_path: Path, monkey
     model = load_pipeline("wan21_1b", tiny, "cpu")
     with (
         config.patch({"cpp.cxx": (None, "/no/compiler")}),
-        pytest.raises(DeviceUnavailable, match="install a C.. compiler"),
+        pytest.raises(DeviceUnavailable, match=r"install a C.. compiler"),
     ):
         model.compile_blocks(tmp_path)
 

@@ -1,0 +1,107 @@
+"""What a model and a job take of the GPU's memory in each OFFLOAD_MODE, by arithmetic.
+
+    python -m benchmarks.memory
+
+The real code runs on tensors without contents, in bf16 and in the real sizes, and the bytes that are alive at once are
+counted. Not in it: what kernels allocate for themselves, CUDA's own share, and what an allocator loses between the pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import real_size, report
+from pipelines.catalog import MODELS
+from pipelines.decode import _decoded
+from pipelines.offload import on_device
+
+SIZES = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
+"""Width, height, frames."""
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                size = self._known[storage] = storage.nbytes()
+                self._now += size
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._gone, size)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self._now -= size
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_default_dtype(torch.bfloat16)
+    rows: list[dict[str, Any]] = []
+    for model_id, spec in MODELS.items():
+        sizes = real_size.bytes_of_parts(model_id)
+        work = {size: max(denoising(model_id, *size), decoding(model_id, *size)) for size in SIZES}
+        modes = {
+            f"weights {mode}": gigabytes(value, mode in spec.offload_modes) for mode, value in on_device(spec, sizes).items()
+        }
+        jobs = {f"job {'x'.join(map(str, size))}": gigabytes(value) for size, value in work.items()}
+        rows.append({"model": model_id, **modes, **jobs})
+    report.write("memory", rows, unit="GB, calculated")
+    return 0
+
+
+def gigabytes(value: int, is_possible: bool = True) -> float | None:
+    return round(value / 1e9, 1) if is_possible else None
+
+
+def denoising(model_id: str, width: int, height: int, num_frames: int) -> int:
+    """Bytes of a forward pass; as many in every block."""
+    config = real_size.TRANSFORMERS[model_id]
+    scale = 16 if model_id == "wan22_5b" else 8
+    latents = (1, config.get("in_channels", 16), (num_frames - 1) // 4 + 1, height // scale, width // scale)
+    image = {"encoder_hidden_states_image": torch.empty(1, 257, 1280)} if "image_dim" in config else {}
+    return _peak(
+        lambda: real_size.transformer(model_id, num_layers=2),
+        lambda model: model(torch.empty(latents), torch.tensor([500]), torch.empty(1, 512, 4096), **image),
+    )
+
+
+def decoding(model_id: str, width: int, height: int, num_frames: int) -> int:
+    """Bytes of a decode by latent frame."""
+    scale, channels = (16, 48) if model_id == "wan22_5b" else (8, 16)
+    latents = (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
+
+    def decode(vae: Any) -> None:
+        for piece in _decoded(vae, torch.empty(latents)):
+            del piece
+
+    return _peak(lambda: real_size.vae(model_id), decode)
+
+
+def _peak(make: Callable[[], Any], run: Callable[[Any], object]) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = make().eval()
+        with Alive() as alive:
+            run(model)
+    return int(alive.peak)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
