@@ -10,13 +10,9 @@ import pytest
 
 from tests.docs import checks
 from tests.docs.blocks import blocks_of, commands_of, spans_of
-from tests.worker_process import ROOT
 
-RESULT: dict[str, Any] = {
-    "model": "x",
-    "outputs": {"videos": [{"url": "x", "poster": {"url": "x"}}]},
-    "timings": {"total": 1.5},
-}
+VIDEO = {"url": "x", "poster": {"url": "x"}}
+RESULT: dict[str, Any] = {"model": "x", "outputs": {"videos": [VIDEO]}, "timings": {"total": 1.5}}
 REQUEST = {"model": "wan21_1b", "loras": [{"path": "a.safetensors"}], "prompts": [{"prompt": "a boat"}]}
 
 
@@ -80,10 +76,10 @@ def test_a_wrong_command_is_found(shell: str, problem: str) -> None:
         ({"outputs": RESULT["outputs"], "timings": {"total": 3}}, "`model` is missing"),
         (RESULT | {"warning": []}, "`warning` does not exist"),
         (
-            RESULT | {"outputs": {"videos": [{"url": "x", "poster": {"uri": "x"}}]}},
+            RESULT | {"outputs": {"videos": [VIDEO | {"poster": {"uri": "x"}}]}},
             "`outputs.videos[].poster.uri` does not exist",
         ),
-        (RESULT | {"outputs": {"videos": [{"url": "x", "poster": None}]}}, ""),
+        (RESULT | {"outputs": {"videos": [VIDEO | {"poster": None}]}}, ""),
         (RESULT | {"timings": {"total": "1.5"}}, "`timings.total` is float, not str"),
         (RESULT | {"errors": [{"prompt_index": 1, "code": "TOO_BIG", "message": ""}]}, "`TOO_BIG` is no error code"),
         ({"stage": "denoise", "percent": 3}, "`seconds_left` is missing"),
@@ -117,21 +113,9 @@ def test_a_path_that_is_not_there_is_found() -> None:
     assert list(checks.problems_of_path("worker/job.py")) == list(checks.problems_of_path("output/x")) == []
 
 
-def test_blocks_and_spans_are_found_with_their_lines() -> None:
-    page = ROOT / "docs/made-up.md"
-
-    class Page(type(page)):  # type: ignore[misc]
-        def read_text(self, *_: Any, **__: Any) -> str:
-            return "# A\n\n`make run`\n\n```sh\nmake `x`\n```\n\n1. B\n\n   ~~~json\n   {}\n   ~~~\n\nand `make test`\n"
-
-    made_up = Page(page)
-    assert [(block.line, block.language, block.text) for block in blocks_of(made_up)] == [
-        (5, "sh", "make `x`\n"),
-        (11, "json", "{}\n"),
-    ]
-    assert [(span.line, span.text) for span in spans_of(made_up)] == [(3, "make run"), (15, "make test")]
-
-
-def test_the_lists_of_what_is_not_run_have_reasons() -> None:
-    assert all(reason for reason in (*checks.NOT_RUN.values(), *checks.ONLY_HELP.values()))
-    assert not Path(ROOT / "docs/made-up.md").exists()
+def test_blocks_and_spans_are_found_with_their_lines(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n`make run`\n\n```sh\nmake `x`\n```\n\n1. B\n\n   ~~~json\n   {}\n   ~~~\n\nand `make test`\n")
+    blocks = [(block.line, block.language, block.text) for block in blocks_of(page)]
+    assert blocks == [(5, "sh", "make `x`\n"), (11, "json", "{}\n")]
+    assert [(span.line, span.text) for span in spans_of(page)] == [(3, "make run"), (15, "make test")]

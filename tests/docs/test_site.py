@@ -1,9 +1,10 @@
-"""The documentation as a site: it is built strictly, every link in it leads somewhere, and it loads nothing from other hosts."""
+"""The documentation as a site: every link in it leads somewhere, and it loads nothing from other hosts."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ from tests.docs.test_generated import anchors_of
 from tests.worker_process import ROOT
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def build(target: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +101,10 @@ def test_what_the_site_says_instead_of_the_readme_is_there() -> None:
 
 
 def test_a_page_that_is_in_no_menu_and_a_link_to_nowhere_end_the_build(tmp_path: Path) -> None:
-    for name in ("docs", "mkdocs.yml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "docs").unlink()
-    subprocess.run(["cp", "-r", str(ROOT / "docs"), str(tmp_path / "docs")], check=True)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docs/lost.md").write_text("# Lost\n\n[nowhere](api.md#no-such-heading)\n")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-f",
-        str(tmp_path / "mkdocs.yml"),
-        "-d",
-        str(tmp_path / "site"),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = build(tmp_path / "site", tmp_path)
     assert done.returncode == 1
     assert "lost.md" in done.stderr and "no-such-heading" in done.stderr
 
