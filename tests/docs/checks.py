@@ -35,6 +35,9 @@ from worker.storage import storage_of_job
 
 Problems = Iterator[str]
 
+FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+"""What begins with one of them is a path of the project."""
+
 NOT_RUN = {
     "aws": "needs an account",
     "docker": "needs a Docker engine",
@@ -135,9 +138,9 @@ def differences(said: Any, real: Any, where: str) -> Problems:
 
 
 def problems_of_path(path: str) -> Problems:
-    """A file or folder of the project that a sentence names."""
+    """A file or folder of the project."""
     if not path.startswith(MADE_LATER) and not (ROOT / path).exists():
-        yield f"there is no `{path}`"
+        yield f"there is no `{path}` in the project"
 
 
 def _kind(value: Any) -> type:
@@ -230,6 +233,7 @@ def _problems_of_python(arguments: list[str]) -> Problems:
         elif not _is_module(module):
             yield f"`python -m {module}`: there is no such module"
         elif module.partition(".")[0] in ONLY_HELP:
+            yield from _problems_of_files(options)
             yield from _unknown_options(options, f"python -m {module}", help_of(module, *_subcommand(module, options)))
     elif arguments and arguments[0].endswith(".py"):
         yield from _problems_of_files(arguments)
@@ -251,10 +255,9 @@ def _is_module(name: str) -> bool:
 
 
 def _subcommand(module: str, options: list[str]) -> list[str]:
-    """`run` of `python -m client run --x`, when the help of the whole offers it."""
-    first = options[0] if options and not options[0].startswith("-") else ""
-    offered = re.search(r"\{([\w,-]+)\}", help_of(module)) if first else None
-    return [first] if offered and first in offered[1].split(",") else []
+    """`run` of `python -m client run --x`, when the help of the whole lists it."""
+    first = options[0] if options and re.fullmatch(r"[a-z][a-z-]*", options[0]) else ""
+    return [first] if first and re.search(rf"^\s+{first}\s|[{{,]{first}[,}}]", help_of(module), re.MULTILINE) else []
 
 
 def _options(words: list[str]) -> list[str]:
@@ -297,10 +300,10 @@ def run_here(program: str, *arguments: str) -> tuple[int, str]:
 
 
 def _problems_of_files(arguments: list[str]) -> Problems:
-    """Files of the project that a command names: scripts, Dockerfiles, requirements."""
+    """Files of the project that a command names."""
     for word in arguments:
-        if re.fullmatch(r"(\./)?[\w./-]*(\.py|Dockerfile|\.hcl|requirements[\w-]*\.txt)", word) and not (ROOT / word).is_file():
-            yield f"there is no file `{word}`"
+        if word.startswith(FOLDERS) or re.fullmatch(r"(\./)?[\w./-]*(\.py|Dockerfile|\.hcl|requirements[\w-]*\.txt)", word):
+            yield from problems_of_path(word)
 
 
 # curl.

@@ -37,8 +37,6 @@ MESSAGES: dict[str, dict[str, Any]] = {
 }
 """How the error messages in `text` blocks begin, and what a request for wan21_1b must have in it to get them."""
 
-FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
@@ -151,7 +149,7 @@ def test_commands_settings_and_files_within_the_text_exist(page: Path) -> None:
     for span in (span for span in SPANS if span.page == page):
         if is_command(span):
             problems += [f"{span}: {each}" for words in commands_of(span.text) for each in checks.problems_of_command(words)]
-        elif span.text.startswith(FOLDERS) and re.fullmatch(r"[\w./-]+", span.text):
+        elif span.text.startswith(checks.FOLDERS) and re.fullmatch(r"[\w./-]+", span.text):
             problems += [f"{span}: {each}" for each in checks.problems_of_path(span.text)]
     assert not problems, "\n".join(problems)
 

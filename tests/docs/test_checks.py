@@ -44,14 +44,15 @@ def test_what_is_right_passes(shell: str) -> None:
         ("python -m tools.compare a b --shet x.png", "`--shet` is no option of `python -m tools.compare`"),
         ("python -m tools.compares a b", "there is no such module"),
         ("python -m unheard.of", "belongs to no class"),
+        ("python -m tools.inspect_lora benchmarks/none.safetensors", "there is no `benchmarks/none.safetensors`"),
         (".venv/bin/python handler.py --rp_serve", "`--rp_serve` is no option of the SDK"),
-        ("python builder/tiny.py x", "there is no file `builder/tiny.py`"),
+        ("python builder/tiny.py x", "there is no `builder/tiny.py` in the project"),
         ("python builder/tiny_checkpoints.py --fast x", "`--fast` is no option"),
         ("export MODEL_IDS=wan21_1b", "`MODEL_IDS` is no variable of the worker"),
         ("export MODEL_ID=wan21_2b", "is no model id"),
         ("DEVICE=gpu python handler.py", "DEVICE"),
         ("docker run -e MODELS=wan21_1b image", "`MODELS` is no variable"),
-        ("docker build -f image/Dockerfile .", "there is no file `image/Dockerfile`"),
+        ("docker build -f image/Dockerfile .", "there is no `image/Dockerfile` in the project"),
         ("frobnicate --all", "`frobnicate` belongs to no class of commands"),
         ("curl https://api.runpod.ai/v2/ID/runs", "is no operation of RunPod's API"),
         ("curl https://example.com/run", "neither the local API nor RunPod's"),
@@ -108,8 +109,17 @@ def test_wrong_settings_are_found(settings: str, problem: str) -> None:
     assert problem in found if problem else found == ""
 
 
+def test_options_are_looked_for_where_the_subcommand_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {(): "usage: client COMMAND\n  run  make videos\n", ("run",): "usage: client run [--model ID]"}
+    monkeypatch.setattr(checks, "help_of", lambda _, *subcommand: told[subcommand])
+    monkeypatch.setattr(checks, "_is_module", lambda _: True)
+    assert found_in("python -m client run job.json --model wan21_1b") == ""
+    assert found_in("python -m client run --models x") == "`--models` is no option of `python -m client`"
+    assert found_in("python -m client --model x") == "`--model` is no option of `python -m client`"
+
+
 def test_a_path_that_is_not_there_is_found() -> None:
-    assert list(checks.problems_of_path("worker/jobs.py")) == ["there is no `worker/jobs.py`"]
+    assert list(checks.problems_of_path("worker/jobs.py")) == ["there is no `worker/jobs.py` in the project"]
     assert list(checks.problems_of_path("worker/job.py")) == list(checks.problems_of_path("output/x")) == []
 
 
