@@ -12,7 +12,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -62,6 +61,8 @@ ONLY_HELP = {
     "tools": "needs files; those of which there are some are run in test_blocks.py",
 }
 """Packages whose commands are not run here: their options are looked for in what `--help` says."""
+
+NAME = r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b"
 
 MADE_LATER = ("output/", "site/")
 """Folders that a command makes."""
@@ -141,6 +142,22 @@ def problems_of_path(path: str) -> Problems:
     """A file or folder of the project."""
     if not path.startswith(MADE_LATER) and not (ROOT / path).exists():
         yield f"there is no `{path}` in the project"
+
+
+def problems_of_name(name: str) -> Problems:
+    """A variable, a code or a constant that a sentence names."""
+    if not _is_variable(name) and name not in _names_in_the_code():
+        yield f"`{name}` is neither a variable of the worker, nor an error code, nor in the code"
+
+
+@cache
+def _names_in_the_code() -> set[str]:
+    """What is written in capitals, with an underscore, in all that is not documentation or a test."""
+    kinds = ("*.py", "*.js", "*.hcl", "*.yml", "*Dockerfile", "Makefile")
+    folders = [ROOT / name for name in FOLDERS if name not in ("tests/", *MADE_LATER)]
+    files = [file for kind in kinds for file in ROOT.glob(kind)]
+    files += [file for kind in kinds for folder in folders for file in folder.rglob(kind)]
+    return {name for file in files for name in re.findall(NAME, file.read_text(errors="replace"))}
 
 
 def _kind(value: Any) -> type:
@@ -360,10 +377,8 @@ def problems_of_curl(arguments: list[str]) -> Problems:
 
 def send(arguments: list[str], address: str, folder: Path) -> tuple[int, str]:
     """Run curl for the local API, which serves at `address`: (exit status, the answer)."""
-    curl = shutil.which("curl")
-    assert curl, "no `curl` program: apt-get install curl"
     url = url_of_curl(arguments)
     there = urlsplit(url)._replace(netloc=urlsplit(address).netloc).geturl()
     words = [there if word == url else word for word in arguments]
-    done = subprocess.run([curl, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(["curl", *words], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     return done.returncode, done.stdout

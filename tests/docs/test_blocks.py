@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,8 @@ def test_commands_settings_and_files_within_the_text_exist(page: Path) -> None:
             problems += [f"{span}: {each}" for words in commands_of(span.text) for each in checks.problems_of_command(words)]
         elif span.text.startswith(checks.FOLDERS) and re.fullmatch(r"[\w./-]+", span.text):
             problems += [f"{span}: {each}" for each in checks.problems_of_path(span.text)]
+        elif re.fullmatch(checks.NAME, span.text):
+            problems += [f"{span}: {each}" for each in checks.problems_of_name(span.text)]
     assert not problems, "\n".join(problems)
 
 
@@ -164,6 +167,7 @@ CURLS = [
 TOOLS = [(block, words) for block, words in COMMANDS if words[1:2] == ["-m"] and words[2].startswith("tools.")]
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl program")
 @pytest.mark.parametrize(("block", "words"), CURLS, ids=lambda value: str(value) if isinstance(value, Block) else "")
 def test_what_is_sent_to_the_local_api_is_answered(block: Block, words: list[str], api: LocalApi, folder: Path) -> None:
     url = checks.url_of_curl(words[1:])

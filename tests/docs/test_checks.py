@@ -123,6 +123,13 @@ def test_a_path_that_is_not_there_is_found() -> None:
     assert list(checks.problems_of_path("worker/job.py")) == list(checks.problems_of_path("output/x")) == []
 
 
+def test_a_name_that_is_nowhere_is_found() -> None:
+    assert list(checks.problems_of_name("UPLOAD_TIMEOUTS")) == [
+        "`UPLOAD_TIMEOUTS` is neither a variable of the worker, nor an error code, nor in the code"
+    ]
+    assert [*checks.problems_of_name("UPLOAD_TIMEOUT"), *checks.problems_of_name("LORA_INVALID")] == []
+
+
 def test_blocks_and_spans_are_found_with_their_lines(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A\n\n`make run`\n\n```sh\nmake `x`\n```\n\n1. B\n\n   ~~~json\n   {}\n   ~~~\n\nand `make test`\n")
