@@ -16,6 +16,7 @@ COMING = {"checkpoints.md", "client.md", "deploy.md", "playground.md"}
 _README = {
     "models": "models/index.md",
     "environment": "environment.md",
+    "try-it": "first-video.md#talk-to-it-over-http",
     "fields-of-a-request": "api.md#request",
     "errors": "api.md#errors",
     "run-it-with-real-weights": "first-video.md#with-real-weights",

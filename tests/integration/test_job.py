@@ -328,6 +328,8 @@ def test_every_video_has_a_poster_and_on_request_a_contact_sheet_and_an_image_ha
     first_frame = frames_of(video)[0].astype(int)
     shown = np.asarray(Image.open(file_of(video["poster"])))
     assert np.abs(shown - first_frame).mean() < np.abs(shown - frames_of(video)[-1].astype(int)).mean() / 3
+    kept = {path.name for path in file_of(video).parent.iterdir() if not path.name.startswith(".")}
+    assert kept == {"0.zip", "0.poster.jpg", "0.sheet.jpg", "1.png", "result.json"}
     assert run(runner(), job(tiny, {}))["outputs"]["videos"][0]["contact_sheet"] is None
 
 

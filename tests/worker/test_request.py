@@ -64,6 +64,7 @@ def test_the_smallest_request_of_every_model_is_accepted_with_the_documented_def
 def test_the_defaults_of_the_request_itself():
     request = parse(an_input(), SINGLE)
     assert (request.output_format, request.trigger_word, request.hf_token) == ("mp4", None, None)
+    assert request.contact_sheet is False
     assert (request.loras[0].network_multiplier, request.loras[0].transformer) == (1.0, None)
     assert (request.match, request.prompts[0].sampler, request.prompts[0].control_image) == (None, None, None)
 
@@ -210,6 +211,8 @@ def test_a_wrong_value_in_a_prompt_is_named_with_its_path(name, value):
         ({"match": True}, "match"),
         ({"hf_token": 5}, "hf_token"),
         ({"trigger_word": ["sks"]}, "trigger_word"),
+        ({"contact_sheet": "true"}, "contact_sheet"),
+        ({"contact_sheet": 1}, "contact_sheet"),
         ({"surprise": 1}, "surprise"),
     ],
 )
@@ -358,6 +361,7 @@ def test_an_error_says_the_rule_what_was_sent_and_a_value_that_would_do():
     assert str(error_of(an_input(first={"width": 10}))) == (
         "INVALID_INPUT: `prompts[0].width`: must be an integer from 64 to 4096, such as 832; got 10"
     )
+    assert "`contact_sheet`: must be true or false; got 1" in str(error_of(an_input(contact_sheet=1)))
     assert '"mp4", "webp", "gif", "png"; got \'avi\'' in str(error_of(an_input(output_format="avi")))
 
 
