@@ -51,7 +51,8 @@ def commands_of(shell: str) -> Iterator[list[str]]:
     lines = shell.replace("\\\n", " ").splitlines()
     if any(line.startswith("$ ") for line in lines):  # a session, with what the commands print
         lines = [line[2:] for line in lines if line.startswith("$ ")]
-    lexer = shlex.shlex(_without_comments("\n".join(lines)), posix=True, punctuation_chars="|&;<>\n")
+    text = re.sub(r"\$\([^()]*\)", "$OUTPUT_OF_ANOTHER", _without_comments("\n".join(lines)))
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="|&;<>\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
     words: list[str] = []
     names_a_file = False

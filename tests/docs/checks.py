@@ -50,13 +50,21 @@ NOT_RUN = {
 OF_THE_SHELL = {"cat", "cd", "chmod", "cp", "echo", "jq", "ls", "mkdir", "mv", "open", "sleep", "unzip", "wait"}
 """Commands that say nothing of this project."""
 
-OTHER_VARIABLES = {"HF_HOME", "OMP_NUM_THREADS", "PATH", "PYTHON", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID"}
-"""Variables that are not the worker's."""
+OTHER_VARIABLES = {"ENDPOINT_ID", "HF_HOME", "OMP_NUM_THREADS", "PATH", "RUNPOD_API_KEY"}
+"""Variables that are not the worker's, and neither the Makefile's nor the image's."""
+
+OF_RUNPOD = r"(AMPERE|ADA|HOPPER|BLACKWELL)_\d+(_PRO)?"
+"""Its names for kinds of GPUs."""
+
+OF_THE_READER = {"request.json"}
+"""Files that a page tells the reader to write, and others to send."""
 
 ONLY_HELP = {
     "benchmarks": "takes minutes",
+    "builder": "fetches and writes gigabytes",
     "client": "needs an endpoint; its own tests run it against one",
     "mkdocs": "tests/docs/test_site.py runs it",
+    "playground": "serves until it is stopped",
     "tests": "takes minutes",
     "tools": "needs files; those of which there are some are run in test_blocks.py",
 }
@@ -146,7 +154,7 @@ def problems_of_path(path: str) -> Problems:
 
 def problems_of_name(name: str) -> Problems:
     """A variable, a code or a constant that a sentence names."""
-    if not _is_variable(name) and name not in _names_in_the_code():
+    if not _is_the_workers(name) and name not in _names_in_the_code() and not re.fullmatch(OF_RUNPOD, name):
         yield f"`{name}` is neither a variable of the worker, nor an error code, nor in the code"
 
 
@@ -179,8 +187,7 @@ def problems_of_message(text: str) -> Problems:
 
 def problems_of_settings(settings: dict[str, str]) -> Problems:
     """Whether a worker would start with these, a MODEL_ID given."""
-    unknown = [name for name in settings if name.lower() not in Settings.model_fields and name not in OTHER_VARIABLES]
-    yield from (f"`{name}` is no variable of the worker" for name in unknown)
+    yield from (f"`{name}` is no variable of the worker" for name in settings if not _is_the_workers(name))
     known = {name: value for name, value in settings.items() if name.lower() in Settings.model_fields and value}
     try:
         with mock.patch.dict(os.environ, {"MODEL_ID": "wan21_1b"} | known, clear=True):
@@ -204,7 +211,8 @@ def problems_of_command(words: list[str]) -> Problems:
         variables.append(words[0])
         words = words[1:]
     pairs = [variable.partition("=") for variable in variables if "=" in variable]
-    yield from problems_of_settings({name: value for name, _, value in pairs if "$" not in value})
+    of_builds = {name for name in _variables_of_builds() if not _is_the_workers(name)}
+    yield from problems_of_settings({name: value for name, _, value in pairs if "$" not in value and name not in of_builds})
     if words:
         yield from _problems_of_program(Path(words[0]).name, words[1:])
 
@@ -220,7 +228,7 @@ def _problems_of_program(name: str, arguments: list[str]) -> Problems:
         yield from _problems_of_files(arguments)
         if name == "docker":
             given = [value for option, value in itertools.pairwise(arguments) if option in ("-e", "--env")]
-            yield from (f"`{each}` is no variable of the worker" for each in map(_name_of, given) if not _is_variable(each))
+            yield from (f"`{each}` is no variable of the worker" for each in map(_name_of, given) if not _is_the_workers(each))
     elif name not in OF_THE_SHELL:
         yield (
             f"`{name}` belongs to no class of commands: run it in tests/docs/test_blocks.py, or put it with its reason into "
@@ -232,8 +240,16 @@ def _name_of(assignment: str) -> str:
     return assignment.partition("=")[0]
 
 
-def _is_variable(name: str) -> bool:
+def _is_the_workers(name: str) -> bool:
     return name.lower() in Settings.model_fields or name in OTHER_VARIABLES
+
+
+@cache
+def _variables_of_builds() -> set[str]:
+    """What the Makefile, the Dockerfile and docker-bake.hcl take from the environment."""
+    places = {"Makefile": r"\$\((\w+)\)", "Dockerfile": r"^ARG (\w+)", "docker-bake.hcl": r'^variable "(\w+)"'}
+    files = {ROOT / name: pattern for name, pattern in places.items()}
+    return {name for file, form in files.items() if file.is_file() for name in re.findall(form, file.read_text(), re.MULTILINE)}
 
 
 def _problems_of_make(arguments: list[str]) -> Problems:
@@ -362,7 +378,7 @@ def problems_of_curl(arguments: list[str]) -> Problems:
     yield from (f"`{option}` of curl is not known here" for option in alone if option not in _CURL_ALONE)
     for body in (options.get(name) for name in ("-d", "--data", "--json")):
         if body and body.startswith("@"):
-            if not (ROOT / body[1:]).is_file():
+            if body[1:] not in OF_THE_READER and not (ROOT / body[1:]).is_file():
                 yield f"there is no file `{body[1:]}` to send"
         elif body and "$" not in body:
             yield from problems_of_json(body, {})

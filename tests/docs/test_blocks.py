@@ -45,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     job = json.loads((ROOT / "test_input.json").read_text())
     job["input"]["prompts"][0] |= {"width": 64, "height": 64, "num_frames": 5, "sample_steps": 1}
-    (folder / "test_input.json").write_text(json.dumps(job))
+    for name in ("test_input.json", *checks.OF_THE_READER):
+        (folder / name).write_text(json.dumps(job))
     written(folder, "webp", FRAMES, "preview")
     written(folder, "png", FRAMES, "result")
     config(folder, {"prompts": ["a boat"]})
@@ -108,6 +109,11 @@ def yaml_block(block: Block, _: pytest.FixtureRequest) -> Problems:
         yield "is empty"
 
 
+def shown_block(block: Block, _: pytest.FixtureRequest) -> Problems:
+    """Not checked: there need be no JavaScript engine on a test machine."""
+    return iter(())
+
+
 def text_block(block: Block, _: pytest.FixtureRequest) -> Problems:
     """What is shown. An error message is the one that the worker gives."""
     if not re.match(r"[A-Z_]{4,}:", block.text):
@@ -124,7 +130,9 @@ def text_block(block: Block, _: pytest.FixtureRequest) -> Problems:
 
 
 KINDS: dict[str, Callable[[Block, pytest.FixtureRequest], Problems]] = {
+    "dotenv": settings_block,
     "env": settings_block,
+    "js": shown_block,
     "json": json_block,
     "python": python_block,
     "sh": shell_block,
@@ -164,7 +172,7 @@ COMMANDS = [(block, words) for block in _SHELL for words in commands_of(block.te
 CURLS = [
     (block, words) for block, words in COMMANDS if words[0] == "curl" and checks.is_local(checks.parts_of_curl(words[1:])[0])
 ]
-TOOLS = [(block, words) for block, words in COMMANDS if words[1:2] == ["-m"] and words[2].startswith("tools.")]
+TOOLS = [(block, words) for block, words in COMMANDS if words[1:2] == ["-m"] and words[2].startswith("tools.") and words[3:]]
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl program")

@@ -29,6 +29,8 @@ def found_in(shell: str) -> str:
         "python -m tools.compare a.mp4 b.mp4 \\\n  --sheet sheet.png",
         "python builder/tiny_checkpoints.py /tmp/tiny",
         "docker run --gpus all -e MODEL_ID=wan21_1b image",
+        "export COMMIT=$(git rev-parse HEAD) && docker build .",
+        'curl "https://api.runpod.ai/v2/$ENDPOINT_ID/run" -d @request.json',
         "curl -s https://api.runpod.ai/v2/ENDPOINT_ID/run -H 'Authorization: Bearer …' -d @test_input.json | jq .id",
     ],
 )
@@ -102,6 +104,7 @@ def test_wrong_json_is_found(document: dict[str, Any], problem: str) -> None:
         ("BUCKET_NAME=my-videos", "configured in part"),
         ("PRESIGNED_URL_TTL=31536000", "PRESIGNED_URL_TTL"),
         ("LORA_FOLDER=/loras", "`LORA_FOLDER` is no variable"),
+        ("TINY=.tiny", "`TINY` is no variable"),  # the Makefile's
     ],
 )
 def test_wrong_settings_are_found(settings: str, problem: str) -> None:
