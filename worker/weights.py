@@ -1,7 +1,7 @@
 """Weights that are nowhere, fetched at start where ALLOW_DOWNLOAD says so.
 
-Not how: that is builder/fetch_checkpoints.py, in a process of its own, where HF_HUB_OFFLINE does not hold and whose libraries the
-worker does not import.
+Not how: that is builder/fetch_checkpoints.py, in a process of its own, where HF_HUB_OFFLINE does not hold and whose libraries
+the worker does not import.
 """
 
 from __future__ import annotations
