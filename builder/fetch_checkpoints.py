@@ -34,9 +34,9 @@ from typing import Any, BinaryIO, TypeVar
 import httpx2
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoFile, RepoSibling
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_raise_for_status
+from huggingface_hub.utils._http import hf_raise_for_status, parse_ratelimit_headers
 from tqdm import tqdm
 
 from pipelines.catalog import MODELS, ModelSpec
@@ -58,7 +58,7 @@ _WRONG_CONTENTS = 3
 """That are fetched in whole before the Hub is believed to have no other."""
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_DEMAND = 0.5, 15.0, 300.0
 """Seconds between tries; the last is what a server may ask for by Retry-After."""
-_SECONDS_OF_SILENCE = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, 30)
+_SECONDS_OF_SILENCE = constants.HF_HUB_DOWNLOAD_TIMEOUT
 _CHUNK = 1024**2
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -122,12 +122,11 @@ class Hub:
         if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision) and commit != revision):
             raise FetchError(f"the Hub gives {commit or 'no commit'} for {repo} at {revision}; it must be that commit")
         if info.siblings:
-            entries = [(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings]
+            entries = [(file.rfilename, *_identity(file)) for file in info.siblings]
         else:
             tree = self._ask(repo, commit, lambda: list(self._api.list_repo_tree(repo, recursive=True, revision=commit)))
-            files = [item for item in tree if isinstance(item, RepoFile)]
-            entries = [(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files]
-        return commit, {path: RemoteFile(repo, commit, path, _size(size), _sum(sum)) for path, size, sum in entries}
+            entries = [(item.path, *_identity(item)) for item in tree if isinstance(item, RepoFile)]
+        return commit, {path: RemoteFile(repo, commit, path, size, sum) for path, size, sum in entries}
 
     def complete(self, file: RemoteFile) -> RemoteFile:
         """The file with its size and sum, which a listing can leave out. Raises FetchError."""
@@ -315,7 +314,10 @@ def _of(
 
 
 def _demanded(headers: Mapping[str, str]) -> float:
-    """Seconds that Retry-After asks to wait: a number, or a date."""
+    """Seconds that the Hub asks to wait: by its rate limit, or by Retry-After with a number or a date."""
+    limit = parse_ratelimit_headers(headers)
+    if limit and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
     value = headers.get("Retry-After", "")
     try:
         return float(value)
@@ -334,6 +336,11 @@ def _continues(response: httpx2.Response, position: int) -> bool:
     return (
         is_plain and response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {position}-")
     )
+
+
+def _identity(file: RepoSibling | RepoFile) -> tuple[int, str]:
+    """Size and sum of a listed file; -1 and "" where the listing does not tell them."""
+    return (_size(file.lfs.size), _sum(file.lfs.sha256)) if file.lfs else (_size(file.size), _sum(file.blob_id))
 
 
 def _size(value: object) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,7 @@ class Repo:
     def fetch(self, remote: str, commit: str) -> None:
         """Raises FetchError: at once when the remote has no such commit, after some tries when it cannot be reached."""
         self._git("remote", "add", "origin", remote)
+        remote = _shown(remote)
         for attempt in range(_TRIES):
             # The files themselves come one by one when they are read, where the remote can do that: they are few of many.
             done = self._run("fetch", "--quiet", "--depth=1", "--filter=blob:none", "--no-tags", "origin", commit)
@@ -182,7 +184,12 @@ def _file_of(module: str) -> str:
 def _reason(said: str) -> str:
     """The line in which git says why it gave up."""
     lines = said.strip().splitlines() or ["git said nothing"]
-    return next((line for line in lines if line.startswith("fatal: ")), lines[-1]).removeprefix("fatal: ")
+    return _shown(next((line for line in lines if line.startswith("fatal: ")), lines[-1]).removeprefix("fatal: "))
+
+
+def _shown(text: str) -> str:
+    """Without the passwords of URLs."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -270,11 +272,19 @@ def test_a_signed_url_that_is_over_is_asked_for_anew(hub: HubServer, fetch: Fetc
     assert len(hub.asked(f"GET /{REPO}/resolve/{hub.main[REPO]}/{WEIGHTS}")) == 3
 
 
-def test_a_retry_waits_as_long_as_the_server_asks(hub: HubServer, fetch: Fetch) -> None:
-    hub.fails(WEIGHTS, hubs.with_status(429, retry_after="1"))
+@pytest.mark.parametrize(
+    "headers", [{"retry_after": "1"}, {"ratelimit": '"resolvers";r=0;t=1'}], ids=["Retry-After", "RateLimit"]
+)
+def test_a_retry_waits_as_long_as_the_server_asks(headers: dict[str, str], hub: HubServer, fetch: Fetch) -> None:
+    hub.fails(WEIGHTS, hubs.with_status(429, **headers))
     begun = time.monotonic()
     assert fetch("--parts", "transformer")[0] == 0
     assert time.monotonic() - begun >= 1
+
+
+def test_the_wait_may_be_asked_for_by_a_date() -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=100)
+    assert 95 < fetch_checkpoints._demanded({"Retry-After": format_datetime(soon, usegmt=True)}) <= 100
 
 
 def test_what_is_damaged_afterwards_is_fetched_again(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
