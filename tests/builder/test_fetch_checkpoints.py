@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -338,7 +340,7 @@ def test_what_is_left_of_a_broken_fetch_is_checked_too(hub: HubServer, fetch: Fe
 
 def test_a_repo_stays_at_its_commit_until_another_is_named(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
     first = hub.main[REPO]
-    fetch("--parts", "vae")
+    fetch("--parts", "vae,scheduler")
     changed = hub.repos[REPO][first] | {"vae/config.json": b"{}", WEIGHTS: b"other weights"}
     second = hub.put(REPO, changed)
     fetch("--parts", "transformer")
@@ -352,7 +354,10 @@ def test_a_repo_stays_at_its_commit_until_another_is_named(hub: HubServer, fetch
     assert (tmp_path / "out" / REPO / WEIGHTS).read_bytes() == b"other weights"
     assert (manifest.revision, "vae/config.json" in manifest.files) == (second, False)
     assert not (tmp_path / "out" / REPO / "vae/config.json").exists()  # of the first commit, and not asked for at the second
-    assert "vae/diffusion_pytorch_model.safetensors" in manifest.files  # the same at both
+    assert {
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    } <= manifest.files.keys()  # the same at both
 
 
 def test_a_revision_is_pinned_by_its_commit(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
@@ -474,6 +479,17 @@ def test_two_at_once_fill_one_folder(hub: HubServer, fetch: Fetch, tmp_path: Pat
     both = [subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
+    assert is_whole(hub, tmp_path / "out")
+
+
+def test_a_volume_without_locks_is_filled_too(
+    hub: HubServer, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert fetch()[0] == 0
     assert is_whole(hub, tmp_path / "out")
 
 
