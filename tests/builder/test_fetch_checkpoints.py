@@ -274,6 +274,12 @@ def test_a_signed_url_that_is_over_is_asked_for_anew(hub: HubServer, fetch: Fetc
     assert len(hub.asked(f"GET /{REPO}/resolve/{hub.main[REPO]}/{WEIGHTS}")) == 3
 
 
+def test_no_file_is_asked_for_compressed(hub: HubServer, fetch: Fetch) -> None:
+    """The Hub would compress small files, and a half of that cannot be gone on with."""
+    fetch()
+    assert {headers["accept-encoding"] for headers in hub.asked("/resolve/")} == {"identity"}
+
+
 @pytest.mark.parametrize(
     "headers", [{"retry_after": "1"}, {"ratelimit": '"resolvers";r=0;t=1'}], ids=["Retry-After", "RateLimit"]
 )
