@@ -30,9 +30,10 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 from huggingface_hub.utils._headers import build_hf_headers
@@ -60,6 +61,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_DEMAND = 0.5, 15.0, 300.0
 """Seconds between tries; the last is what a server may ask for by Retry-After."""
 _SECONDS_OF_SILENCE = constants.HF_HUB_DOWNLOAD_TIMEOUT
 _CHUNK = 1024**2
+_REDIRECTS = 10
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
@@ -132,10 +134,12 @@ class Hub:
         """The file with its size and sum, which a listing can leave out. Raises FetchError."""
         if file.size >= 0 and file.sum:
             return file
-        url = hf_hub_url(file.repo, file.path, revision=file.commit, endpoint=constants.ENDPOINT)
-        ask = partial(get_hf_file_metadata, url, token=self._token, timeout=_SECONDS_OF_SILENCE)
-        head = self._ask(file.repo, file.commit, ask)
-        file = replace(file, size=_size(head.size) if file.size < 0 else file.size, sum=file.sum or _sum(head.etag))
+        head = self._ask(file.repo, file.commit, partial(self._head, file)).headers
+        size, sum = head.get("X-Linked-Size"), head.get("X-Linked-Etag")
+        if sum is None and "Location" not in head:
+            size, sum = head.get("Content-Length"), head.get("ETag")
+        told = _size(int(size)) if size and size.isdecimal() else -1
+        file = replace(file, size=told if file.size < 0 else file.size, sum=file.sum or _sum((sum or "").strip('W/"')))
         if file.size < 0:
             raise FetchError(f"the Hub does not say how large {file} is, so it cannot be fetched safely")
         return file
@@ -187,6 +191,21 @@ class Hub:
         except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as error:
             raise _Again(f"the connection broke ({type(error).__name__})") from error
 
+    def _head(self, file: RemoteFile) -> httpx2.Response:
+        """The answer that tells of the file itself: not that of a CDN, and not that of a repo under its old name."""
+        url = hf_hub_url(file.repo, file.path, revision=file.commit, endpoint=constants.ENDPOINT)
+        headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
+        for _ in range(_REDIRECTS):
+            response = get_session().head(url, headers=headers, follow_redirects=False, timeout=_SECONDS_OF_SILENCE)
+            hf_raise_for_status(response)
+            target = urljoin(url, response.headers.get("Location", ""))
+            if "X-Linked-Etag" in response.headers or not response.has_redirect_location:
+                return response
+            if urlsplit(target)[:2] != urlsplit(url)[:2]:
+                headers.pop("authorization", None)
+            url = target
+        raise httpx2.TooManyRedirects(f"{_REDIRECTS} redirects")
+
     def _ask(self, repo: str, revision: str, question: Callable[[], T]) -> T:
         """The answer to a question about a repo."""
         patience = _Patience(f"{repo} at {revision}", self.stop)
@@ -198,7 +217,7 @@ class Hub:
                     raise _of(error, repo, revision) from None
                 except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                     raise _Again(f"the Hub cannot be reached ({type(error).__name__})") from error
-                except (ValueError, KeyError, TypeError, AttributeError, hub_errors.FileMetadataError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise _Again(f"the Hub's answer makes no sense ({type(error).__name__})") from error
             except _Again as error:
                 patience.wait(error)

@@ -199,6 +199,7 @@ def test_a_dry_run_tells_files_and_gigabytes_and_leaves_nothing(hub: HubServer, 
 
 FAULTS = {
     "drops": [hubs.drops] * 3,
+    "drops again and again, but goes on": [hubs.drops] * 12,
     "ends early": [hubs.ends_early] * 3,
     "ends at once": [hubs.ends_at_once] * 2,
     "lies": [hubs.lies] * 2,
@@ -404,6 +405,7 @@ def test_sizes_and_sums_come_from_wherever_the_hub_has_them(
 
 def test_redirects_may_be_relative(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
     hub.relative_redirects, hub.lists_blobs = True, False
+    hub.fails(WEIGHTS, hubs.lies, hubs.drops)
     assert fetch()[0] == 0
     assert is_whole(hub, tmp_path / "out")
 
