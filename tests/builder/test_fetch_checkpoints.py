@@ -488,6 +488,7 @@ def test_two_at_once_fill_one_folder(hub: HubServer, fetch: Fetch, tmp_path: Pat
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert is_whole(hub, tmp_path / "out")
+    assert len([path for path, _ in hub.requests if "/cdn/" in path and path.endswith(WEIGHTS)]) == 2  # the stall, and the rest
 
 
 def test_a_volume_without_locks_is_filled_too(
