@@ -114,7 +114,7 @@ class Checkpoints:
         tried = tried or [(self.places[0], self.places[0].path / repo)]  # a hub cache without the repo, and nothing else
         found = [(place, folder, _faults_of(self.spec, names, folder)) for place, folder in tried]
         # The first that is whole; else the one that is nearest to it, for the error.
-        place, folder, faults = min(found, key=lambda one: (len(one[2]) > 0, not one[1].is_dir(), len(one[2])))
+        place, folder, faults = min(found, key=lambda one: (not one[1].is_dir(), len(one[2])))
         self._repo_of |= dict.fromkeys(names, folder)
         if faults:
             self._faults.append((repo, place, faults))

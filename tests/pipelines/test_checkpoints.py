@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,15 +102,15 @@ def test_each_part_is_found_by_itself_and_the_model_loads_from_all_of_them(
 def test_a_model_is_loaded_from_the_hub_cache_and_its_revision_is_the_snapshots_name(
     tiny: Path, tmp_path: Path, places: list[Place]
 ) -> None:
-    old = put_into_cache(tiny, tmp_path / "cache", "0" * 40, is_main=False)
     put_into_cache(tiny, tmp_path / "cache")
+    put_into_cache(tiny, tmp_path / "cache", "9" * 40, is_main=False)  # newer, but not what main is
     assert load_pipeline("wan21_1b", Checkpoints(SPEC, places), "cpu").facts["checkpoints"] == {REPO: REVISION}
-    shutil.rmtree(old)
 
 
 def test_a_hub_cache_without_refs_gives_its_newest_whole_snapshot(tiny: Path, tmp_path: Path, places: list[Place]) -> None:
-    put_into_cache(tiny, tmp_path / "cache", is_main=False)
-    (tmp_path / f"cache/models--{REPO.replace('/', '--')}/snapshots/{'2' * 40}").mkdir()
+    for revision, time in (("8" * 40, 1000), (REVISION, 3000), ("9" * 40, 2000)):
+        os.utime(put_into_cache(tiny, tmp_path / "cache", revision, is_main=False), (time, time))
+    (tmp_path / f"cache/models--{REPO.replace('/', '--')}/snapshots/{'7' * 40}").mkdir()
     assert Checkpoints(SPEC, places).revisions() == {REPO: REVISION}
 
 
