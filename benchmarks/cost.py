@@ -24,7 +24,7 @@ SIZES = [(832, 480, 21), (832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280
 """Width, height, frames."""
 MODELS = ("wan21_1b", "wan22_5b", "wan22_14b_t2v")
 _ON_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION = {_ON_A_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+_ATTENTION = {_ON_A_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}  # type: ignore[no-untyped-call]
 """torch counts the attention of GPUs only; it is the same."""
 _BLOCKS = 2
 """Enough to tell one block from what is there once."""

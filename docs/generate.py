@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from docs import figures
 from pipelines.catalog import MODELS, ModelSpec
 from worker.errors import MEANING
 from worker.request import Lora, Prompt, Request
@@ -24,10 +25,13 @@ from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "docs/request.schema.json"
+PLOT = ROOT / "docs/images/performance.svg"
 
 
 def main() -> int:
-    wanted = {SCHEMA: schema()} | {path: filled(path) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+    wanted = {SCHEMA: schema(), PLOT: figures.plot()} | {
+        path: filled(path) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -51,6 +55,9 @@ def filled(path: Path) -> str:
         "fields": fields,
         "errors": errors,
         "environment": environment,
+        "ratios": lambda: table(*figures.ratio_table()),
+        "memory": lambda: table(*figures.memory_table()),
+        "cost": lambda: table(*figures.cost_table()),
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}
 

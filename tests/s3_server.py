@@ -19,14 +19,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.faults import CutShort, Dropped, Faults, Slow, Status, Unanswered
+from tests.faults import CutShort, Dropped, Fault, Faults, Slow, Status, Unanswered
 
 _GRPC_OFFSET = 10_000
 """Every part of the server also listens on its port plus this."""
@@ -130,7 +131,7 @@ def serve(bucket: str = "test-bucket") -> Iterator[S3Server]:
 
 
 class Gateway:
-    """The way to a server, with faults on demand by HTTP method: `gateway.faults.order("PUT", Status(503))`.
+    """The way to a server, with faults on demand by method and kind of file: `gateway.faults.order("PUT .jpg", Status(503))`.
 
     Whoever uses its address for the endpoint signs for it, and gets URLs that name it.
     """
@@ -169,9 +170,14 @@ class _GatewayHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: _GatewayServer
 
+    def _fault(self) -> Fault | None:
+        """That was ordered for files of this kind, as in `PUT .jpg`, or for any."""
+        faults, suffix = self.server.gateway.faults, PurePosixPath(urlsplit(self.path).path).suffix
+        return faults.next(f"{self.command} {suffix}") or faults.next(self.command)
+
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.gateway.faults.next(self.command)
+        fault = self._fault()
         if isinstance(fault, Status):
             error = b"<Error><Code>SlowDown</Code><Message>on demand</Message></Error>"
             self._send(fault.code, {"Content-Type": "application/xml"}, error, len(error))

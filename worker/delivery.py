@@ -112,13 +112,12 @@ class Delivery:
         """
         key = self._key(file.name)
         try:
-            return self._store(file, key, content_type, give_up_at, stop)
+            stored = self._store(file, key, content_type, give_up_at, stop)
         except NotStored as error:
-            raise self._kept_error(error) if self.keep(file, content_type) else error from error
-
-    def keep(self, file: Path, content_type: str) -> bool:
-        """Keep `file` in RECOVERY_DIR, without a try to store it. False when that is not possible either."""
-        return self._recovery.keep(file, Kept(self._key(file.name), content_type, self._made_from, self._own))
+            kept = self._recovery.keep(file, Kept(self._key(file.name), content_type, self._made_from, self._own))
+            raise self._kept_error(error) if kept else error from error
+        self._recovery.forget(key)  # what was kept when an earlier try failed
+        return stored
 
     def find(self, name: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored | None:
         """The finished file of that name, if an earlier delivery of this job made it; a kept one is stored now, see `put`."""

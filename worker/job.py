@@ -56,7 +56,7 @@ from worker.report import (
 from worker.request import Shot, parse, shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
-from worker.storage import Storage, storage_of, storage_of_job
+from worker.storage import Storage, Stored, storage_of, storage_of_job
 from worker.video import encode
 from worker.weights import fetch_missing
 
@@ -489,32 +489,39 @@ class JobRunner:
         return written
 
     async def _upload(self, run: Run, shot: Shot, file: Path, pictures: dict[Picture, Path]) -> Output:
-        """The video first, then what lies beside it."""
+        """The video, and beside it its pictures."""
         arguments = (file, run.encoding(shot).content_type, self._give_up_at(run), run.stop_delivery)
         with stage("upload", run.timings, job=run.id, prompt_index=shot.index, bytes=file.stat().st_size):
-            try:
-                stored = await in_thread(run.stop_delivery, run.delivery.put, *arguments)
-            except WorkerError:
-                for path in pictures.values():
-                    await in_thread(run.stop_delivery, run.delivery.keep, path, JPEG)
-                raise
-            file.unlink()
-            items = await asyncio.gather(*(self._upload_picture(run, shot, *made) for made in pictures.items()))
-            return Output(shot, stored, {made.kind: item for made, item in zip(pictures, items, strict=True) if item})
-
-    async def _upload_picture(self, run: Run, shot: Shot, picture: Picture, path: Path) -> dict[str, Any] | None:
-        """None when it cannot be stored soon: the video is safe, and need not wait long for its poster."""
-        give_up_at = min(self._give_up_at(run), time.monotonic() + _SECONDS_FOR_A_PICTURE)
-        try:
-            stored = await in_thread(run.stop_delivery, run.delivery.put, path, JPEG, give_up_at, run.stop_delivery)
-        except Stopped:
-            raise
-        except Exception as error:
-            run.warn_of_picture(shot, picture, self._told(error, run.id).message)
-            return None
-        finally:
+            video = asyncio.create_task(in_thread(run.stop_delivery, run.delivery.put, *arguments))
+            waiting = [self._upload_picture(run, shot, *made, video) for made in pictures.items()]
+            stored, *items = await asyncio.gather(video, *waiting, return_exceptions=True)
+        for outcome in (stored, *items):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        for path in (file, *pictures.values()):
             path.unlink()
-        return picture_item(picture, stored)
+        made = {picture.kind: item for picture, item in zip(pictures, items, strict=True) if item}
+        return Output(shot, cast("Stored", stored), cast("PictureItems", made))
+
+    async def _upload_picture(
+        self, run: Run, shot: Shot, picture: Picture, path: Path, video: asyncio.Task[Stored]
+    ) -> dict[str, Any] | None:
+        """None when it cannot be stored: a result does not wait long for a poster, once the video is safe."""
+        while True:
+            video_is_stored = video.done()
+            give_up_at = min(self._give_up_at(run), time.monotonic() + _SECONDS_FOR_A_PICTURE)
+            try:
+                stored = await in_thread(run.stop_delivery, run.delivery.put, path, JPEG, give_up_at, run.stop_delivery)
+                return picture_item(picture, stored)
+            except Stopped:
+                raise
+            except Exception as error:
+                if video_is_stored:
+                    run.warn_of_picture(shot, picture, self._told(error, run.id).message)
+                    return None
+                await asyncio.wait([video])  # the bucket may have been away; if it takes the video, it may take this
+                if video.cancelled() or video.exception():
+                    return None
 
     def _give_up_at(self, run: Run) -> float:
         """Until when an upload is tried again: UPLOAD_TIMEOUT from now, but the job has to end in time."""

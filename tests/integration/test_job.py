@@ -64,7 +64,7 @@ class FussyStorage:
         self.refused = refused
 
     def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
-        if file.stem in {str(index) for index in self.refused}:
+        if file.name.partition(".")[0] in {str(index) for index in self.refused}:
             raise NotStored("the bucket is away", refused=False)
         return Stored(f"https://example.com/{key}", key, None, file.stat().st_size)
 
@@ -218,7 +218,7 @@ def test_out_of_memory_names_the_setting_to_change(runner: Runner, tiny: Path, m
     monkeypatch.setattr(worker._model, "generate", generate)
     assert run(worker, job(tiny, {}))["error"] == (
         "OUT_OF_MEMORY: the device ran out of memory; ask for fewer frames or a smaller size, or run the worker with "
-        "OFFLOAD_MODE=model"
+        "OFFLOAD_MODE=text_encoder"
     )
 
 

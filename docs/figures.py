@@ -1,0 +1,85 @@
+"""What benchmarks/results/ says, as tables and as a plot, so that no page has a figure that nobody measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Table = list[tuple[str, ...]]
+"""Head and rows."""
+
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+_CPU = "cpu-x86_64"
+
+_WIDTH, _HEIGHT, _LEFT, _MIDDLE = 760, 300, 250, 470
+_INK, _OURS, _GOAL = "#808080", "#3f7fd4", "#d0742b"
+"""Readable on white and on black alike: a page shows the plot as an image, which does not know its theme."""
+
+
+def ratios() -> list[tuple[str, float, float]]:
+    """(what, goal, measured), each a ratio to plain diffusers use, or to the model's own time."""
+    start, warm, backlog = _rows("start")[-1], _rows("warm"), _rows("backlog")[0]
+    switch = _rows("switch-tiny-2-blocks")
+    return [
+        ("process start to first result", 0.6, start["ratio"]),
+        *((f"warm request beside the model, {row['size']}", 0.3, row["ratio"]) for row in warm),
+        ("another LoRA as an adapter, to a fresh pipeline", 0.1, max(row["adapter_to_fresh"] for row in switch)),
+        ("another LoRA merged, to a fresh pipeline", 0.1, max(row["merge_to_fresh"] for row in switch)),
+        ("8 jobs, 1 s per upload, to the model's time", 1.1, backlog["worker_to_model"]),
+        *((f"encoding and storing after the decode, {row['size']}", 0.2, row["ratio"]) for row in _rows("encode")),
+    ]
+
+
+def ratio_table() -> Table:
+    return [("figure", "goal", "measured"), *((what, f"{goal:g}", f"{ratio:.2f}") for what, goal, ratio in ratios())]
+
+
+def memory_table() -> Table:
+    """GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
+    rows = _rows("memory")
+    head = tuple(name.removeprefix("weights ") for name in rows[0])
+    return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
+
+
+def cost_table() -> Table:
+    """PFLOP by model and size."""
+    head = ("model", "size", "frames", "a step", "of it attention", "the decode")
+    names = ("model", "size", "num_frames", "step", "attention", "decode")
+    texts = [{"size": f"{row['width']}×{row['height']}", "attention": f"{row['attention_part']:.0%}"} for row in _rows("cost")]
+    return [head, *(tuple(str((row | text)[name]) for name in names) for row, text in zip(_rows("cost"), texts, strict=True))]
+
+
+def plot() -> str:
+    """The ratios as bars with their goals, as an SVG."""
+    rows = ratios()
+    step = _HEIGHT / len(rows)
+    scale = (_WIDTH - _LEFT - 60) / max(max(goal, ratio) for _, goal, ratio in rows)
+    bars = "".join(_bar(what, goal, ratio, number * step, step, scale) for number, (what, goal, ratio) in enumerate(rows))
+    key = _text(
+        _LEFT + 60, _HEIGHT + 26, "blue: measured on a CPU; orange: the goal; plain diffusers use is 1.0, and less is better"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT + 40}" font-family="system-ui, sans-serif" '
+        f'font-size="12" role="img" aria-label="Ratios to plain diffusers use, and their goals">{bars}{key}</svg>\n'
+    )
+
+
+def _bar(what: str, goal: float, ratio: float, top: float, step: float, scale: float) -> str:
+    middle = top + step / 2
+    mark = _LEFT + goal * scale
+    return (
+        _text(_LEFT - 8, middle + 4, what, "end")
+        + f'<rect x="{_LEFT}" y="{top + step * 0.2:.1f}" width="{ratio * scale:.1f}" height="{step * 0.6:.1f}" fill="{_OURS}"/>'
+        + f'<path d="M{mark:.1f} {top + 2:.1f}V{top + step - 2:.1f}" stroke="{_GOAL}" stroke-width="2"/>'
+        + _text(_LEFT + max(ratio, goal) * scale + 8, middle + 4, f"{ratio:.2f}")
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{_INK}" text-anchor="{anchor}">{text}</text>'
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}-{_CPU}.json").read_text())["rows"]
+    return rows
