@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from builder import sizes
 from pipelines.catalog import MODELS, ModelSpec
 from worker.errors import MEANING
 from worker.request import Lora, Prompt, Request
@@ -50,6 +51,7 @@ def filled(path: Path) -> str:
         "fields": fields,
         "errors": errors,
         "environment": environment,
+        "sizes": weights,
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}
 
@@ -137,6 +139,11 @@ def model(spec: ModelSpec) -> str:
         ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in spec.offload_modes)),
     ]
     return table(("", ""), *rows)
+
+
+def weights() -> str:
+    head = ("model id", "weights on disk", "on the GPU, `OFFLOAD_MODE=none`", "on the GPU, `OFFLOAD_MODE=model`")
+    return table(head, *sizes.rows())
 
 
 def _pipeline(spec: ModelSpec) -> str:

@@ -144,6 +144,7 @@ def container(
     working = run("buildah", "from", "--pull-never", image.name).strip()
     try:
         root = Path(run("buildah", "mount", working).strip())
+        (root / "etc/hosts").write_text("127.0.0.1 localhost\n")  # as an engine does
         mounts = [f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev"]
         for here, there in volumes.items():
             mounts += [f"mkdir -p {root}{there}", f"mount --bind {here} {root}{there}"]
