@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pipelines import ahead, lean
 from pipelines.catalog import MODELS
+from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from worker import logs
 from worker.errors import WorkerError
@@ -59,7 +60,8 @@ def main() -> None:
 def start(settings: Settings) -> JobRunner:
     """Import what is needed and load the model, while the system reads the weights. Raises what `cold_start` raises."""
     took = {"settings": round(time.process_time(), 3)}
-    ahead.read_weights(MODELS[settings.model_id], settings.checkpoint_dir)
+    checkpoints = Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
+    ahead.read_weights(checkpoints.spec, checkpoints)
     if reason := lean.install():
         logs.log.warning("a slow start, with everything that the libraries import: %s", reason)
     gc.disable()  # to look for garbage among what is imported takes a second, and finds next to none
@@ -69,7 +71,7 @@ def start(settings: Settings) -> JobRunner:
         from worker.job import cold_start
     gc.freeze()
     gc.enable()
-    return cold_start(settings, took)
+    return cold_start(settings, took, checkpoints)
 
 
 def fail(reason: str, in_cloud: bool) -> NoReturn:

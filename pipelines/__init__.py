@@ -8,9 +8,9 @@
     for frames in pipeline.generate(Sampling(prompt="a boat", seed=42)):  # uint8 [n, height, width, 3]
         ...
 
-`catalog`, `errors`, `lora_file`, `recipes` and `weights` import no torch, so that the worker can check a job before anything
-heavy is loaded, nor do `ahead`, `clock` and `lean`, which make a start quick. The names above are imported on first use, for
-the same reason.
+`catalog`, `checkpoints`, `errors`, `lora_file`, `recipes` and `weights` import no torch, so that the worker can check a job
+before anything heavy is loaded, nor do `ahead`, `clock` and `lean`, which make a start quick. The names above are imported on
+first use, for the same reason.
 """
 
 from typing import TYPE_CHECKING, Any

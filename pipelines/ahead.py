@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from pipelines.catalog import ModelSpec
+from pipelines.checkpoints import Checkpoints
 from pipelines.weights import STEM_OF, file_names
 
 _READERS = 4
@@ -21,14 +22,14 @@ _MACHINE = Path("/proc/meminfo")
 _CONTAINER = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
-def read_weights(spec: ModelSpec, checkpoints: Path) -> None:
+def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
     """Have the system read the model's weights into its cache, in the background and in the order in which they are loaded.
 
     As far as they fit into half of the memory: what is read beyond it would drive out what was read before.
     """
     files: SimpleQueue[Path] = SimpleQueue()
     room = _memory() // 2
-    for file in _weights(spec, checkpoints):
+    for file in _weights(Checkpoints.of(spec, checkpoints)):
         room -= file.stat().st_size
         if room < 0:
             break
@@ -37,10 +38,10 @@ def read_weights(spec: ModelSpec, checkpoints: Path) -> None:
         threading.Thread(target=_read, args=(files,), daemon=True).start()
 
 
-def _weights(spec: ModelSpec, checkpoints: Path) -> Iterator[Path]:
-    for part, source in spec.sources.items():
+def _weights(checkpoints: Checkpoints) -> Iterator[Path]:
+    for part in checkpoints.spec.sources:
         if part in STEM_OF:
-            folder = checkpoints / source.repo / source.subfolder
+            folder = checkpoints.folder_of(part)
             with suppress(OSError, ValueError, KeyError):  # what is wrong with them, the load says better
                 yield from (folder / name for name in file_names(folder, part) if (folder / name).is_file())
 

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -32,6 +31,7 @@ from pipelines.catalog import (
     LoraMode,
     ModelSpec,
 )
+from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.decode import decode
 from pipelines.embeddings import remember_embeddings
@@ -85,7 +85,7 @@ class Sampling:
 class WanModel:
     """One loaded model. Not safe for use from two threads at once."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Path) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Checkpoints) -> None:
         self.spec = spec
         self.facts: dict[str, Any] = {}
         """See `facts_of`."""
@@ -313,7 +313,7 @@ class Parts:
     """
 
     def __init__(
-        self, spec: ModelSpec, checkpoints: Path, dtype: torch.dtype, device: torch.device | None, took: dict[str, float]
+        self, spec: ModelSpec, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | None, took: dict[str, float]
     ) -> None:
         """`device`: None leaves the components where they are loaded, for an offloading that is set up later."""
         self._spec = spec
@@ -331,7 +331,7 @@ class Parts:
 
     def _load(self, name: str) -> Any:
         source = self._spec.sources[name]
-        repo, options = self._checkpoints / source.repo, {"subfolder": source.subfolder, "local_files_only": True}
+        repo, options = self._checkpoints.repo_of(name), {"subfolder": source.subfolder, "local_files_only": True}
         if name == "tokenizer":
             return transformers.AutoTokenizer.from_pretrained(repo, **options)
         part_class = {

@@ -11,20 +11,18 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from pipelines.catalog import ModelSpec
-from pipelines.manifest import Manifest
+from pipelines.checkpoints import Checkpoints
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def facts_of(
-    spec: ModelSpec, checkpoints: Path, toolkit: Path | None, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def facts_of(checkpoints: Checkpoints, toolkit: Path | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that decides the frames and is the same for all jobs of a worker."""
+    spec = checkpoints.spec
     facts: dict[str, Any] = {
         "model": spec.id,
-        "checkpoints": {repo: revision_of(checkpoints / repo) for repo in sorted({s.repo for s in spec.sources.values()})},
+        "checkpoints": checkpoints.revisions(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
@@ -33,16 +31,6 @@ def facts_of(
     if spec.needs_toolkit and toolkit is not None:
         facts["ai_toolkit"] = {"version": toolkit_version(toolkit), "commit": commit_of(toolkit)}
     return facts
-
-
-def revision_of(repo: Path) -> str | None:
-    """The Hub commit a folder was downloaded at, by its manifest or by what `huggingface_hub` notes beside the files."""
-    if manifest := Manifest.read(repo):
-        return manifest.revision
-    for note in sorted((repo / ".cache/huggingface/download").rglob("*.metadata")):
-        if match := _COMMIT.match(_text(note)):
-            return match[0]
-    return None
 
 
 def toolkit_version(checkout: Path) -> str | None:

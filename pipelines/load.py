@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.base import Parts, WanModel
 from pipelines.catalog import MODELS, ModelSpec, OffloadMode
+from pipelines.checkpoints import Checkpoints
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
-from pipelines.manifest import Manifest
 from pipelines.toolkit import Toolkit, load_toolkit
 from pipelines.wan21 import Wan21
 from pipelines.wan22_5b import Wan22TextImageToVideo
@@ -27,7 +27,7 @@ from pipelines.weights import STEM_OF, file_names
 
 def load_pipeline(
     model_id: str,
-    checkpoints: Path,
+    checkpoints: Path | Checkpoints,
     device: str = "cuda",
     offload_mode: OffloadMode = "none",
     toolkit_path: Path | None = None,
@@ -37,7 +37,8 @@ def load_pipeline(
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
 
-    `checkpoints` holds a folder `ORG/NAME` per Hub repo id in diffusers layout. Nothing is fetched from a network.
+    `checkpoints` is a folder with an `ORG/NAME` per Hub repo id in diffusers layout, or what was found in several places.
+    Nothing is fetched from a network.
     `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, where it has one; None: any.
     `took` is given the seconds of each component.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
@@ -48,7 +49,8 @@ def load_pipeline(
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
     try:
-        _check_checkpoints(spec, checkpoints)
+        checkpoints = Checkpoints.of(spec, checkpoints)
+        checkpoints.check()
         if target.type == "cuda":
             check_memory(spec, checkpoints, offload_mode, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
         parts = Parts(spec, checkpoints, dtype, target if offload_mode == "none" else None, {} if took is None else took)
@@ -56,13 +58,13 @@ def load_pipeline(
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
-    model.facts = facts_of(spec, checkpoints, toolkit_path, target, dtype) | {"offload_mode": offload_mode}
+    model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": offload_mode}
     return model
 
 
 def _load(
     spec: ModelSpec,
-    checkpoints: Path,
+    checkpoints: Checkpoints,
     target: torch.device,
     parts: Parts,
     offload_mode: OffloadMode,
@@ -104,39 +106,12 @@ def _place(pipe: Any, device: torch.device, offload_mode: OffloadMode) -> None:
         pipe.to(device)
 
 
-def _check_checkpoints(spec: ModelSpec, checkpoints: Path) -> None:
-    missing: list[str] = []
-    changed: set[str] = set()
-    manifests = {repo: Manifest.read(checkpoints / repo) for repo in {source.repo for source in spec.sources.values()}}
-    for part, source in spec.sources.items():
-        folder = checkpoints / source.repo / source.subfolder
-        if not folder.is_dir() or not any(folder.iterdir()):
-            missing.append(f"{source}/")
-            continue
-        if part in STEM_OF:
-            missing += [f"{source}/{name}" for name in _missing_weights(folder, part)]
-        if manifest := manifests[source.repo]:
-            changed |= {f"{source.repo}/{path}" for path in manifest.not_as_listed(checkpoints / source.repo, source.subfolder)}
-    if not spec.needs_toolkit and not (checkpoints / spec.sources["vae"].repo / "model_index.json").is_file():
-        missing.append(f"{spec.sources['vae'].repo}/model_index.json")
-    if missing:
-        raise CheckpointNotFound(
-            f"{spec.id} needs files that are not below CHECKPOINT_DIR: {', '.join(missing)}; "
-            "download these repos there, each into a folder ORG/NAME"
-        )
-    if changed:
-        raise CheckpointNotFound(
-            f"{spec.id}: these files are missing or not as large as their manifest says: {', '.join(sorted(changed))}; "
-            "fetch them again"
-        )
-
-
-def check_memory(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, itemsize: int, free: int) -> None:
+def check_memory(spec: ModelSpec, checkpoints: Path | Checkpoints, offload_mode: OffloadMode, itemsize: int, free: int) -> None:
     """Whether the weights, in numbers of `itemsize` bytes, fit into `free` bytes of the device.
 
     Only a lower bound of what a job needs, but one that is certain. Raises DeviceUnavailable.
     """
-    sizes = _bytes_of_parts(spec, checkpoints, itemsize)
+    sizes = _bytes_of_parts(Checkpoints.of(spec, checkpoints), itemsize)
     on_device: dict[OffloadMode, int] = {"none": sum(sizes), "model": max(sizes), "sequential": 0}  # one layer is nothing
     needed = {mode: on_device[mode] for mode in spec.offload_modes}
     if needed[offload_mode] <= free:
@@ -149,12 +124,12 @@ def check_memory(spec: ModelSpec, checkpoints: Path, offload_mode: OffloadMode, 
     )
 
 
-def _bytes_of_parts(spec: ModelSpec, checkpoints: Path, itemsize: int) -> list[int]:
+def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int) -> list[int]:
     """What the weights of each component take in numbers of `itemsize` bytes."""
     sizes = []
-    for part, source in spec.sources.items():
+    for part in checkpoints.spec.sources:
         if part in STEM_OF:
-            folder = checkpoints / source.repo / source.subfolder
+            folder = checkpoints.folder_of(part)
             sizes.append(sum(_count(folder / name) for name in file_names(folder, part)) * itemsize)
     return sizes
 
@@ -163,8 +138,3 @@ def _count(file: Path) -> int:
     """How many numbers a safetensors file holds."""
     with safe_open(file, framework="pt") as tensors:
         return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-
-
-def _missing_weights(folder: Path, part: str) -> list[str]:
-    """Names of files that a model's folder lacks: its config, its weights, or a shard that the index lists."""
-    return [name for name in ("config.json", *file_names(folder, part)) if not (folder / name).is_file()]

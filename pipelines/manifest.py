@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ class Manifest:
     def write(self, folder: Path) -> None:
         files = {path: {"bytes": entry.bytes, "sha256": entry.sha256} for path, entry in self.files.items()}
         content = {"repo": self.repo, "revision": self.revision, "files": files}
-        (folder / NAME).write_text(json.dumps(content, indent=1) + "\n")
+        unfinished = folder / f"{NAME}.{os.getpid()}"  # several workers may share the folder
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(folder / NAME)
 
     def not_as_listed(self, folder: Path, subfolder: str) -> list[str]:
         """The files of `subfolder` ("" is the whole repo) that are missing or of another size, by their path in the repo.

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipelines.catalog import ModelSpec
+from pipelines.checkpoints import Checkpoints
 from pipelines.errors import blamed_on
 from pipelines.lora_file import Adapter, transformer_of
 from pipelines.lora_layers import read_layers
@@ -25,13 +26,10 @@ from pipelines.weights import file_names, index_of
 class Merges:
     """The merged LoRAs of one pipeline, by transformer; at most one each."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Path) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Checkpoints) -> None:
         self._spec = spec
         self._pipe = pipe
-        self._files = {
-            name: _CheckpointFile(checkpoints / spec.sources[name].repo / spec.sources[name].subfolder)
-            for name in spec.transformers
-        }
+        self._files = {name: _CheckpointFile(checkpoints.folder_of(name)) for name in spec.transformers}
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
         """Layers whose weights are not, or may not be, what the file says."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from pipelines.base import Parts, WanModel
 from pipelines.catalog import ModelSpec
+from pipelines.checkpoints import Checkpoints
 from pipelines.weights import STEM_OF
 
 
@@ -16,8 +16,7 @@ class Wan21(WanModel):
     """The checkpoint says everything; text- and image-to-video differ in the pipeline class."""
 
     @staticmethod
-    def load(spec: ModelSpec, checkpoints: Path, parts: Parts) -> Any:
+    def load(spec: ModelSpec, checkpoints: Checkpoints, parts: Parts) -> Any:
         pipeline_class = WanImageToVideoPipeline if spec.control_image == "required" else WanPipeline
-        folder = checkpoints / spec.sources["vae"].repo
         loaded = parts.load(name for name in spec.sources if name in STEM_OF)
-        return pipeline_class.from_pretrained(folder, **loaded, local_files_only=True)
+        return pipeline_class.from_pretrained(checkpoints.base, **loaded, local_files_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ from PIL import Image
 
 from pipelines.base import UNIPC, Parts, Sampling, WanModel
 from pipelines.catalog import ModelSpec
+from pipelines.checkpoints import Checkpoints
 from pipelines.toolkit import Toolkit
 
 
 class Wan22Toolkit(WanModel):
     """A model whose conditioning is made by the toolkit's functions before its pipeline is called."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Path, toolkit: Toolkit) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Checkpoints, toolkit: Toolkit) -> None:
         super().__init__(spec, pipe, device, checkpoints)
         self._toolkit = toolkit
 

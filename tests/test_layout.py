@@ -12,7 +12,7 @@ import pytest
 
 from tests.worker_process import ROOT
 
-VOCABULARY = {"pipelines.catalog", "pipelines.errors", "pipelines.lora_file", "pipelines.recipes"}
+VOCABULARY = {"pipelines.catalog", "pipelines.checkpoints", "pipelines.errors", "pipelines.lora_file", "pipelines.recipes"}
 """Modules of pipelines/ that import no torch; the worker's modules may speak of what is in them."""
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 
 from pipelines import Sampling, WanModel, load_pipeline
 from pipelines import errors as pipeline_errors
-from pipelines.catalog import LoraMode, Sampler
+from pipelines.catalog import MODELS, LoraMode, Sampler
+from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.lora_file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
@@ -75,14 +76,17 @@ _SECONDS_TO_UPLOAD = 15.0
 """For what was finished just before the job's time was over."""
 
 
-def cold_start(settings: Settings, took: dict[str, float] | None = None) -> JobRunner:
+def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> JobRunner:
     """Check where results go, and load the model of `settings`. `took`: seconds of what came before, for the log.
+
+    `checkpoints`: what was found in the places of `settings`, where they were looked into before.
 
     Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
     """
     if settings.in_cloud and settings.allow_private_downloads:
         log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
     took = {} if took is None else took
+    checkpoints = checkpoints or Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
     storage = storage_of(settings)
     with timed(took, "storage"):
         _check_storage(storage)
@@ -92,7 +96,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None) -> JobR
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
             model = load_pipeline(
                 settings.model_id,
-                settings.checkpoint_dir,
+                checkpoints,
                 settings.device,
                 settings.offload_mode,
                 settings.ai_toolkit_path,

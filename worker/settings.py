@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipelines.catalog import MODELS, TOOLKIT_COMMIT, LoraMode, Match, OffloadMode
+from pipelines.checkpoints import Place
 from worker.errors import Code, WorkerError
 
 SEVEN_DAYS = 7 * 24 * 3600
@@ -35,7 +36,21 @@ class Settings(BaseSettings):
 
     model_id: str = Field(description="The one model this worker serves.")
     checkpoint_dir: Path = Field(
-        default=Path("/checkpoints"), description="One folder per Hub repo id, `ORG/NAME`, in diffusers layout."
+        default=Path("/checkpoints"),
+        description="Where weights are looked for first: one folder per Hub repo id, `ORG/NAME`, in diffusers layout.",
+    )
+    model_cache_dir: Path = Field(
+        default=Path("/runpod-volume/huggingface-cache/hub"),
+        description="Where weights are looked for next: the platform's cache of models, in the layout of `huggingface_hub`.",
+    )
+    volume_checkpoint_dir: Path = Field(
+        default=Path("/runpod-volume/checkpoints"),
+        description="Where weights are looked for last: a folder on a network volume, laid out as `CHECKPOINT_DIR`.",
+    )
+    allow_download: bool = Field(
+        default=False,
+        description="`1`: weights that are nowhere are fetched from the Hugging Face Hub at start, to `VOLUME_CHECKPOINT_DIR` "
+        "or, without a volume, to `CHECKPOINT_DIR`.",
     )
     ai_toolkit_path: Path | None = Field(
         default=None, description="Checkout of ostris/ai-toolkit; needed by `wan22_14b_i2v` and `wan22_5b`."
@@ -121,6 +136,15 @@ class Settings(BaseSettings):
         """What must not be seen."""
         values = (getattr(self, name) for name in type(self).model_fields)
         return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+
+    @property
+    def checkpoint_places(self) -> list[Place]:
+        """Where weights are looked for, in this order."""
+        return [
+            Place("CHECKPOINT_DIR", self.checkpoint_dir),
+            Place("MODEL_CACHE_DIR", self.model_cache_dir, is_hub_cache=True),
+            Place("VOLUME_CHECKPOINT_DIR", self.volume_checkpoint_dir),
+        ]
 
     @property
     def in_cloud(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import ahead
 from pipelines.catalog import MODELS
+from pipelines.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_all_weights_of_the_model_are_read_and_nothing_else(tiny: Path, read: li
 def test_no_more_is_read_than_fits_into_half_of_the_memory(
     tiny: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = next(ahead._weights(MODELS["wan21_1b"], tiny))
+    first = next(ahead._weights(Checkpoints(MODELS["wan21_1b"], tiny)))
     monkeypatch.setattr(ahead, "_memory", lambda: 2 * first.stat().st_size)
     read_weights(tiny)
     assert read == ["/".join(first.parts[-2:])]

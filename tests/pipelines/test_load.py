@@ -37,7 +37,7 @@ def test_every_missing_part_is_named(model_id: str, tmp_path: Path) -> None:
 
 def test_missing_weights_are_named(copy: Path) -> None:
     (copy / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(CheckpointNotFound, match=r"Wan2.1-T2V-1.3B-Diffusers/vae/diffusion_pytorch_model.safetensors;"):
+    with pytest.raises(CheckpointNotFound, match=r"1.3B-Diffusers/vae/diffusion_pytorch_model.safetensors \(missing\);"):
         load_pipeline("wan21_1b", copy, "cpu")
 
 
@@ -46,7 +46,7 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
     shards = {"a": "part-00001-of-00002.safetensors", "b": "part-00002-of-00002.safetensors"}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (folder / shards["a"]).touch()
-    with pytest.raises(CheckpointNotFound, match=r"transformer/part-00002-of-00002\.safetensors;"):
+    with pytest.raises(CheckpointNotFound, match=r"transformer/part-00002-of-00002\.safetensors \(missing\);"):
         load_pipeline("wan21_1b", copy, "cpu")
 
 
@@ -63,13 +63,14 @@ def test_a_file_that_is_not_as_its_manifest_says_is_named(copy: Path) -> None:
     assert load_pipeline("wan21_1b", copy, "cpu").facts["checkpoints"] == {repo: "a" * 40}
     (copy / repo / "vae/config.json").write_text("{}")
     (copy / repo / "tokenizer/tokenizer.json").unlink()
-    with pytest.raises(CheckpointNotFound, match=f"{repo}/tokenizer/tokenizer.json, {repo}/vae/config.json; fetch them again"):
+    with pytest.raises(CheckpointNotFound) as error:
         load_pipeline("wan21_1b", copy, "cpu")
+    assert f"{repo}/tokenizer/tokenizer.json (missing), {repo}/vae/config.json (not as large as" in str(error.value)
 
 
 def test_a_manifest_that_cannot_be_read_is_named(copy: Path) -> None:
     (copy / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/worker-wan-lora.manifest.json").write_text("[]")
-    with pytest.raises(CheckpointNotFound, match=r"worker-wan-lora\.manifest\.json is damaged"):
+    with pytest.raises(CheckpointNotFound, match=r"worker-wan-lora\.manifest\.json \(damaged\)"):
         load_pipeline("wan21_1b", copy, "cpu")
 
 
