@@ -102,6 +102,8 @@ RUN [ "$CHECKPOINTS" = hub ] \
 # The code, its bytecode, and an index of all models that transformers makes at its first import and pipelines/lean.py keeps.
 FROM runtime AS code
 COPY LICENSE handler.py /image/app/
+# The worker fetches weights with it where ALLOW_DOWNLOAD is set, and who fills a network volume by hand.
+COPY builder/__init__.py builder/fetch_checkpoints.py /image/app/builder/
 COPY pipelines /image/app/pipelines
 COPY worker /image/app/worker
 WORKDIR /

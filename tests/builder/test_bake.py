@@ -12,6 +12,7 @@ from typing import Any
 
 import hcl2
 import pytest
+import yaml
 
 from builder import bake
 from pipelines.catalog import MODELS, TOOLKIT_COMMIT
@@ -134,3 +135,18 @@ def test_files_go_into_the_emptiest_slot(tmp_path: Path, monkeypatch: pytest.Mon
     bake.spread(MODELS["wan21_1b"], "text", bake.GROUPS["text"])
     filled = [sum(file.stat().st_size for file in slot.iterdir()) for slot in bake.GROUPS["text"].folders("text")]
     assert filled == [5, 5, 5]
+
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def test_the_workflow_publishes_every_model() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/images.yml").read_text())["jobs"]
+    assert jobs["baked"]["strategy"]["matrix"]["model"] == list(MODELS)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_an_action_of_a_workflow_is_pinned_to_a_commit(workflow: Path) -> None:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    used = [step["uses"] for job in jobs for step in job["steps"] if "uses" in step]
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used)
