@@ -15,11 +15,11 @@ TINY := .tiny
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt
+$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt builder/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r builder/requirements-torch.txt
-	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt
+	$(PY) -m pip install --quiet -r builder/requirements-torch.txt -c builder/constraints.txt
+	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
 	touch $@
 
 $(TINY)/.ready: builder/tiny_checkpoints.py $(VENV)/.ready
