@@ -18,6 +18,7 @@ import av
 import pytest
 
 from pipelines.catalog import MODELS
+from tests.builder.hub_server import hub_server
 from tests.cloud import Cloud
 from tests.conftest import STAND_IN
 from tests.image.builds import Container, Image, Layer, build, container
@@ -77,11 +78,18 @@ def small(secret: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 
 @pytest.fixture(scope="session")
-def with_toolkit(secret: str, toolkit_remote: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Image:
+def from_hub(
+    secret: str, tiny: Path, toolkit_remote: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Image]:
+    """An image of wan22_5b as it is built for use: with ai-toolkit, and weights from a Hub that wants the token."""
     remote, commit = toolkit_remote
-    options = [secret, f"--volume={remote}:/remote:ro"]
-    arguments = {"AI_TOOLKIT_REMOTE": "file:///remote", "AI_TOOLKIT_COMMIT": commit}
-    return build(tmp_path_factory.mktemp("wan22-5b-"), *options, CHECKPOINTS="tiny", MODEL_ID="wan22_5b", **arguments)
+    with hub_server() as hub:
+        for repo in {source.repo for source in MODELS["wan22_5b"].sources.values()}:
+            hub.put_folder(repo, tiny / repo)
+            hub.gated[repo] = CANARY
+        arguments = {"HF_ENDPOINT": hub.address, "AI_TOOLKIT_REMOTE": "file:///remote", "AI_TOOLKIT_COMMIT": commit}
+        options = [secret, f"--volume={remote}:/remote:ro"]
+        yield build(tmp_path_factory.mktemp("wan22-5b-"), *options, MODEL_ID="wan22_5b", **arguments)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +97,7 @@ def slim(secret: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     return build(tmp_path_factory.mktemp("slim-"), secret, "--target=slim", CHECKPOINTS="tiny")
 
 
-@pytest.fixture(scope="session", params=["small", "with_toolkit", "slim"])
+@pytest.fixture(scope="session", params=["small", "from_hub", "slim"])
 def image(request: pytest.FixtureRequest) -> Image:
     return request.getfixturevalue(request.param)
 
@@ -222,7 +230,7 @@ def play(file: Path) -> list[Any]:
         return list(opened.decode(video=0))
 
 
-@pytest.mark.parametrize("which", ["small", "with_toolkit"])
+@pytest.mark.parametrize("which", ["small", "from_hub"])
 def test_without_a_network_a_job_becomes_a_video_that_plays(
     which: str, request: pytest.FixtureRequest, tiny: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +246,8 @@ def test_without_a_network_a_job_becomes_a_video_that_plays(
         assert answer.get("status") == "COMPLETED", answer or running.log.read_text()
         (video,) = answer["output"]["outputs"]["videos"]
         (file,) = out.rglob("*.mp4")
+        revisions = answer["output"]["settings"]["checkpoints"].values()
+        assert all(revisions) == (which == "from_hub")  # tiny checkpoints are of no revision
         frames = play(file)
         assert len(frames) == video["num_frames"] == 5
         assert (frames[0].width, frames[0].height) == (video["width"], video["height"])
