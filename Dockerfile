@@ -14,6 +14,7 @@ ARG BASE_IMAGE=debian:bookworm-slim
 
 
 FROM ${BASE_IMAGE} AS base
+# python3-venv brings pip for the layers below, in 8 MB.
 # Versions of Debian's packages are not pinned: its archive keeps only the latest of a release, and that is the one to have.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -107,7 +108,7 @@ COPY builder/__init__.py builder/fetch_checkpoints.py /image/app/builder/
 COPY pipelines /image/app/pipelines
 COPY worker /image/app/worker
 WORKDIR /
-RUN python3 -m compileall -q --invalidation-mode unchecked-hash /image/app \
+RUN PYTHONHASHSEED=0 python3 -S -m compileall -q --invalidation-mode unchecked-hash /image/app \
     && PYTHONPATH=/image/app python3 -c "from pipelines import lean; lean.install(); import transformers" \
     && cp -a --parents opt/venv/lib/python3*/site-packages/transformers/models/__pycache__/index.*.marshal /image \
     && find /image -exec touch -h -d @315532800 {} +
@@ -115,7 +116,7 @@ RUN python3 -m compileall -q --invalidation-mode unchecked-hash /image/app \
 
 FROM runtime AS slim
 ARG COMPILE=0
-# Only for torch.compile: Triton needs a C compiler and Python's headers at run time.
+# Only for the worker's setting COMPILE, which it turns on: Triton needs a C compiler and Python's headers at run time.
 # hadolint ignore=DL3008
 RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*; fi
@@ -124,7 +125,8 @@ COPY --from=toolkit /opt/ai-toolkit /opt/ai-toolkit
 ARG MODEL_ID=""
 ARG AI_TOOLKIT_COMMIT=""
 ENV MODEL_ID=$MODEL_ID \
-    AI_TOOLKIT_COMMIT=$AI_TOOLKIT_COMMIT
+    AI_TOOLKIT_COMMIT=$AI_TOOLKIT_COMMIT \
+    COMPILE=$COMPILE
 ARG VERSION=dev
 ARG COMMIT=unknown
 LABEL org.opencontainers.image.title="worker-wan-lora" \
@@ -161,7 +163,8 @@ COPY --from=toolkit /opt/ai-toolkit /opt/ai-toolkit
 ARG MODEL_ID=wan21_1b
 ARG AI_TOOLKIT_COMMIT=""
 ENV MODEL_ID=$MODEL_ID \
-    AI_TOOLKIT_COMMIT=$AI_TOOLKIT_COMMIT
+    AI_TOOLKIT_COMMIT=$AI_TOOLKIT_COMMIT \
+    COMPILE=$COMPILE
 ARG REVISIONS=""
 ARG VERSION=dev
 ARG COMMIT=unknown

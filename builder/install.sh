@@ -12,8 +12,9 @@ rm -r /tmp/pip
 find $packages -type d -name tests -prune -exec rm -r {} +
 # Bytecode for good (unchecked-hash: Python compares no times): a fresh container would compile it at every start.
 # Some packages carry templates and files for another Python, which do not compile and are never imported.
+# -S and the seed: otherwise what Python itself has imported is written a little differently from run to run.
 # `-newermt` passes over the files of the layer below: to touch one would copy it into this layer.
 find $packages -name '*.py' -newermt $then \
-    | /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash -i - || true
+    | PYTHONHASHSEED=0 /opt/venv/bin/python -S -m compileall -qq -j 0 --invalidation-mode unchecked-hash -i - || true
 # One time for all, so that building again gives the same layer.
 find /opt/venv -newermt $then -exec touch -h -d $then {} +

@@ -53,20 +53,28 @@ def on_disk(spec: ModelSpec) -> int:
     return sum(count * size for count, size in COMPONENTS[spec.id].values())
 
 
-def on_gpu(spec: ModelSpec) -> dict[str, int]:
-    """`OFFLOAD_MODE` to the bytes that the weights need at once: the least that a GPU must have free."""
-    sizes = [count * BF16 for count, _ in COMPONENTS[spec.id].values()]
-    needed = {"none": sum(sizes), "model": max(sizes), "sequential": 0}
-    return {mode: needed[mode] for mode in spec.offload_modes}
+def on_gpu(spec: ModelSpec) -> int:
+    """Bytes of all weights on a GPU: the least that it must have free with OFFLOAD_MODE=none."""
+    return sum(count * BF16 for count, _ in COMPONENTS[spec.id].values())
+
+
+def largest_on_gpu(spec: ModelSpec) -> int:
+    """Bytes of the largest component on a GPU: the least with OFFLOAD_MODE=model."""
+    return max(count * BF16 for count, _ in COMPONENTS[spec.id].values())
 
 
 def rows() -> list[tuple[str, ...]]:
     """A table's rows: model id, weights on disk, and on the GPU by OFFLOAD_MODE `none` and `model`, in GB of 10^9 bytes."""
     return [
-        (f"`{spec.id}`", _gb(on_disk(spec)), _gb(on_gpu(spec)["none"]), _gb(on_gpu(spec).get("model")))
+        (
+            f"`{spec.id}`",
+            _gb(on_disk(spec)),
+            _gb(on_gpu(spec)),
+            _gb(largest_on_gpu(spec)) if "model" in spec.offload_modes else "–",
+        )
         for spec in MODELS.values()
     ]
 
 
-def _gb(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e9:.1f}"
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}"
