@@ -181,7 +181,7 @@ class Hub:
                     content.restart()
                     if response.status_code == 206:
                         raise _Again("the server gave another range than was asked for")
-                for chunk in response.iter_bytes(_CHUNK):
+                for chunk in response.iter_bytes():
                     if self.stop.is_set():
                         raise _Stopped
                     content.write(chunk)
@@ -274,11 +274,10 @@ class _Patience:
             self._most, self._tries = most, 0
         self._tries += 1
         if self._tries >= _TRIES:
-            raise FetchError(
-                f"{self._what}: {reason}, {self._tries} times in a row; try again later, it goes on where it is now"
-            )
-        pause = min(_FIRST_PAUSE * 2 ** (self._tries - 1), _LONGEST_PAUSE)
-        if self._stop.wait(max(pause, min(reason.pause, _LONGEST_DEMAND))):
+            raise FetchError(f"{self._what}: {reason}, {self._tries} times in a row; call it again later, and it goes on")
+        pause = max(min(_FIRST_PAUSE * 2 ** (self._tries - 1), _LONGEST_PAUSE), min(reason.pause, _LONGEST_DEMAND))
+        tqdm.write(f"{self._what}: {reason}; next try in {pause:.1f} s", file=sys.stderr)
+        if self._stop.wait(pause):
             raise _Stopped
 
 
@@ -464,6 +463,7 @@ class Checkpoints:
         """The file as far as it came, for this process alone: several workers may fill one volume."""
         path = self._partial(file)
         while True:
+            path.parent.mkdir(exist_ok=True)  # another one that has finished takes it away
             with path.open("a+b") as opened:
                 try:
                     fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -483,8 +483,8 @@ class Checkpoints:
             files = {**(before.files if before else {}), **fetched}
             commit = next(file.commit for file in plan.files if file.repo == repo)
             self._write(Manifest(repo, commit, dict(sorted(files.items()))))
-        for leftover in self._unfinished.iterdir():
-            with leftover.open("rb") as opened, suppress(OSError):  # what another process still fills is locked
+        for leftover in self._unfinished.glob("*"):
+            with suppress(OSError), leftover.open("rb") as opened:  # what another process still fills is locked
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
         with suppress(OSError):
@@ -519,9 +519,13 @@ def fetch(hub: Hub, plan: Plan, target: Checkpoints) -> int:
 
     def fetch_one(file: RemoteFile) -> None:
         with target.unfinished(file, hub.stop) as out:
-            sums[file] = target.has(file) or hub.fetch(file, out, progress.moved)  # another process may just have fetched it
-            out.flush()
-            target.take(file)
+            if sha256 := target.has(file):  # another process has just fetched it
+                progress.moved(file.size)
+            else:
+                sha256 = hub.fetch(file, out, progress.moved)
+                out.flush()
+                target.take(file)
+        sums[file] = sha256
         progress.done(file)
 
     with Progress(plan.bytes, plan.bytes - sum(file.size for file in wanted)) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -48,6 +48,7 @@ from worker.run import Run, in_thread
 from worker.settings import Settings, SettingsError
 from worker.storage import Storage, storage_of, storage_of_job
 from worker.video import encode
+from worker.weights import fetch_missing
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -90,6 +91,9 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     storage = storage_of(settings)
     with timed(took, "storage"):
         _check_storage(storage)
+    if settings.allow_download and checkpoints.missing_parts:
+        with timed(took, "download"):
+            checkpoints = fetch_missing(settings, checkpoints)
     # What an earlier worker could not deliver; in the background, since the model takes longer to load.
     threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
     try:

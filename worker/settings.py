@@ -115,7 +115,8 @@ class Settings(BaseSettings):
         description="Where results wait that the bucket did not take, for the next worker to upload; best on a network volume.",
     )
     hf_token: SecretStr | None = Field(
-        default=None, description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`."
+        default=None,
+        description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`, and for `ALLOW_DOWNLOAD`.",
     )
     job_timeout: float | None = Field(
         default=None,

@@ -1,7 +1,7 @@
 """A Hugging Face Hub on this machine, as far as its client asks for it, with all the faults that a network has and some more.
 
-Large files are answered by a redirect to a CDN, which is the same server under another name: another origin, to which no token
-may go. Faults are given per file and used up one by one; the last one stays when it is wrapped in `always`.
+Large files are answered by a redirect to a CDN, which is the same server on another port: another origin, to which no token may
+go. Faults are given per file and used up one by one; the last one stays when it is wrapped in `always`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -42,17 +41,12 @@ class HubServer:
         self.lock = threading.Lock()
         self.address = self.cdn = ""
 
-    def put(self, repo: str, files: dict[str, bytes], commit: str = "") -> str:
+    def put(self, repo: str, files: dict[str, bytes]) -> str:
         """Another commit of the repo, which is `main` from now on."""
-        commit = commit or hashlib.sha1(repr((repo, sorted(files.items()))).encode()).hexdigest()
+        commit = hashlib.sha1(f"{repo} {len(self.repos.get(repo, ()))}".encode()).hexdigest()
         self.repos.setdefault(repo, {})[commit] = files
         self.main[repo] = commit
         return commit
-
-    def put_folder(self, repo: str, folder: Path) -> str:
-        return self.put(
-            repo, {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        )
 
     def fails(self, path: str, *faults: Fault) -> None:
         self.faults[path] = list(faults)
@@ -350,9 +344,12 @@ def gives(body: bytes) -> Fault:
 def hub_server() -> Iterator[HubServer]:
     hub = HubServer()
     bound = type("BoundHandler", (Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), bound) as server:
-        server.daemon_threads = True
-        hub.address, hub.cdn = (f"http://{name}:{server.server_port}" for name in ("127.0.0.1", "localhost"))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), bound) as server, ThreadingHTTPServer(("127.0.0.1", 0), bound) as cdn:
+        for each in (server, cdn):
+            each.daemon_threads = True
+            threading.Thread(target=each.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        hub.address, hub.cdn = (f"http://127.0.0.1:{each.server_port}" for each in (server, cdn))
         yield hub
-        server.shutdown()
+        for each in (server, cdn):
+            each.block_on_close = False  # some answers stall on purpose
+            each.shutdown()

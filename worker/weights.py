@@ -1,0 +1,69 @@
+"""Weights that are nowhere, fetched at start where ALLOW_DOWNLOAD says so.
+
+Not how: that is builder/fetch_checkpoints.py, in a process of its own, where HF_HUB_OFFLINE does not hold and whose libraries
+the worker does not import.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines.checkpoints import Checkpoints, revision_of
+from worker.errors import Code, WorkerError
+from worker.logs import log
+from worker.settings import Settings
+
+_ROOT = Path(__file__).parent.parent
+
+
+def fetch_missing(settings: Settings, checkpoints: Checkpoints) -> Checkpoints:
+    """Fetch the parts that were not found, and look again. Raises WorkerError with CHECKPOINT_NOT_FOUND."""
+    name, folder = _target(settings)
+    parts = checkpoints.missing_parts
+    command = [
+        sys.executable,
+        "-m",
+        "builder.fetch_checkpoints",
+        "--model-id",
+        settings.model_id,
+        "--to",
+        str(folder.absolute()),
+    ]
+    command += ["--parts", ",".join(parts)]
+    for repo, revision in _revisions_of_the_rest(checkpoints).items():
+        command += ["--revision", f"{repo}={revision}"]
+    log.info("fetching what is missing to %s: %s", name, ", ".join(parts))
+    said = ""
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603
+        assert process.stdout is not None
+        for line in process.stdout:
+            said = line.strip() or said
+            log.info("%s", said)
+    if process.returncode:
+        reason = said.removeprefix("fetch_checkpoints: ").replace("--to", name)
+        raise WorkerError(Code.CHECKPOINT_NOT_FOUND, f"{', '.join(parts)} of {settings.model_id} cannot be fetched: {reason}")
+    return Checkpoints(checkpoints.spec, settings.checkpoint_places)
+
+
+def _target(settings: Settings) -> tuple[str, Path]:
+    """(the variable, its folder): the network volume where there is one that can be written to, or CHECKPOINT_DIR."""
+    volume = settings.volume_checkpoint_dir
+    if os.access(volume if volume.is_dir() else volume.parent, os.W_OK):
+        return "VOLUME_CHECKPOINT_DIR", volume
+    return "CHECKPOINT_DIR", settings.checkpoint_dir
+
+
+def _revisions_of_the_rest(checkpoints: Checkpoints) -> dict[str, str]:
+    """The commits of the parts that are there, as far as they are known: what is fetched shall be of the same."""
+    missing = set(checkpoints.missing_parts)
+    repos_of_missing = {checkpoints.spec.sources[part].repo for part in missing}
+    folders = {
+        source.repo: checkpoints.repo_of(part)
+        for part, source in checkpoints.spec.sources.items()
+        if part not in missing and source.repo in repos_of_missing
+    }
+    known = {repo: revision_of(folder) for repo, folder in folders.items()}
+    return {repo: revision for repo, revision in known.items() if revision}
