@@ -24,7 +24,7 @@ from tests.conftest import STAND_IN
 from tests.image.builds import Container, Image, Layer, build, container
 from tests.integration.test_local_api import request_for
 from tests.s3_server import S3Server, serve
-from tests.worker_process import ROOT
+from tests.worker_process import ROOT, free_port
 
 pytestmark = pytest.mark.image
 
@@ -218,9 +218,9 @@ def test_sizes(image: Image) -> None:
 ON_A_CPU = {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def wait_until_ready(running: Container) -> None:
+def wait_until_ready(running: Container, port: int = 8000) -> None:
     deadline = time.monotonic() + 120
-    while not running.post(8000, "/run", {"input": {}}):
+    while not running.post(port, "/run", {"input": {}}):
         assert running.process.poll() is None and time.monotonic() < deadline, running.log.read_text()
         time.sleep(0.2)
 
@@ -257,6 +257,21 @@ def test_a_slim_image_takes_its_weights_from_the_volume(slim: Image, tiny: Path,
     volume = {tiny: "/runpod-volume/checkpoints", tiny / "loras": "/runpod-volume/loras"}
     with container(slim, tmp_path / "log", ON_A_CPU | {"MODEL_ID": "wan21_14b"}, volume, "--rp_serve_api") as running:
         wait_until_ready(running)
+
+
+def test_a_slim_image_that_may_fetches_its_weights_to_the_volume(slim: Image, tiny: Path, tmp_path: Path) -> None:
+    volume, port = tmp_path / "volume", free_port()
+    volume.mkdir()
+    repo = MODELS["wan21_1b"].sources["vae"].repo
+    with hub_server() as hub:
+        hub.put_folder(repo, tiny / repo)
+        hub.gated[repo] = CANARY
+        env = ON_A_CPU | {"MODEL_ID": "wan21_1b", "ALLOW_DOWNLOAD": "1", "HF_ENDPOINT": hub.address, "HF_TOKEN": CANARY}
+        serving = ["--rp_serve_api", "--rp_api_port", str(port)]
+        with container(slim, tmp_path / "log", env, {volume: "/runpod-volume"}, *serving, network=True) as running:
+            wait_until_ready(running, port)
+    assert (volume / "checkpoints" / repo / "vae/diffusion_pytorch_model.safetensors").is_file()
+    assert CANARY not in (tmp_path / "log").read_text()
 
 
 def test_an_image_for_any_model_asks_for_one(slim: Image, tmp_path: Path) -> None:
