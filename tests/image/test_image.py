@@ -18,7 +18,7 @@ import av
 import pytest
 
 from pipelines.catalog import MODELS
-from tests.builder.hub_server import hub_server
+from tests.builder.hub_server import HubServer, hub_server
 from tests.cloud import Cloud
 from tests.conftest import STAND_IN
 from tests.image.builds import Container, Image, Layer, build, container
@@ -72,6 +72,12 @@ def toolkit_remote(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return remote, git("rev-parse", "HEAD").strip()
 
 
+def put_gated(hub: HubServer, repo: str, folder: Path) -> None:
+    """Put a repo on the Hub that only the canary may read."""
+    hub.put(repo, {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    hub.gated[repo] = CANARY
+
+
 @pytest.fixture(scope="session")
 def small(secret: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     return build(tmp_path_factory.mktemp("wan21-1b-"), secret, CHECKPOINTS="tiny", MODEL_ID="wan21_1b")
@@ -85,8 +91,7 @@ def from_hub(
     remote, commit = toolkit_remote
     with hub_server() as hub:
         for repo in {source.repo for source in MODELS["wan22_5b"].sources.values()}:
-            hub.put_folder(repo, tiny / repo)
-            hub.gated[repo] = CANARY
+            put_gated(hub, repo, tiny / repo)
         arguments = {"HF_ENDPOINT": hub.address, "AI_TOOLKIT_REMOTE": "file:///remote", "AI_TOOLKIT_COMMIT": commit}
         options = [secret, f"--volume={remote}:/remote:ro"]
         yield build(tmp_path_factory.mktemp("wan22-5b-"), *options, MODEL_ID="wan22_5b", **arguments)
@@ -264,8 +269,7 @@ def test_a_slim_image_that_may_fetches_its_weights_to_the_volume(slim: Image, ti
     volume.mkdir()
     repo = MODELS["wan21_1b"].sources["vae"].repo
     with hub_server() as hub:
-        hub.put_folder(repo, tiny / repo)
-        hub.gated[repo] = CANARY
+        put_gated(hub, repo, tiny / repo)
         env = ON_A_CPU | {"MODEL_ID": "wan21_1b", "ALLOW_DOWNLOAD": "1", "HF_ENDPOINT": hub.address, "HF_TOKEN": CANARY}
         serving = ["--rp_serve_api", "--rp_api_port", str(port)]
         with container(slim, tmp_path / "log", env, {volume: "/runpod-volume"}, *serving, network=True) as running:
