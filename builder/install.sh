@@ -1,5 +1,6 @@
 #!/bin/sh
 # install.sh REQUIREMENTS: installs them into /opt/venv as a layer of the image wants them. Runs while the image is built.
+# It is mounted, so that it is in no layer; buildah of Debian 12 does not notice when it changes: build with --no-cache then.
 set -eu
 then=@315532800 # 1980-01-01, the time of every installed file
 packages=/opt/venv/lib
