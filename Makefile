@@ -2,7 +2,8 @@
 # make test   sets up and runs the tests
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
-# make lint   ruff and mypy
+# make image-test   builds the image with tiny checkpoints, looks through its layers, and runs a job in it; needs root and buildah
+# make lint   ruff, mypy, hadolint and shellcheck
 # make docs   rewrites the generated parts of the documentation and builds it as a site
 
 PYTHON ?= python3
@@ -10,15 +11,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 TINY := .tiny
 
-.PHONY: setup run serve test soak lint format docs clean
+.PHONY: setup run serve test image-test soak lint format docs clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt builder/requirements-docs.txt
+$(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt builder/requirements-docs.txt builder/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r builder/requirements-torch.txt
-	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt
+	$(PY) -m pip install --quiet -r builder/requirements-torch.txt -c builder/constraints.txt
+	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
 	touch $@
 
 $(TINY)/.ready: builder/tiny_checkpoints.py $(VENV)/.ready
@@ -37,6 +38,9 @@ serve: $(TINY)/.ready
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
 
+image-test: setup
+	IMAGE_TEST=1 $(PY) -m pytest tests/image -s
+
 soak: setup
 	$(PY) -m tests.soak --jobs 500
 
@@ -44,6 +48,8 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck .ci/run builder/install.sh
 
 format: setup
 	$(PY) -m ruff check --fix .

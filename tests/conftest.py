@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("toolkit") and REAL_TOOLKIT is None:
             item.add_marker(pytest.mark.skip(reason="AI_TOOLKIT_PATH points to no ai-toolkit checkout"))
+        if item.get_closest_marker("image") and not os.environ.get("IMAGE_TEST"):
+            item.add_marker(pytest.mark.skip(reason="`make image-test` builds the image and runs these"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

@@ -1,0 +1,134 @@
+"""Lay out one model's checkpoints for the layers of the image. Runs while the image is built; no torch.
+
+    python -m builder.bake GROUP --model-id ID         fetches the parts of one group from the Hub
+    python -m builder.bake all --model-id ID --from DIR    takes all parts from a folder with `ORG/NAME` per repo
+
+leaves the repos as they are in CHECKPOINTS, but for their weights: those are links to `WEIGHTS/GROUP/SLOT/SHA256`. A slot is a
+layer. So a layer holds nothing but weights, named by their content: two models whose text encoders are the same bytes share
+these layers, whatever their repos are called and whatever their small files say. Several slots, since some registries take
+no layer above 10 GB, and layers are pulled side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.catalog import MODELS, ModelSpec
+from pipelines.manifest import Manifest
+
+CHECKPOINTS = Path("/checkpoints")
+WEIGHTS = Path("/weights")
+
+THEN = 315532800
+"""1980-01-01: when every baked file was last changed, so that the same bytes make the same layer."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What lies in layers of its own."""
+
+    parts: tuple[str, ...]
+    slots: int = 1
+    """One per 10 GB of the largest checkpoint: 57 GB are a 14B transformer in float32, 23 GB its text encoder."""
+
+    def folders(self, name: str) -> list[Path]:
+        return [WEIGHTS / name] if self.slots == 1 else [WEIGHTS / name / str(slot) for slot in range(self.slots)]
+
+
+GROUPS = {
+    "text": Group(("text_encoder", "tokenizer"), slots=3),
+    "vae": Group(("vae", "scheduler")),
+    "image": Group(("image_encoder", "image_processor")),
+    "transformer": Group(("transformer",), slots=7),
+    "transformer_2": Group(("transformer_2",), slots=4),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("group", choices=[*GROUPS, "all"])
+    parser.add_argument("--model-id", required=True, metavar="ID")
+    parser.add_argument("--from", type=Path, metavar="DIR", dest="source", help="a folder to take the repos from, not the Hub")
+    parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to fetch; the others are at main")
+    arguments = parser.parse_args()
+    if arguments.model_id not in MODELS:
+        parser.error(f"MODEL_ID {arguments.model_id!r} is no model id; build with one of {', '.join(MODELS)}")
+    spec = MODELS[arguments.model_id]
+    groups = {arguments.group: GROUPS[arguments.group]} if arguments.group in GROUPS else GROUPS
+    parts = [part for group in groups.values() for part in group.parts if part in spec.sources]
+    if arguments.source:
+        copy(spec, arguments.source)
+    elif parts:
+        fetch(spec, parts, arguments.revisions)
+    for name, group in groups.items():
+        spread(spec, name, group)
+        level(WEIGHTS / name)
+    level(CHECKPOINTS)
+    return 0
+
+
+def fetch(spec: ModelSpec, parts: list[str], revisions: str) -> None:
+    """Have the parts' files in CHECKPOINTS. `revisions` may speak of other repos too: one list serves all models."""
+    command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS)]
+    command += ["--parts", ",".join(parts)]
+    repos = {spec.sources[part].repo for part in parts}
+    for pair in filter(None, revisions.split(",")):
+        command += ["--revision", pair] if pair.partition("=")[0] in repos else []
+    subprocess.run(command, check=True)  # noqa: S603 our own program
+
+
+def copy(spec: ModelSpec, source: Path) -> None:
+    for repo in {source.repo for source in spec.sources.values()}:
+        shutil.copytree(source / repo, CHECKPOINTS / repo, dirs_exist_ok=True)
+
+
+def spread(spec: ModelSpec, name: str, group: Group) -> None:
+    """Move the group's weights into its slots, the next file always into the emptiest, and leave links in their places."""
+    folders = group.folders(name)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    filled = dict.fromkeys(folders, 0)
+    for file, sha256 in weights(spec, group):
+        folder = min(folders, key=filled.__getitem__)
+        filled[folder] += file.stat().st_size
+        target = folder / sha256
+        file.rename(target)
+        target.chmod(0o644)
+        file.symlink_to(target)
+
+
+def weights(spec: ModelSpec, group: Group) -> Iterator[tuple[Path, str]]:
+    """The files of weights that still lie in CHECKPOINTS, with their sums, in the order of their names."""
+    for part in group.parts:
+        if part in spec.sources:
+            source = spec.sources[part]
+            repo = CHECKPOINTS / source.repo
+            manifest = Manifest.read(repo)
+            for file in sorted((repo / source.subfolder).glob("*.safetensors")):
+                entry = manifest.files.get(file.relative_to(repo).as_posix()) if manifest else None
+                if not file.is_symlink():
+                    yield file, entry.sha256 if entry else sha256_of(file)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def level(root: Path) -> None:
+    """Give everything below `root` the same time; but touch nothing that has it, which would copy it into this layer too."""
+    for path in [root, *root.rglob("*")]:
+        if path.lstat().st_mtime != THEN:
+            os.utime(path, (THEN, THEN), follow_symlinks=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

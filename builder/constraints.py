@@ -1,0 +1,61 @@
+"""Write down what the packages of requirements.txt and requirements-torch.txt pull in, at the versions that are installed here.
+
+    python -m builder.constraints      rewrites builder/constraints.txt
+
+So an image that is built again next year has the packages that this one was tested with. torch's nvidia packages are not among
+them: a build for CPUs does not have them, and torch pins them itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HERE = Path(__file__).parent
+FILE = HERE / "constraints.txt"
+HEAD = "# What the packages of requirements.txt pull in. Written by `python -m builder.constraints`, which says more.\n"
+
+
+def main() -> int:
+    pinned = {canonicalize_name(requirement.name) for requirement in required()}
+    FILE.write_text(
+        HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(pulled_in().items()) if name not in pinned)
+    )
+    return 0
+
+
+def required() -> list[Requirement]:
+    """What the two lists name."""
+    lines = [line for name in ("requirements-torch.txt", "requirements.txt") for line in (HERE / name).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def pulled_in() -> dict[str, str]:
+    """Every package that the lists need, however far away, to the version that is installed."""
+    found: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = required()
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            found[name] = metadata.version(name).partition("+")[0]
+            waiting += needed_by(name, extras)
+    return found
+
+
+def needed_by(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
+    for line in metadata.requires(name) or []:
+        requirement = Requirement(line)
+        if not requirement.marker or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+            yield requirement
+
+
+if __name__ == "__main__":
+    sys.exit(main())

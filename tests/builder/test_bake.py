@@ -1,0 +1,152 @@
+"""The weights of a model come into layers of their own, and what builds the images names all models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hcl2
+import pytest
+import yaml
+
+from builder import bake
+from pipelines.catalog import MODELS, TOOLKIT_COMMIT
+from pipelines.weights import STEM_OF
+from tests.worker_process import ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+BUILDX = shutil.which("docker-buildx", path=f"{os.environ['PATH']}:/usr/libexec/docker/cli-plugins")
+
+
+def plain(value: Any) -> Any:
+    """A parsed bake file with the quotes of its strings taken off."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items() if not key.startswith("__")}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.strip('"') if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def bake_file() -> dict[str, dict[str, Any]]:
+    """Kind of block to its name to what is in it."""
+    with (ROOT / "docker-bake.hcl").open() as file:
+        content = plain(hcl2.load(file))
+    return {kind: {name: body for block in blocks for name, body in block.items()} for kind, blocks in content.items()}
+
+
+def test_every_model_has_an_image(bake_file: dict[str, dict[str, Any]]) -> None:
+    assert bake_file["variable"]["MODELS"]["default"] == list(MODELS)
+    for flavour in ("baked", "slim"):
+        assert bake_file["target"][flavour]["matrix"] == {"model": "MODELS"}
+        assert bake_file["target"][flavour]["args"]["MODEL_ID"] == "model"
+
+
+def test_the_images_have_the_toolkit_that_the_worker_was_tested_with(bake_file: dict[str, dict[str, Any]]) -> None:
+    assert bake_file["variable"]["AI_TOOLKIT_COMMIT"]["default"] == TOOLKIT_COMMIT
+
+
+def test_what_the_bake_file_sets_the_dockerfile_takes(bake_file: dict[str, dict[str, Any]]) -> None:
+    taken = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)) | {"SOURCE_DATE_EPOCH"}  # the builder's own
+    for target in bake_file["target"].values():
+        assert set(target["args"]) <= taken
+    assert {"baked", "slim"} <= set(re.findall(r"^FROM \S+ AS (\w+)", DOCKERFILE, re.MULTILINE))
+
+
+@pytest.mark.skipif(BUILDX is None, reason="no docker buildx here")
+def test_buildx_sees_two_targets_per_model_with_their_labels() -> None:
+    assert BUILDX
+    command = [BUILDX, "bake", "--print", "all"]
+    env = {**os.environ, "VERSION": "1.2.3", "COMMIT": "c0ffee", "REGISTRY": "registry.example/me"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    targets = json.loads(done.stdout)["target"]
+    assert set(targets) == {f"{model_id}{flavour}" for model_id in MODELS for flavour in ("", "-slim")}
+    for name, target in targets.items():
+        assert target["tags"] == [f"registry.example/me/worker-wan-lora:1.2.3-{name}"]
+        assert target["args"]["MODEL_ID"] == target["labels"]["worker-wan-lora.model"] == name.removesuffix("-slim")
+        assert target["labels"]["org.opencontainers.image.revision"] == "c0ffee"
+        assert "secret" not in target or target["secret"] == ["id=HF_TOKEN,env=HF_TOKEN"]
+
+
+def test_every_component_with_weights_has_a_group_and_every_slot_is_copied() -> None:
+    parts = [part for group in bake.GROUPS.values() for part in group.parts]
+    assert len(parts) == len(set(parts))
+    assert set(STEM_OF) <= set(parts) and {part for spec in MODELS.values() for part in spec.sources} <= set(parts)
+    slots = [str(folder) for name, group in bake.GROUPS.items() for folder in group.folders(name)]
+    copied = re.findall(r"^COPY --from=checkpoints (/weights/\S+) (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert copied == [(slot, slot) for slot in slots]
+    assert set(re.findall(r"builder\.bake (\w+)", DOCKERFILE)) == {*bake.GROUPS, "all"}
+
+
+def test_the_code_is_copied_last() -> None:
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+    for stage in stages:
+        if re.match(r"\S+ AS (slim|baked)", stage):
+            assert stage.rstrip().endswith("COPY --from=code /image /")
+
+
+@pytest.fixture
+def baked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder below which `bake` lays out wan21_i2v_14b."""
+    monkeypatch.setattr(bake, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(bake, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr("sys.argv", ["bake", "all", "--model-id", "wan21_i2v_14b", "--from", str(tiny)])
+    assert bake.main() == 0
+    return tmp_path
+
+
+def test_baked_repos_are_the_same_files_with_weights_as_links(baked: Path, tiny: Path) -> None:
+    repo = "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
+    originals = sorted(path for path in (tiny / repo).rglob("*") if path.is_file())
+    for original in originals:
+        copy = baked / "checkpoints" / repo / original.relative_to(tiny / repo)
+        assert copy.read_bytes() == original.read_bytes()
+        assert copy.is_symlink() == (original.suffix == ".safetensors")
+    assert {path.name for path in (baked / "checkpoints").iterdir()} == {"Wan-AI"}
+    assert len(list((baked / "checkpoints").glob("*/*"))) == 1
+
+
+def test_a_layer_of_weights_holds_nothing_but_weights_named_by_their_content(baked: Path) -> None:
+    files = [path for path in (baked / "weights").rglob("*") if path.is_file()]
+    assert {path.relative_to(baked / "weights").parts[0] for path in files} == {"text", "vae", "image", "transformer"}
+    assert all(path.name == bake.sha256_of(path) for path in files)
+    assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(bake.THEN)}
+
+
+def test_an_unknown_model_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["bake", "text", "--model-id", "wan3"])
+    with pytest.raises(SystemExit):
+        bake.main()
+    assert f"MODEL_ID 'wan3' is no model id; build with one of {', '.join(MODELS)}" in capsys.readouterr().err
+
+
+def test_files_go_into_the_emptiest_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bake, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(bake, "WEIGHTS", tmp_path / "weights")
+    folder = tmp_path / "checkpoints" / str(MODELS["wan21_1b"].sources["text_encoder"])
+    folder.mkdir(parents=True)
+    for number, size in enumerate((5, 4, 3, 2, 1)):
+        (folder / f"model-{number}.safetensors").write_bytes(bytes([number]) * size)
+    bake.spread(MODELS["wan21_1b"], "text", bake.GROUPS["text"])
+    filled = [sum(file.stat().st_size for file in slot.iterdir()) for slot in bake.GROUPS["text"].folders("text")]
+    assert filled == [5, 5, 5]
+
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def test_the_workflow_publishes_every_model() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/images.yml").read_text())["jobs"]
+    assert jobs["baked"]["strategy"]["matrix"]["model"] == list(MODELS)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_an_action_of_a_workflow_is_pinned_to_a_commit(workflow: Path) -> None:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    used = [step["uses"] for job in jobs for step in job["steps"] if "uses" in step]
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used)
