@@ -3,7 +3,7 @@
 import { ApiError, allJobs, cancelJob, check, getConfig, lookAt, startJob } from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
-import { h, say } from "./dom.js";
+import { h, s, say } from "./dom.js";
 import { Form } from "./form.js";
 import { Stage, spoken } from "./stage.js";
 import { Strip } from "./strip.js";
@@ -113,6 +113,7 @@ class App {
   }
 
   #show(job, item) {
+    if (this.comparison) this.strip.unpick();
     this.comparison?.close();
     this.comparison = undefined;
     this.shown = job.number;
@@ -141,10 +142,7 @@ class App {
   async #compare(a, b) {
     const back = this.jobs.get(Number(b.split("/")[0]));
     this.comparison?.close();
-    this.comparison = new Comparison(byId("screen"), byId("facts"), () => {
-      this.strip.unpick();
-      this.#show(back);
-    });
+    this.comparison = new Comparison(byId("screen"), byId("facts"), () => this.#show(back));
     this.shown = undefined;
     this.strip.mark(undefined);
     await this.comparison.open(a, b);
@@ -176,12 +174,21 @@ class App {
 const isOpen = (job) => ["queued", "running"].includes(job.status);
 const sleep = (count) => new Promise((resolve) => setTimeout(resolve, 1000 * count));
 
+/** Half light, half dark. */
+const half = () =>
+  s(
+    "svg",
+    { width: 14, height: 14, viewBox: "0 0 14 14", "aria-hidden": "true" },
+    s("circle", { cx: 7, cy: 7, r: 6, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }),
+    s("path", { d: "M7 1a6 6 0 0 1 0 12z", fill: "currentColor" }),
+  );
+
 /** The colours: the system's, light or dark. */
 function themes(button) {
   const names = ["auto", "light", "dark"];
   const apply = (name) => {
     document.documentElement.dataset.theme = name;
-    button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[name];
+    button.replaceChildren(half(), { auto: "Auto", light: "Light", dark: "Dark" }[name]);
     button.setAttribute("aria-label", `Colours: ${name}`);
   };
   apply(names.includes(localStorage.theme) ? localStorage.theme : "auto");

@@ -2,7 +2,7 @@
 
 import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
-import { calm, h, prose, say } from "./dom.js";
+import { calm, capital, h, prose, say, sentence } from "./dom.js";
 import { list } from "./stage.js";
 
 export class Comparison {
@@ -33,7 +33,7 @@ export class Comparison {
 
   #say(text) {
     const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
-    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, text), back));
+    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, sentence(text)), back));
   }
 
   #build() {
@@ -51,11 +51,11 @@ export class Comparison {
     this.readout = h("p", { class: "frame" });
     this.curve = new Curve(found.frames, (frame) => this.#seek(frame));
     this.screen.className = "comparison";
-    this.screen.replaceChildren(
-      h("div", { class: "panes" }, figures),
-      h("div", { class: "tools" }, this.toggle, this.readout, h("span", { class: "gap" }), h("button", { type: "button", class: "quiet", onclick: this.back }, "Back to the video")),
-      this.curve.node,
-    );
+    const panes = h("div", { class: found.width > found.height ? "panes" : "panes upright" }, figures, this.curve.node);
+    for (const side of ["width", "height"]) panes.style.setProperty(`--${side}`, found[side]);
+    const back = h("button", { type: "button", class: "quiet", onclick: this.back }, "Back to the video");
+    const tools = h("div", { class: "tools" }, this.toggle, this.readout, h("span", { class: "gap" }), back);
+    this.screen.replaceChildren(panes, tools);
     this.curve.draw();
     this.#facts();
     for (const event of ["play", "pause"]) this.video.addEventListener(event, () => this.#label());
@@ -71,9 +71,9 @@ export class Comparison {
     const differ = Object.entries(found.settings ?? {});
     const rows = differ.map(([name, { a, b }]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, shown(a)), h("td", {}, shown(b))));
     this.facts.replaceChildren(
-      h("h2", {}, head[0].toUpperCase() + head.slice(1)),
-      h("p", { class: "said" }, rest.join(": ")),
-      found.verdict.advice ? h("p", { class: "soft" }, found.verdict.advice) : "",
+      h("h2", {}, capital(head)),
+      h("p", { class: "said" }, sentence(rest.join(": "))),
+      found.verdict.advice ? h("p", { class: "said" }, sentence(found.verdict.advice)) : "",
       found.uncommon.length ? h("ul", { class: "warnings" }, found.uncommon.map((text) => h("li", {}, prose(text)))) : "",
       h("h3", {}, "All frames"),
       list({

@@ -2,8 +2,7 @@
 
 import { h, s } from "./dom.js";
 
-const HEIGHT = 168;
-const MARGIN = { left: 52, right: 16, top: 12, bottom: 40 };
+const MARGIN = { left: 60, right: 16, top: 12, bottom: 40 };
 
 export class Curve {
   /** `frames`: `{psnr}` each, null where two frames are equal. `onseek` gets a frame's number. */
@@ -11,6 +10,7 @@ export class Curve {
     this.frames = frames;
     this.onseek = onseek;
     this.frame = 0;
+    this.width = this.height = 200;
     this.node = h("div", {
       class: "curve",
       role: "slider",
@@ -25,7 +25,8 @@ export class Curve {
     const known = frames.map(({ psnr }) => psnr).filter((psnr) => psnr !== null);
     this.low = known.length ? Math.floor(Math.min(...known) / 5) * 5 : 0;
     this.high = known.length ? Math.max(Math.ceil(Math.max(...known) / 5) * 5, this.low + 5) : 50;
-    if (known.length < frames.length && known.length) this.high += 5; // equal frames lie above all others
+    this.anyEqual = known.length < frames.length;
+    if (this.anyEqual && known.length) this.high += 5; // equal frames lie above all others
     this.watcher = new ResizeObserver(() => this.draw());
     this.watcher.observe(this.node);
   }
@@ -41,38 +42,45 @@ export class Curve {
 
   #y(psnr) {
     const share = psnr === null ? 1 : (psnr - this.low) / (this.high - this.low);
-    return HEIGHT - MARGIN.bottom - share * (HEIGHT - MARGIN.top - MARGIN.bottom);
+    return this.height - MARGIN.bottom - share * (this.height - MARGIN.top - MARGIN.bottom);
   }
 
   draw() {
     this.width = Math.max(this.node.clientWidth, 200);
+    this.height = Math.max(this.node.clientHeight, 120);
     const right = this.width - MARGIN.right;
     const known = this.frames.some(({ psnr }) => psnr !== null);
-    const levels = known ? [this.low, (this.low + this.high) / 2, this.high] : [null];
-    const equalLine = this.frames.some(({ psnr }) => psnr === null);
-    const rows = levels.map((level) => [
+    const levels = known ? this.#levels() : [];
+    const rows = [...levels.filter((level) => !this.anyEqual || level !== this.high), ...(this.anyEqual ? [null] : [])].map((level) => [
       s("line", { class: "grid", x1: MARGIN.left, x2: right, y1: this.#y(level), y2: this.#y(level) }),
-      s("text", { x: MARGIN.left - 8, y: this.#y(level) + 4, "text-anchor": "end" }, level === null || (equalLine && level === this.high) ? "equal" : String(level)),
+      s("text", { x: MARGIN.left - 8, y: this.#y(level) + 4, "text-anchor": "end" }, level === null ? "equal" : String(level)),
     ]);
     const last = this.frames.length - 1;
     const ticks = [...new Set([0, 0.25, 0.5, 0.75, 1].map((share) => Math.round(share * last)))];
     const points = this.frames.map(({ psnr }, frame) => `${this.#x(frame)},${this.#y(psnr)}`);
-    this.cursor = s("line", { class: "cursor", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom });
+    this.cursor = s("line", { class: "cursor", y1: MARGIN.top, y2: this.height - MARGIN.bottom });
     this.dot = s("circle", { class: "dot", r: 4.5 });
     this.node.replaceChildren(
       s(
         "svg",
-        { viewBox: `0 0 ${this.width} ${HEIGHT}`, height: HEIGHT, "aria-hidden": "true" },
+        { width: this.width, height: this.height, "aria-hidden": "true" },
         rows,
-        ticks.map((frame) => s("text", { x: this.#x(frame), y: HEIGHT - MARGIN.bottom + 17, "text-anchor": "middle" }, String(frame + 1))),
-        s("text", { class: "axis", x: (MARGIN.left + right) / 2, y: HEIGHT - 6, "text-anchor": "middle" }, "Frame"),
-        s("text", { class: "axis", x: -(HEIGHT - MARGIN.bottom + MARGIN.top) / 2, y: 13, "text-anchor": "middle", transform: "rotate(-90)" }, "PSNR, dB"),
+        ticks.map((frame) => s("text", { x: this.#x(frame), y: this.height - MARGIN.bottom + 17, "text-anchor": "middle" }, String(frame + 1))),
+        s("text", { class: "axis", x: (MARGIN.left + right) / 2, y: this.height - 6, "text-anchor": "middle" }, "Frame"),
+        s("text", { class: "axis", x: -(this.height - MARGIN.bottom + MARGIN.top) / 2, y: 13, "text-anchor": "middle", transform: "rotate(-90)" }, "PSNR, dB"),
         s("polyline", { class: "line", points: points.join(" ") }),
         this.cursor,
         this.dot,
       ),
     );
     this.mark(this.frame);
+  }
+
+  /** Round values, four at most. */
+  #levels() {
+    const step = [5, 10, 20, 50].find((step) => (this.high - this.low) / step <= 3.5) ?? 100;
+    const count = Math.floor((this.high - this.low) / step);
+    return Array.from({ length: count + 1 }, (_, index) => this.low + index * step);
   }
 
   /** Put the cursor on a frame; returns what it says. */

@@ -16,7 +16,7 @@ function filled(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -26,6 +26,11 @@ export function prose(text) {
     .split(/`([^`]+)`/)
     .map((part, index) => (index % 2 ? h("code", {}, part) : part));
 }
+
+export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** What the worker's messages leave to whoever shows them. */
+export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "");
 
 export function seconds(value) {
   if (value < 10) return `${Number(value.toFixed(1))} s`;

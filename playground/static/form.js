@@ -118,6 +118,7 @@ export class Form {
       prompt.readout,
       h("details", { class: "fold" }, h("summary", {}, "More for this prompt"), rest.map((name) => fields[name].node)),
     );
+    fields.prompt.node.querySelector("label").classList.add("unseen"); // the section's title says it
     const given = { ...values, ctrl_img: values.ctrl_img ?? values.ctrl_img_1 };
     for (const name of names) fields[name].value = given[name];
     this.prompts.push(prompt);
@@ -244,6 +245,7 @@ export class Form {
   // What would be made
 
   #changed() {
+    if (!this.root.querySelector("[aria-invalid]")) this.summary.hidden = true;
     clearTimeout(this.pending);
     this.pending = setTimeout(() => this.showMade(), 100);
   }

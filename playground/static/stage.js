@@ -1,15 +1,24 @@
 // The stage: one run, as it is made and once it is there, with what decided it beside it.
 
-import { calm, h, prose, seconds } from "./dom.js";
+import { calm, h, prose, seconds, sentence } from "./dom.js";
 import { takesDrops } from "./fields.js";
 
 const STAGES = {
-  fetch: "Fetching LoRAs and images",
-  wait: "Waiting for the GPU",
-  load: "Applying LoRAs",
+  fetch: "Fetching",
+  wait: "Waiting",
+  load: "Loading",
   denoise: "Denoising",
-  encode: "Decoding and encoding",
+  decode: "Decoding",
+  encode: "Encoding",
   upload: "Storing",
+};
+const DETAILS = {
+  fetch: "LoRAs and images",
+  wait: "for the GPU, which has another job",
+  load: "the LoRAs into the model",
+  decode: "the latents to frames",
+  encode: "the frames as they are decoded",
+  upload: "the result",
 };
 
 export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job.result?.outputs?.images ?? [])].sort(
@@ -19,11 +28,16 @@ export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job
 /** `JOB/FILE`, by which the local process knows an output. */
 export const placeOf = (item) => item.file.replace("/files/", "");
 
+/** After its last step a video is decoded; the worker tells of that when the first frames are there. */
+const stageOf = (progress) =>
+  progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
+
 /** Of a running job, for a screen reader: at most every quarter, not every step. */
 export function spoken(job) {
   if (job.status === "queued" || !job.progress) return `Run ${job.number} waits for a worker`;
-  const { stage, percent } = job.progress;
-  return `${STAGES[stage] ?? stage}${stage === "denoise" ? `, ${Math.floor(percent / 25) * 25} percent` : ""}`;
+  const stage = stageOf(job.progress);
+  const quarter = Math.floor(job.progress.percent / 25) * 25;
+  return `${STAGES[stage] ?? stage}${stage === "denoise" ? `, ${quarter} percent` : ""}`;
 }
 
 export class Stage {
@@ -88,16 +102,16 @@ export class Stage {
 
   #progress(job) {
     const { progress } = job;
-    const share = progress?.percent ?? 0;
-    this.percent.replaceChildren(String(share), h("span", {}, "%"));
-    this.bar.value = share;
-    const name = progress ? (STAGES[progress.stage] ?? progress.stage) : "Waiting for a worker";
-    const parts = [name];
-    if (progress?.stage === "denoise") parts.push(`step ${progress.step} of ${progress.steps}`);
+    const name = stageOf(progress);
+    // The worker's percentage is that of the denoising; what comes before and after has none.
+    if (name === "denoise") this.percent.replaceChildren(String(progress.percent), h("span", {}, "%"));
+    else this.percent.textContent = name ? STAGES[name] ?? name : "Queued";
+    this.bar.value = progress?.percent ?? 0;
+    const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "until a worker takes it"];
     if (progress?.prompts > 1) parts.push(`video ${progress.prompt_index + 1} of ${progress.prompts}`);
-    this.doing.textContent = parts.join(", ");
+    this.doing.textContent = parts.filter(Boolean).join(", ");
     const left = progress?.seconds_left;
-    const known = progress?.stage === "denoise" && typeof left === "number";
+    const known = name === "denoise" && typeof left === "number";
     this.left.textContent = `${known ? `about ${seconds(left)} left, ` : ""}${seconds(job.seconds)} so far`;
   }
 
@@ -119,7 +133,7 @@ export class Stage {
     file.addEventListener("change", () => file.files[0] && this.actions.sample(file.files[0], placeOf(item)));
     this.#fill(
       "player",
-      picture(item, what, (text) => this.trouble(text, null)),
+      sized(picture(item, what, (text) => this.trouble(text, null)), item),
       h(
         "div",
         { class: "tools" },
@@ -163,7 +177,6 @@ export class Stage {
 }
 
 const nameOf = (item) => (item.key ?? item.file).split("/").at(-1);
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
 function picture(item, what, onerror) {
   const moves = item.play.endsWith(".mp4") || item.format === "mp4";
@@ -184,6 +197,11 @@ function picture(item, what, onerror) {
   });
   video.muted = true;
   return video;
+}
+
+function sized(picture, item) {
+  for (const side of ["width", "height"]) picture.style.setProperty(`--${side}`, item[side]);
+  return h("div", { class: "fit" }, picture);
 }
 
 /** What was asked, as long as there is no result. */
@@ -235,7 +253,7 @@ export function list(values) {
 /** Seconds of every stage, with a bar of its share in the whole. */
 function timings({ total, ...stages }) {
   const row = ([name, value]) => {
-    const bar = h("span", { class: "share", "aria-hidden": "true" });
+    const bar = h("span", { class: name === "total" ? "" : "share", "aria-hidden": "true" });
     bar.style.setProperty("--share", total ? Math.min(1, value / total) : 0);
     return h("div", {}, h("dt", {}, name), h("dd", {}, bar, value.toFixed(1)));
   };

@@ -3,6 +3,8 @@
 import { h } from "./dom.js";
 import { itemsOf, placeOf } from "./stage.js";
 
+const HINT = "Tick two to play them in step.";
+
 export class Strip {
   constructor(root, actions) {
     this.root = root;
@@ -29,6 +31,7 @@ export class Strip {
       for (const tile of before.tiles) tile.remove();
     } else this.tiles.append(...group.tiles);
     this.groups.set(job.number, group);
+    if (this.marked?.number === job.number) this.mark(job.number, items[0]);
     group.tiles[0].scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
@@ -68,16 +71,18 @@ export class Strip {
     this.picked = this.picked.filter((other) => other.box !== box);
     if (box.checked) this.picked.push({ box, place });
     while (this.picked.length > 2) this.picked.shift().box.checked = false;
-    this.hint.textContent = this.picked.length === 1 ? "Tick one more." : "Tick two to play them in step.";
+    this.hint.textContent = this.picked.length === 1 ? "Tick one more." : HINT;
     if (box.checked && this.picked.length === 2) this.actions.compare(...this.picked.map((other) => other.place));
   }
 
   unpick() {
     for (const { box } of this.picked) box.checked = false;
     this.picked = [];
+    this.hint.textContent = HINT;
   }
 
   mark(number, item) {
+    this.marked = { number };
     for (const button of this.tiles.querySelectorAll(".open")) {
       const here = Number(button.dataset.run) === number && (!item || !button.dataset.file || button.dataset.file === item.file);
       if (here) button.setAttribute("aria-current", "true");
