@@ -59,13 +59,13 @@ class LocalApi:
     """RunPod's local API (`--rp_serve_api`)."""
 
     def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.process = process
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """POST /runsync; the answer with its `status`, and `output` or `error`."""
-        response = requests.post(f"{self._url}/runsync", json={"input": request}, timeout=300)
+        response = requests.post(f"{self.url}/runsync", json={"input": request}, timeout=300)
         assert response.status_code == 200, response.text
         return response.json()
 
