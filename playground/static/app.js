@@ -143,6 +143,7 @@ class App {
     const back = this.jobs.get(Number(b.split("/")[0]));
     this.comparison?.close();
     this.comparison = new Comparison(byId("screen"), byId("facts"), () => this.#show(back));
+    this.stage.leave();
     this.shown = undefined;
     this.strip.mark(undefined);
     await this.comparison.open(a, b);

@@ -33,7 +33,7 @@ export class Comparison {
 
   #say(text) {
     const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
-    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, sentence(text)), back));
+    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, text), back));
   }
 
   #build() {

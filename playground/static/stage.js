@@ -62,6 +62,12 @@ export class Stage {
     this.state = state;
   }
 
+  /** Something else takes its place; the next `show` draws anew. */
+  leave() {
+    this.state = undefined;
+    this.banner = undefined;
+  }
+
   trouble(text, again) {
     this.calmDown();
     const retry = again && h("button", { type: "button", onclick: () => (this.calmDown(), again()) }, "Try again");
