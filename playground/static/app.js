@@ -208,6 +208,7 @@ async function start() {
     byId("target").replaceChildren(kind, " ", h("code", {}, config.target.endpoint ?? config.target.label));
     const app = new App(config);
     await app.restore();
+    document.body.dataset.ready = "";
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     const retry = h("button", { type: "button", onclick: start }, "Try again");
