@@ -2,6 +2,7 @@
 # make test   sets up and runs the tests
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
+# make playground  a page to try it with: for that model, URL=http://… or ENDPOINT=id
 # make lint   ruff and mypy
 # make docs   rewrites the generated parts of the documentation
 
@@ -10,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 TINY := .tiny
 
-.PHONY: setup run serve test soak lint format docs clean
+.PHONY: setup run serve playground test soak lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +34,9 @@ run: $(TINY)/.ready
 
 serve: $(TINY)/.ready
 	$(TINY_WORKER) --rp_serve_api
+
+playground: $(TINY)/.ready
+	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(TINY)))
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile

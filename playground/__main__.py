@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,28 +35,34 @@ _STARTS_WITHIN = 120
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worker and the temporary files go with this process
+    try:
+        _serve(args)
+    except KeyboardInterrupt:
+        print()
+    except _CannotStart as error:
+        print(f"playground: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Until the process is told to end. Raises _CannotStart."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder()))
-        example, loras = None, args.loras
+        if args.tiny:
+            target = Target(stack.enter_context(tiny_worker(args.tiny)))
+            playground = Playground(target, folder, tiny_example(), args.tiny / "loras")
+        else:
+            target = _target(args)
+            playground = Playground(target, folder, loras=args.loras)
         try:
-            if args.tiny:
-                target, example, loras = Target(stack.enter_context(_tiny_worker(args.tiny))), _example(), args.tiny / "loras"
-            else:
-                target = _target(args)
-            web = stack.enter_context(server(Playground(target, folder, example, loras), args.port))
+            web = stack.enter_context(server(playground, args.port))
         except OSError as error:
-            print(f"playground: port {args.port}: {error.strerror}; choose another with --port", file=sys.stderr)
-            return 2
-        except _CannotStart as error:
-            print(f"playground: {error}", file=sys.stderr)
-            return 2
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worker and the temporary files go with this process
+            raise _CannotStart(f"port {args.port}: {error.strerror}; choose another with --port") from error
         print(f"the playground: http://127.0.0.1:{web.server_address[1]}/  ({target.label}; Ctrl+C ends it)", flush=True)
-        try:
-            web.serve_forever()
-        except KeyboardInterrupt:
-            print()
-    return 0
+        web.serve_forever()
 
 
 class _CannotStart(Exception):
@@ -87,13 +94,13 @@ def _target(args: argparse.Namespace) -> Target:
     return Target(f"{base}/{args.endpoint}", args.endpoint, key)
 
 
-def _example() -> dict[str, Any]:
+def tiny_example() -> dict[str, Any]:
     request: dict[str, Any] = json.loads((ROOT / "test_input.json").read_text())["input"]
     return request
 
 
 @contextmanager
-def _tiny_worker(tiny: Path) -> Iterator[str]:
+def tiny_worker(tiny: Path) -> Iterator[str]:
     """A worker that serves the tiny 14B T2V; yields the URL of its local API."""
     if not (tiny / "loras").is_dir():
         raise _CannotStart(f"{tiny}: no tiny checkpoints; make them with python builder/tiny_checkpoints.py {tiny}")

@@ -60,7 +60,8 @@ export class Comparison {
     this.#facts();
     for (const event of ["play", "pause"]) this.video.addEventListener(event, () => this.#label());
     this.video.addEventListener("seeked", () => this.#draw(this.frame));
-    this.video.addEventListener("loadeddata", () => (calm.matches ? this.#seek(0) : this.video.play()), { once: true });
+    const begin = () => (calm.matches || this.frame !== undefined ? this.#seek(this.frame ?? 0) : this.video.play());
+    this.video.addEventListener("loadeddata", begin, { once: true });
     this.#follow();
     say(found.verdict.text);
   }

@@ -273,6 +273,7 @@ export class Form {
     };
     for (const event of ["focusin", "mouseover"]) this.root.addEventListener(event, show);
     this.root.addEventListener("mouseleave", () => show({ target: document.activeElement }));
+    this.root.addEventListener("focusout", (event) => show({ target: event.relatedTarget ?? document.body }));
     line.textContent = rest;
   }
 
