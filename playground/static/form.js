@@ -114,8 +114,7 @@ export class Form {
       h("div", { class: "section-head" }, prompt.title, prompt.remove),
       fields.prompt.node,
       fields.ctrl_img.node,
-      h("div", { class: "numbers" }, SHOWN.slice(2).map((name) => fields[name].node)),
-      prompt.readout,
+      h("div", { class: "numbers" }, SHOWN.slice(2).map((name) => fields[name].node), prompt.readout),
       h("details", { class: "fold" }, h("summary", {}, "More for this prompt"), rest.map((name) => fields[name].node)),
     );
     fields.prompt.node.querySelector("label").classList.add("unseen"); // the section's title says it
@@ -287,14 +286,14 @@ export class Form {
 }
 
 function made(found, asked) {
-  if (!found) return ["Sizes and frames are shown here."];
+  if (!found) return ["What it makes is shown here."];
   const changed = (name, text) => (found[name] === asked[name] ? text : h("mark", {}, text));
   return [
     "Makes ",
     changed("width", `${found.width}`),
     " × ",
     changed("height", `${found.height}`),
-    ", ",
+    h("br"),
     changed("num_frames", found.num_frames === 1 ? "one image" : `${found.num_frames} frames`),
     found.num_frames === 1 ? "" : `, ${found.seconds} s`,
   ];

@@ -32,7 +32,7 @@ export class Strip {
     } else this.tiles.append(...group.tiles);
     this.groups.set(job.number, group);
     if (this.marked?.number === job.number) this.mark(job.number, items[0]);
-    group.tiles[0].scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth; // not scrollIntoView, which moves the whole page
   }
 
   #waiting(job, group) {
