@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -13,6 +14,9 @@ Answer = dict[str, Any]
 
 _TIMEOUT = (5, 60)
 """Seconds to connect, and to answer: a local worker on a busy CPU takes its time, and a cancel waits for a step."""
+
+_MAX_REQUEST = 10_000_000
+"""Bytes that RunPod takes at /run."""
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -44,6 +48,10 @@ class Target:
 
     def run(self, input: dict[str, Any]) -> Answer:
         """Start a job; the answer has its `id`. Raises TargetError."""
+        size = len(json.dumps(input))
+        if self.endpoint and size > _MAX_REQUEST:
+            text = f"the request has {size / 1e6:.1f} MB and RunPod takes 10; name the image by its URL, or use a smaller file"
+            raise TargetError(text, again=False)
         answer = self._ask("POST", "run", {"input": input})
         if not isinstance(answer.get("id"), str):
             raise TargetError(f"{self.label} took the job, but answered without an id; is it a worker's API?", again=False)
@@ -95,8 +103,6 @@ class Target:
             return TargetError(f"there is no {self.label}; check its id or address", again=False)
         if status == 405:
             return TargetError(f"{self.label} cannot tell how far a job is; start it from this version", again=False)
-        if status == 413:
-            return TargetError("the request is too large: RunPod takes 10 MB; name the image by its URL", again=False)
         if status == 429:
             return TargetError(f"{self.label} has too many requests at the moment; wait, then try again")
         return TargetError(f"{self.label} answered with status {status}; try again", again=status >= 500)

@@ -22,7 +22,7 @@ ${target.key_variable ? "import os\n" : ""}
 import requests
 
 job = json.loads(r"""
-${rawPython(toJson({ input }, 2))}
+${toJson({ input }, 2)}
 """)
 response = requests.post(
     "${address(target)}",${header}
@@ -38,6 +38,3 @@ const address = (target) => `${target.base}/${target.endpoint ? "run" : "runsync
 
 /** Inside '…' of a shell. */
 const quoted = (text) => text.replaceAll("'", `'\\''`);
-
-/** Inside r"""…""": no three quotes in a row, which JSON can write as \\u0022. */
-const rawPython = (text) => text.replaceAll('\\"', "\\u0022");

@@ -21,6 +21,7 @@ from tests.playground.conftest import serving
 from tests.worker_process import LocalApi, free_port
 from tools.compare import as_json, compare
 from tools.frames import read_clip
+from worker.request import Lora, Prompt, Request
 from worker.video import VIDEO, encode
 
 if TYPE_CHECKING:
@@ -279,10 +280,38 @@ def test_the_form_takes_the_shape_of_the_model(page: Page, tmp_path: Path) -> No
     drop(page, ".field.image .zone", picture, "image/png")
     page.wait_for_selector(".zone img[src^='data:image/png']")
     assert json.loads(copied(page, "JSON"))["input"]["prompts"][0]["ctrl_img"].startswith("data:image/png;base64,")
+    page.get_by_role("button", name="Remove").click()
+    assert field(page, "ctrl_img").input_value() == ""
+    page.evaluate(
+        """bytes => {
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
+        }""",
+        list(picture.read_bytes()),
+    )
+    page.wait_for_selector(".zone img[src^='data:image/png']")
     field(page, "model").select_option("wan22_5b")
     assert "optional" in zone.locator("label").inner_text()
     field(page, "model").select_option("wan22_14b_t2v")
     assert "ctrl_img" not in copied(page, "JSON")
+
+
+def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> None:
+    made_otherwise = {"prompts", "loras", "transformer", "ctrl_img_1"}  # of parts, by the place, by another name
+    fields = [
+        (name, info.description)
+        for model in (Request, Lora, Prompt)
+        for name, info in model.model_fields.items()
+        if name not in made_otherwise
+    ]
+    shown = page.evaluate("""() => [...document.querySelectorAll("#fields [data-field]")].map((field) => {
+        const control = field.querySelector("[name]");
+        return [control.name, document.getElementById(control.getAttribute("aria-describedby")).textContent];
+    })""")
+    assert {tuple(pair) for pair in shown} == set(fields)
+    field(page, "width").focus()
+    assert page.locator("#notes").inner_text() == Prompt.model_fields["width"].description
 
 
 def test_the_snapped_size_and_frames_are_shown_as_one_types(page: Page) -> None:

@@ -226,7 +226,6 @@ def test_a_job_goes_from_the_queue_over_its_steps_to_its_problems(local: Page, c
     [
         (401, "RUNPOD_API_KEY", False),
         (404, "no endpoint ep", False),
-        (413, "10 MB", False),
         (429, "wait", True),
         (502, "502", True),
     ],
@@ -237,6 +236,13 @@ def test_a_refusal_says_what_would_do(remote: Page, cloud: StandIn, status: int,
     assert answer.status_code == 502
     assert text in answer.json()["error"]
     assert answer.json()["again"] is again
+
+
+def test_a_request_that_runpod_would_not_take_is_not_sent(remote: Page, local: Page, cloud: StandIn) -> None:
+    request = REQUEST | {"prompts": [{"prompt": "x", "ctrl_img": "A" * 10_000_000}]}
+    answer = remote.post("/api/jobs", request)
+    assert (answer.status_code, "10.0 MB" in answer.json()["error"], cloud.asked) == (502, True, [])
+    assert local.post("/api/jobs", request).ok, "a worker on this machine takes it"
 
 
 def test_without_a_worker_it_says_how_to_start_one(tmp_path: Path) -> None:
