@@ -399,6 +399,17 @@ def test_a_worker_that_is_away_is_told_with_a_way_to_try_again(open_page: Open, 
         assert again.value.status == 502
 
 
+def test_every_kind_of_result_is_shown(page: Page) -> None:
+    page.get_by_text("Whole request").click()
+    for kind, frames, shown in (("png", "5", "video"), ("webp", "5", "img"), ("mp4", "1", "img")):
+        field(page, "output_format").select_option(kind)
+        run(page, num_frames=frames)
+        page.wait_for_function(
+            "() => { const made = document.querySelector('.made'); return made.videoWidth || made.naturalWidth }"
+        )
+        assert page.locator(".made").evaluate("made => made.localName") == shown
+
+
 def test_its_settings_go_back_into_the_form(page: Page) -> None:
     run(page, seed="-1", prompt="a drawn seed")
     drawn = page.locator("#facts dl div", has_text="Seed").locator("dd").inner_text()
