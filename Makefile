@@ -5,13 +5,14 @@
 # make image-test   builds the image with tiny checkpoints, looks through its layers, and runs a job in it; needs root and buildah
 # make lint   ruff, mypy, hadolint and shellcheck
 # make docs   rewrites the generated parts of the documentation and builds it as a site
+# make playground   a page to try it with: for that model, URL=http://… or ENDPOINT=id
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 TINY := .tiny
 
-.PHONY: setup run serve test image-test soak lint format docs clean
+.PHONY: setup run serve playground test image-test soak lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +35,9 @@ run: $(TINY)/.ready
 
 serve: $(TINY)/.ready
 	$(TINY_WORKER) --rp_serve_api
+
+playground: $(TINY)/.ready
+	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(TINY)))
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile

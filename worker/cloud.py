@@ -51,6 +51,10 @@ _SECONDS_AFTER_A_FAILURE = 0.5
 def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
     """Take jobs until the worker is told to leave: by SIGTERM, SIGINT, or the platform. Without RunPod's queue: local modes."""
     rp_scale.JobScaler = _Loop
+    if "--rp_serve_api" in sys.argv:
+        from worker import local_api  # brings a web server's libraries, which a worker in the cloud has no use for
+
+        local_api.install()
     config = {"handler": handler, "wants_a_job": wants_a_job, "concurrency_modifier": lambda _: _JOBS_AT_ONCE}
     runpod.serverless.start(config)
 

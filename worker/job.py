@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -159,7 +159,7 @@ class JobRunner:
     async def run(self, job: Job) -> Result:
         """The handler. Takes `{"id", "input", "s3Config"?}` and returns the documented result, or `{"error": "CODE: …"}`.
 
-        An error is a result: nothing but a cancellation is raised.
+        `send`, in a job of the local API, gets the updates. An error is a result: nothing but a cancellation is raised.
         """
         job_id = _safe_id(job.get("id"))
         try:
@@ -253,7 +253,9 @@ class JobRunner:
             raise run.deadline.error() from None
 
     def _sender(self, job: Job) -> AbstractAsyncContextManager[Send]:
-        return cloud_sender(job) if self._settings.in_cloud else terminal_bar()
+        if self._settings.in_cloud:
+            return cloud_sender(job)
+        return nullcontext(job["send"]) if "send" in job else terminal_bar()
 
     async def _fetch(self, run: Run) -> tuple[list[Adapter], dict[str, Image.Image]]:
         """LoRAs, checked against the model, and the control images by their source. One error tells all that is wrong."""

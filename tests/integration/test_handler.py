@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import pytest
+import requests
 
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import request_for
@@ -134,6 +135,8 @@ def test_a_local_api_that_is_told_to_leave_leaves_nothing_behind(tiny: Path, tmp
     env = environment(tiny, "wan21_1b", OUTPUT_DIR=tmp_path, TMPDIR=tmp_path / "temp")
     with local_api(env, tmp_path) as api:
         assert list((tmp_path / "temp").glob("worker-wan-lora-*"))
+        long = request_for("wan21_1b", tiny, sample_steps=150, num_frames=201)
+        assert requests.post(f"{api.url}/run", json={"input": long}, timeout=30).json()["status"] == "IN_PROGRESS"
         api.process.terminate()
         assert api.process.wait(timeout=30) == 0
     assert not list((tmp_path / "temp").glob("worker-wan-lora-*"))

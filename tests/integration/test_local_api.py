@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -205,3 +207,44 @@ def test_the_log_is_json_lines_with_the_jobs_id_and_no_url(api: LocalApi, good: 
     assert {"fetch", "wait", "load", "generate", "upload", "job"} <= stages
     assert "file://" not in api.log.read_text()
     assert "s3cret" not in api.log.read_text()
+
+
+def call(api: LocalApi, method: str, path: str, body: Any = None) -> Any:
+    return requests.request(method, f"{api.url}/{path}", json=body, timeout=120).json()
+
+
+def test_a_job_tells_how_far_it_is_until_it_is_done(api: LocalApi, tiny: Path) -> None:
+    job_id = call(api, "POST", "run", {"input": request_for("wan21_1b", tiny, sample_steps=150)})["id"]
+    steps = []
+    while (answer := call(api, "GET", f"status/{job_id}"))["status"] == "IN_PROGRESS":
+        steps.append(answer.get("output", {}).get("step", 0))
+        time.sleep(0.05)
+    assert answer["status"] == "COMPLETED"
+    assert len(frames_of(answer["output"]["outputs"]["videos"][0])) == 5
+    assert steps == sorted(steps) and steps[-1] > 0
+    assert call(api, "GET", f"status/{job_id}") == answer, "and it can be asked again"
+
+
+def test_a_post_for_the_status_waits_for_the_end(api: LocalApi, good: dict[str, Any]) -> None:
+    job_id = call(api, "POST", "run", {"input": good})["id"]
+    assert call(api, "POST", f"status/{job_id}")["status"] == "COMPLETED"
+
+
+def test_a_cancelled_job_stops_and_the_next_one_runs(api: LocalApi, tiny: Path, good: dict[str, Any]) -> None:
+    job_id = call(api, "POST", "run", {"input": request_for("wan21_1b", tiny, sample_steps=150, num_frames=81)})["id"]
+    while "step" not in call(api, "GET", f"status/{job_id}").get("output", {}):
+        time.sleep(0.02)
+    assert call(api, "POST", f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+    assert call(api, "GET", f"status/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+    assert frames_of(output_of(api, good)["outputs"]["videos"][0]).any()
+
+
+def test_a_failed_job_has_the_error_of_runsync(api: LocalApi, good: dict[str, Any]) -> None:
+    job_id = call(api, "POST", "run", {"input": good | {"loras": []}})["id"]
+    answer = call(api, "POST", f"status/{job_id}")
+    assert (answer["status"], answer["error"]) == ("FAILED", api.run(good | {"loras": []})["error"])
+
+
+def test_a_job_that_is_not_known_is_not_found(api: LocalApi) -> None:
+    for method, path in (("GET", "status/x"), ("POST", "status/x"), ("POST", "cancel/x")):
+        assert requests.request(method, f"{api.url}/{path}", timeout=10).status_code == 404

@@ -1,0 +1,76 @@
+"""Take the pictures of docs/playground.md from the real page, before a worker with tiny checkpoints.
+
+    python -m docs.screenshots .tiny
+
+Needs Chromium. The fonts are those of this machine.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from playground.__main__ import tiny_example, tiny_worker
+from playground.jobs import temporary_folder
+from playground.server import Playground, server
+from playground.target import Target
+
+IMAGES = Path(__file__).parent / "images"
+SIZE: Any = {"width": 1440, "height": 900}
+_QUALITY = 80
+_WITHIN = 120_000
+"""Milliseconds."""
+
+
+def main(tiny: Path) -> None:
+    IMAGES.mkdir(exist_ok=True)
+    with tiny_worker(tiny) as url, temporary_folder() as folder:
+        playground = Playground(Target(url), Path(folder), tiny_example(), tiny / "loras")
+        with server(playground, 0) as web, sync_playwright() as playwright:
+            threading.Thread(target=web.serve_forever, daemon=True).start()
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            # Less motion: the video stands at its first frame, so that the pictures are the same every time.
+            page = browser.new_page(viewport=SIZE, reduced_motion="reduce", color_scheme="light")
+            page.set_default_timeout(_WITHIN)
+            page.goto(f"http://127.0.0.1:{web.server_address[1]}/")
+            page.wait_for_selector("body[data-ready]")
+            for number, steps in enumerate(("8", "20", "24"), 1):
+                _run(page, number, sample_steps=steps, width="328" if number == 3 else "320")
+            _save(page, "light")
+            page.emulate_media(color_scheme="dark")
+            for box in page.locator(".pick input").all()[1:]:
+                box.check()
+            page.locator(".curve .dot").wait_for()
+            page.get_by_role("slider").focus()
+            page.keyboard.press("End")
+            page.keyboard.press("ArrowLeft")
+            page.evaluate("document.activeElement.blur()")
+            _save(page, "dark")
+            browser.close()
+            web.shutdown()
+
+
+def _run(page: Page, number: int, **values: str) -> None:
+    for name, value in values.items():
+        page.locator(f"[name={name}]").first.fill(value)
+    page.keyboard.press("Control+Enter")
+    page.locator("#stage", has=page.locator("#facts h2", has_text=f"Run {number}")).locator(".made").wait_for()
+
+
+def _save(page: Page, name: str) -> None:
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1500)  # the player's controls, and the posters
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.save(IMAGES / f"playground-{name}.webp", quality=_QUALITY, method=6)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,43 @@
+// What the local process is asked. An answer that is no success becomes an ApiError with its text.
+
+export class ApiError extends Error {
+  constructor(text, again) {
+    super(text);
+    this.again = again;
+  }
+}
+
+const GONE = "the playground's own process does not answer; start it again, then try again";
+
+export const getConfig = () => ask("GET", "/api/config");
+export const check = (request) => ask("POST", "/api/check", json(request));
+export const allJobs = () => ask("GET", "/api/jobs");
+export const startJob = (request) => ask("POST", "/api/jobs", json(request));
+export const lookAt = (job) => ask("GET", `/api/jobs/${job}`);
+export const cancelJob = (job) => ask("POST", `/api/jobs/${job}/cancel`);
+
+/** `a` and `b` are `JOB/FILE`; or `a` is a File. */
+export function compare(a, b) {
+  const query = new URLSearchParams(a instanceof File ? { name: a.name, b } : { a, b });
+  return ask("POST", `/api/compare?${query}`, a instanceof File ? { body: a } : {});
+}
+
+async function ask(method, path, more = {}) {
+  let response;
+  try {
+    response = await fetch(path, { method, ...more });
+  } catch {
+    throw new ApiError(GONE, true);
+  }
+  const answer = await response.json().catch(() => ({ error: GONE, again: true }));
+  if (!response.ok) throw new ApiError(answer.error, answer.again);
+  return answer;
+}
+
+const json = (value) => ({ body: toJson(value), headers: { "Content-Type": "application/json" } });
+
+/** JSON with integers beyond 2^53, such as seeds, written exactly; they are BigInts here. */
+export function toJson(value, indent) {
+  const marked = JSON.stringify(value, (_, item) => (typeof item === "bigint" ? `\u0001${item}` : item), indent);
+  return marked.replace(/"\\u0001(-?\d+)"/g, "$1");
+}

@@ -1,0 +1,219 @@
+// The page: it wires the form, the stage and the strip to the jobs of the local process.
+
+import { ApiError, allJobs, cancelJob, check, getConfig, lookAt, startJob } from "./api.js";
+import { Comparison } from "./comparison.js";
+import { copyAs } from "./copy.js";
+import { h, s, say } from "./dom.js";
+import { Form } from "./form.js";
+import { Stage, spoken } from "./stage.js";
+import { Strip } from "./strip.js";
+
+const byId = (id) => document.getElementById(id);
+const SECONDS_BETWEEN_LOOKS = { local: 0.4, endpoint: 1.5 };
+const SECONDS_UNTIL_AGAIN = 4;
+
+class App {
+  constructor(config) {
+    this.config = config;
+    this.jobs = new Map();
+    this.stage = new Stage(byId("screen"), byId("facts"), {
+      cancel: (job) => this.#cancel(job),
+      reuse: (job, item) => this.#reuse(job, item),
+      sample: (file, place) => this.#compare(file, place),
+      toField: (job) => this.#correct(job),
+    });
+    this.strip = new Strip(byId("strip"), {
+      open: (job, item) => this.#show(job, item),
+      compare: (a, b) => this.#compare(a, b),
+    });
+    this.form = new Form(config, byId("fields"));
+    byId("request").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#run();
+    });
+    document.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault();
+      this.#run();
+    });
+    for (const button of document.querySelectorAll("[data-copy]")) {
+      button.addEventListener("click", () => this.#copy(button));
+    }
+  }
+
+  async restore() {
+    const { jobs } = await allJobs();
+    for (const job of jobs) this.#take(job);
+    if (jobs.length) this.#show(jobs.at(-1));
+    for (const job of jobs) if (isOpen(job)) this.#watch(job.number);
+  }
+
+  // Runs
+
+  async #run() {
+    if (this.starting) return;
+    this.starting = true;
+    byId("run").setAttribute("aria-disabled", "true");
+    try {
+      const { request } = this.form.read();
+      const { problems } = await check(request);
+      this.form.showProblems(problems);
+      if (problems.length) {
+        say(`Not sent: ${problems.length === 1 ? "one problem" : `${problems.length} problems`} to correct`);
+        return;
+      }
+      const job = await startJob(request);
+      this.#take(job);
+      this.#show(job);
+      if (matchMedia("(max-width: 760px)").matches) byId("stage").scrollIntoView();
+      this.#watch(job.number);
+    } catch (error) {
+      this.#trouble(error, () => this.#run());
+    } finally {
+      this.starting = false;
+      byId("run").removeAttribute("aria-disabled");
+    }
+  }
+
+  /** Look at a job until it ends. What goes wrong on the way is said, and tried again. */
+  async #watch(number) {
+    const pause = SECONDS_BETWEEN_LOOKS[this.config.target.endpoint ? "endpoint" : "local"];
+    for (;;) {
+      try {
+        const job = await lookAt(number);
+        this.stage.calmDown();
+        this.#take(job);
+        if (!isOpen(job)) return this.#ended(job);
+        await sleep(pause);
+      } catch (error) {
+        this.#trouble(error, null);
+        if (!(error instanceof ApiError && error.again)) return undefined;
+        await sleep(SECONDS_UNTIL_AGAIN);
+      }
+    }
+  }
+
+  #take(job) {
+    this.jobs.set(job.number, job);
+    this.strip.put(job);
+    if (this.shown === job.number) {
+      this.stage.show(job);
+      if (isOpen(job)) say(spoken(job));
+    }
+  }
+
+  #ended(job) {
+    say({ done: `Run ${job.number} is ready`, failed: `Run ${job.number} failed`, cancelled: "Cancelled" }[job.status]);
+    if (job.status === "failed" && this.shown === job.number) this.#correct(job);
+  }
+
+  /** Errors of the worker at the fields of the form, as long as that is the request that failed. */
+  #correct(job) {
+    this.form.showProblems(job.problems);
+  }
+
+  #show(job, item) {
+    if (this.comparison) this.strip.unpick();
+    this.comparison?.close();
+    this.comparison = undefined;
+    this.shown = job.number;
+    this.stage.show(this.jobs.get(job.number), item);
+    this.strip.mark(job.number, this.stage.item);
+  }
+
+  async #cancel(job) {
+    try {
+      this.#take(await cancelJob(job.number));
+    } catch (error) {
+      this.#trouble(error, () => this.#cancel(job));
+    }
+  }
+
+  #reuse(job, item) {
+    const request = structuredClone(job.request);
+    if (item) request.prompts[item.prompt_index].seed = /^\d+$/.test(item.seed) ? BigInt(item.seed) : item.seed;
+    this.form.write(request);
+    say(`The form has the settings of run ${job.number}`);
+    byId("request").scrollIntoView({ block: "nearest" });
+  }
+
+  // Comparison
+
+  async #compare(a, b) {
+    const back = this.jobs.get(Number(b.split("/")[0]));
+    this.comparison?.close();
+    this.comparison = new Comparison(byId("screen"), byId("facts"), () => this.#show(back));
+    this.stage.leave();
+    this.shown = undefined;
+    this.strip.mark(undefined);
+    await this.comparison.open(a, b);
+  }
+
+  // The rest
+
+  #trouble(error, again) {
+    if (!(error instanceof ApiError)) throw error;
+    this.stage.trouble(error.message, error.again ? again : null);
+  }
+
+  async #copy(button) {
+    const { request } = this.form.read();
+    const kind = button.dataset.copy;
+    const secret = request.hf_token ? "; your Hugging Face token is in it" : "";
+    try {
+      await navigator.clipboard.writeText(copyAs(kind, request, this.config.target));
+      say(`Copied as ${kind}${secret}`);
+      button.textContent = "Copied";
+    } catch {
+      say("The browser does not let this page copy");
+      button.textContent = "Not allowed";
+    }
+    setTimeout(() => (button.textContent = kind), 1500);
+  }
+}
+
+const isOpen = (job) => ["queued", "running"].includes(job.status);
+const sleep = (count) => new Promise((resolve) => setTimeout(resolve, 1000 * count));
+
+/** Half light, half dark. */
+const half = () =>
+  s(
+    "svg",
+    { width: 14, height: 14, viewBox: "0 0 14 14", "aria-hidden": "true" },
+    s("circle", { cx: 7, cy: 7, r: 6, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }),
+    s("path", { d: "M7 1a6 6 0 0 1 0 12z", fill: "currentColor" }),
+  );
+
+/** The colours: the system's, light or dark. */
+function themes(button) {
+  const names = ["auto", "light", "dark"];
+  const apply = (name) => {
+    document.documentElement.dataset.theme = name;
+    button.replaceChildren(half(), { auto: "Auto", light: "Light", dark: "Dark" }[name]);
+    button.setAttribute("aria-label", `Colours: ${name}`);
+  };
+  apply(names.includes(localStorage.theme) ? localStorage.theme : "auto");
+  button.addEventListener("click", () => {
+    localStorage.theme = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % 3];
+    apply(localStorage.theme);
+  });
+}
+
+async function start() {
+  themes(byId("theme"));
+  byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
+  try {
+    const config = await getConfig();
+    const kind = config.target.endpoint ? "RunPod endpoint" : "Worker at";
+    byId("target").replaceChildren(kind, " ", h("code", {}, config.target.endpoint ?? config.target.label));
+    const app = new App(config);
+    await app.restore();
+    document.body.dataset.ready = "";
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    const retry = h("button", { type: "button", onclick: start }, "Try again");
+    byId("screen").replaceChildren(h("div", { class: "trouble", role: "alert" }, h("p", {}, error.message), retry));
+  }
+}
+
+start();

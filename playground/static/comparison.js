@@ -1,0 +1,129 @@
+// Two videos in step, their difference, and the PSNR of every frame. One MP4 has all three pictures beside each other.
+
+import { ApiError, compare } from "./api.js";
+import { Curve } from "./curve.js";
+import { calm, capital, h, prose, say, sentence } from "./dom.js";
+import { list } from "./stage.js";
+
+export class Comparison {
+  constructor(screen, facts, back) {
+    Object.assign(this, { screen, facts, back });
+  }
+
+  async open(a, b) {
+    this.screen.className = "blank";
+    this.screen.replaceChildren(h("div", { class: "lead", role: "status" }, h("p", { class: "big" }, "Comparing …")));
+    this.facts.replaceChildren();
+    try {
+      this.found = await compare(a, b);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (!this.closed) this.#say(error.message);
+      return;
+    }
+    if (!this.closed) this.#build();
+  }
+
+  close() {
+    this.closed = true;
+    this.video?.pause();
+    this.video?.removeAttribute("src");
+    this.curve?.close();
+  }
+
+  #say(text) {
+    const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
+    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, text), back));
+  }
+
+  #build() {
+    const { found } = this;
+    const [a, b] = found.titles;
+    this.canvases = [a, b, `Difference × ${found.gain}`].map((title) =>
+      h("canvas", { width: found.width, height: found.height, role: "img", "aria-label": title }),
+    );
+    const figures = this.canvases.map((canvas) =>
+      h("figure", {}, canvas, h("figcaption", {}, canvas.getAttribute("aria-label"))),
+    );
+    this.video = h("video", { src: found.url, loop: true, playsinline: true, preload: "auto" });
+    this.video.muted = true;
+    this.toggle = h("button", { type: "button", onclick: () => this.#playOrPause() }, "Play");
+    this.readout = h("p", { class: "frame" });
+    this.curve = new Curve(found.frames, (frame) => this.#seek(frame));
+    this.screen.className = "comparison";
+    const panes = h("div", { class: found.width > found.height ? "panes" : "panes upright" }, figures, this.curve.node);
+    for (const side of ["width", "height"]) panes.style.setProperty(`--${side}`, found[side]);
+    const back = h("button", { type: "button", class: "quiet", onclick: this.back }, "Back to the video");
+    const tools = h("div", { class: "tools" }, this.toggle, this.readout, h("span", { class: "gap" }), back);
+    this.screen.replaceChildren(panes, tools);
+    this.curve.draw();
+    this.#facts();
+    for (const event of ["play", "pause"]) this.video.addEventListener(event, () => this.#label());
+    this.video.addEventListener("seeked", () => this.#draw(this.frame));
+    const begin = () => (calm.matches || this.frame !== undefined ? this.#seek(this.frame ?? 0) : this.video.play());
+    this.video.addEventListener("loadeddata", begin, { once: true });
+    this.#follow();
+    say(found.verdict.text);
+  }
+
+  #facts() {
+    const { found } = this;
+    const [head, ...rest] = found.verdict.text.split(": ");
+    const differ = Object.entries(found.settings ?? {});
+    const rows = differ.map(([name, { a, b }]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, shown(a)), h("td", {}, shown(b))));
+    this.facts.replaceChildren(
+      h("h2", {}, capital(head)),
+      h("p", { class: "said" }, sentence(rest.join(": "))),
+      found.verdict.advice ? h("p", { class: "said" }, sentence(found.verdict.advice)) : "",
+      found.uncommon.length ? h("ul", { class: "warnings" }, found.uncommon.map((text) => h("li", {}, prose(text)))) : "",
+      h("h3", {}, "All frames"),
+      list({
+        PSNR: found.psnr === null ? "equal" : `${found.psnr.toFixed(2)} dB`,
+        SSIM: found.ssim.toFixed(4),
+        "Largest difference": `${found.max_difference} of 255`,
+      }),
+      h("h3", {}, "Settings that differ"),
+      found.settings === null
+        ? h("p", { class: "soft" }, "Not known on both sides; a sample of the trainer carries none.")
+        : differ.length
+          ? h("table", {}, h("thead", {}, h("tr", {}, h("td"), h("th", { scope: "col" }, "A"), h("th", { scope: "col" }, "B"))), h("tbody", {}, rows))
+          : h("p", { class: "soft" }, "None."),
+    );
+  }
+
+  /** Draw every frame that the video shows. */
+  #follow() {
+    if (this.closed) return;
+    this.video.requestVideoFrameCallback((_, { mediaTime }) => {
+      if (!this.video.paused) this.#draw(Math.round(mediaTime * this.found.fps));
+      this.#follow();
+    });
+  }
+
+  #draw(frame) {
+    const { width, height, frames } = this.found;
+    this.frame = Math.min(Math.max(frame ?? 0, 0), frames.length - 1);
+    this.canvases.forEach((canvas, index) => {
+      canvas.getContext("2d").drawImage(this.video, index * width, 0, width, height, 0, 0, width, height);
+    });
+    this.readout.textContent = this.curve.mark(this.frame);
+  }
+
+  #seek(frame) {
+    this.video.pause();
+    this.frame = frame;
+    this.readout.textContent = this.curve.mark(frame);
+    this.video.currentTime = (frame + 0.5) / this.found.fps;
+  }
+
+  #playOrPause() {
+    if (this.video.paused) this.video.play();
+    else this.video.pause();
+  }
+
+  #label() {
+    this.toggle.textContent = this.video.paused ? "Play" : "Pause";
+  }
+}
+
+const shown = (value) => (value === null ? "–" : typeof value === "string" ? value : JSON.stringify(value));

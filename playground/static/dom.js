@@ -1,0 +1,47 @@
+// Elements from data. Whatever comes from the worker becomes text, never markup.
+
+/** `h("p", {class: "x", onclick: f}, "text", node, …)`; attributes that are null, undefined or false are left out. */
+export function h(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+/** The same for SVG. */
+export function s(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function filled(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** Text with `code` between backticks, as nodes. */
+export function prose(text) {
+  return String(text)
+    .split(/`([^`]+)`/)
+    .map((part, index) => (index % 2 ? h("code", {}, part) : part));
+}
+
+export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** What the worker's messages leave to whoever shows them. */
+export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "");
+
+export function seconds(value) {
+  if (value < 10) return `${Number(value.toFixed(1))} s`;
+  if (value < 60) return `${Math.round(value)} s`;
+  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+}
+
+/** Tell a screen reader. */
+export function say(text) {
+  const line = document.getElementById("said");
+  if (line.textContent !== text) line.textContent = text;
+}
+
+export const calm = matchMedia("(prefers-reduced-motion: reduce)");

@@ -1,0 +1,268 @@
+// The stage: one run, as it is made and once it is there, with what decided it beside it.
+
+import { calm, h, prose, seconds, sentence } from "./dom.js";
+import { takesDrops } from "./fields.js";
+
+const STAGES = {
+  fetch: "Fetching",
+  wait: "Waiting",
+  load: "Loading",
+  denoise: "Denoising",
+  decode: "Decoding",
+  encode: "Encoding",
+  upload: "Storing",
+};
+const DETAILS = {
+  fetch: "LoRAs and images",
+  wait: "for the GPU, which has another job",
+  load: "the LoRAs into the model",
+  decode: "the latents to frames",
+  encode: "the frames as they are decoded",
+  upload: "the result",
+};
+
+export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job.result?.outputs?.images ?? [])].sort(
+  (one, other) => one.prompt_index - other.prompt_index,
+);
+
+/** `JOB/FILE`, by which the local process knows an output. */
+export const placeOf = (item) => item.file.replace("/files/", "");
+
+/** After its last step a video is decoded; the worker tells of that when the first frames are there. */
+const stageOf = (progress) =>
+  progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
+
+/** Of a running job, for a screen reader: at most every quarter, not every step. */
+export function spoken(job) {
+  if (job.status === "queued" || !job.progress) return `Run ${job.number} waits for a worker`;
+  const stage = stageOf(job.progress);
+  const quarter = Math.floor(job.progress.percent / 25) * 25;
+  return `${STAGES[stage] ?? stage}${stage === "denoise" ? `, ${quarter} percent` : ""}`;
+}
+
+export class Stage {
+  constructor(screen, facts, actions) {
+    Object.assign(this, { screen, facts, actions });
+    this.#empty();
+    takesDrops(screen, (file) => this.item && this.actions.sample(file, placeOf(this.item)));
+  }
+
+  /** The job as it is now, and of a finished one the output `item`. */
+  show(job, item) {
+    const items = itemsOf(job);
+    const chosen = items.find((other) => other.file === item?.file) ?? items[0];
+    const state = `${job.number} ${job.status} ${chosen?.file}`;
+    this.item = chosen;
+    if (["queued", "running"].includes(job.status)) {
+      if (this.state !== state) this.#begin(job);
+      this.#progress(job);
+    } else if (this.state !== state) {
+      ({ done: () => this.#done(job, chosen), failed: () => this.#failed(job) }[job.status] ?? (() => this.#cancelled(job)))();
+    }
+    this.state = state;
+  }
+
+  /** Something else takes its place; the next `show` draws anew. */
+  leave() {
+    this.state = undefined;
+    this.banner = undefined;
+  }
+
+  trouble(text, again) {
+    this.calmDown();
+    const retry = again && h("button", { type: "button", onclick: () => (this.calmDown(), again()) }, "Try again");
+    this.banner = h("div", { class: "trouble", role: "alert" }, h("p", {}, sentence(text)), retry);
+    this.screen.prepend(this.banner);
+  }
+
+  calmDown() {
+    this.banner?.remove();
+    this.banner = undefined;
+  }
+
+  #fill(kind, ...children) {
+    this.screen.className = kind;
+    this.screen.replaceChildren(...children);
+    this.banner = undefined;
+  }
+
+  #empty() {
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "No run yet."), h("p", {}, "Fill in the form and run it; the video plays here.")));
+    this.facts.replaceChildren();
+  }
+
+  // While it is made
+
+  #begin(job) {
+    const cancel = h("button", { type: "button", onclick: () => this.#stop(job, cancel) }, "Cancel");
+    this.percent = h("p", { class: "percent" });
+    this.bar = h("progress", { max: 100, "aria-label": "Progress of the run" });
+    this.doing = h("p", { class: "doing" });
+    this.left = h("p", { class: "left" });
+    this.#fill(
+      "running",
+      h("div", { class: "making" }, this.percent, this.bar, h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel)),
+    );
+    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
+  }
+
+  #progress(job) {
+    const { progress } = job;
+    const name = stageOf(progress);
+    // The worker's percentage is that of the denoising; what comes before and after has none.
+    if (name === "denoise") this.percent.replaceChildren(String(progress.percent), h("span", {}, "%"));
+    else this.percent.textContent = name ? STAGES[name] ?? name : "Queued";
+    this.bar.value = progress?.percent ?? 0;
+    const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "until a worker takes it"];
+    if (progress?.prompts > 1) parts.push(`video ${progress.prompt_index + 1} of ${progress.prompts}`);
+    this.doing.textContent = parts.filter(Boolean).join(", ");
+    const left = progress?.seconds_left;
+    const known = name === "denoise" && typeof left === "number";
+    this.left.textContent = `${known ? `about ${seconds(left)} left, ` : ""}${seconds(job.seconds)} so far`;
+  }
+
+  #stop(job, button) {
+    button.disabled = true;
+    button.textContent = "Stopping";
+    this.actions.cancel(job);
+  }
+
+  // When it has ended
+
+  #done(job, item) {
+    if (!item) {
+      this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "The result has no file.")));
+      return;
+    }
+    const what = `Run ${job.number}, prompt ${item.prompt_index + 1}`;
+    const file = h("input", { type: "file", class: "unseen", tabindex: "-1", "aria-hidden": "true", accept: "image/*,video/mp4,.zip" });
+    file.addEventListener("change", () => file.files[0] && this.actions.sample(file.files[0], placeOf(item)));
+    this.#fill(
+      "player",
+      sized(picture(item, what, (text) => this.trouble(text, null)), item),
+      h(
+        "div",
+        { class: "tools" },
+        file,
+        h("button", { type: "button", onclick: () => file.click() }, "Compare with a sample"),
+        h("span", { class: "soft tip" }, "or drop the trainer's file on the video"),
+        h("span", { class: "gap" }),
+        h("button", { type: "button", class: "quiet", onclick: () => this.actions.reuse(job, item) }, "Use its settings"),
+        h("a", { class: "button quiet", href: item.file, download: `run-${job.number}-${nameOf(item)}` }, "Download"),
+      ),
+    );
+    this.facts.replaceChildren(...factsOf(job, item));
+  }
+
+  #failed(job) {
+    const [code] = /^[A-Z_]+(?=: )/.exec(job.error) ?? ["Failed"];
+    const item = ({ field, text }) => h("li", {}, field ? h("code", {}, field) : "", field ? " " : "", prose(text));
+    this.#fill(
+      "failed",
+      h(
+        "div",
+        { class: "lead" },
+        h("p", { class: "code" }, code),
+        h("p", { class: "big" }, `Run ${job.number} was not made.`),
+        h("ul", { class: "problems" }, job.problems.map(item)),
+        h(
+          "div",
+          { class: "tools" },
+          h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.toField(job)) }, "Correct it"),
+        ),
+      ),
+    );
+    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
+  }
+
+  #cancelled(job) {
+    const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), again));
+    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
+  }
+}
+
+const nameOf = (item) => (item.key ?? item.file).split("/").at(-1);
+
+function picture(item, what, onerror) {
+  const moves = item.play.endsWith(".mp4") || item.format === "mp4";
+  const failed = async () => onerror((await (await fetch(item.play)).json().catch(() => ({}))).error ?? "the browser cannot play it");
+  if (!moves) return h("img", { class: "made", src: item.play, alt: `${what}, ${item.width} × ${item.height}`, onerror: failed });
+  const video = h("video", {
+    class: "made",
+    src: item.play,
+    width: item.width,
+    height: item.height,
+    poster: item.poster?.file,
+    loop: true,
+    controls: true,
+    playsinline: true,
+    autoplay: !calm.matches,
+    "aria-label": what,
+    onerror: failed,
+  });
+  video.muted = true;
+  return video;
+}
+
+function sized(picture, item) {
+  for (const side of ["width", "height"]) picture.style.setProperty(`--${side}`, item[side]);
+  return h("div", { class: "fit" }, picture);
+}
+
+/** What was asked, as long as there is no result. */
+function asked(job) {
+  return h("ol", { class: "asked" }, job.request.prompts.map(({ prompt }) => h("li", {}, prompt)));
+}
+
+function factsOf(job, item) {
+  const { result } = job;
+  const settings = result.settings ?? {};
+  const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index) ?? {};
+  const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] was not made: ${error.message}`);
+  return [
+    h("h2", {}, `Run ${job.number}`, result.outputs.videos.length > 1 ? h("span", { class: "soft" }, ` prompt ${item.prompt_index + 1}`) : ""),
+    h("p", { class: "said" }, prompt.prompt ?? ""),
+    notes([...failed, ...(result.warnings ?? [])]),
+    h("h3", {}, "Settings"),
+    list({
+      Model: result.model,
+      Match: settings.match,
+      Size: `${item.width} × ${item.height}`,
+      Frames: item.num_frames === 1 ? "1" : `${item.num_frames} at ${item.fps} fps`,
+      Seed: item.seed,
+      Steps: prompt.sample_steps,
+      Guidance: prompt.guidance_scale,
+      Scheduler: prompt.scheduler?.replace(/Scheduler$/, ""),
+      Shift: prompt.shift,
+      ...Object.fromEntries((settings.loras ?? []).map((lora) => [loraName(lora), loraText(lora)])),
+    }),
+    h("h3", {}, "Seconds"),
+    timings(result.timings ?? {}),
+    h("details", { class: "fold" }, h("summary", {}, "All settings"), h("pre", { tabindex: "0" }, JSON.stringify({ ...settings, prompts: [prompt] }, null, 2))),
+  ];
+}
+
+const loraName = (lora) => (lora.transformer ? `LoRA, ${lora.transformer}` : "LoRA");
+const loraText = (lora) => [`× ${lora.network_multiplier}`, lora.step && `step ${lora.step}`, lora.sha256?.slice(0, 7)].filter(Boolean).join(", ");
+
+function notes(texts) {
+  if (!texts.length) return "";
+  return h("ul", { class: "warnings", "aria-label": "Warnings" }, texts.map((text) => h("li", {}, prose(text))));
+}
+
+export function list(values) {
+  const rows = Object.entries(values).filter(([, value]) => value !== undefined && value !== null && value !== "");
+  return h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
+}
+
+/** Seconds of every stage, with a bar of its share in the whole. */
+function timings({ total, ...stages }) {
+  const row = ([name, value]) => {
+    const bar = h("span", { class: name === "total" ? "" : "share", "aria-hidden": "true" });
+    bar.style.setProperty("--share", total ? Math.min(1, value / total) : 0);
+    return h("div", {}, h("dt", {}, name), h("dd", {}, bar, value.toFixed(1)));
+  };
+  const shown = Object.entries(stages).filter(([, value]) => value >= 0.05);
+  return h("dl", { class: "timings" }, [...shown, ["total", total ?? 0]].map(row));
+}

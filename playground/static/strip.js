@@ -1,0 +1,107 @@
+// The strip of runs: a poster each, to open one again or to pick two for a comparison.
+
+import { h } from "./dom.js";
+import { itemsOf, placeOf } from "./stage.js";
+
+const HINT = "Tick two to play them in step.";
+
+export class Strip {
+  constructor(root, actions) {
+    this.root = root;
+    this.actions = actions;
+    this.tiles = root.querySelector("ol");
+    this.hint = root.querySelector("#picking");
+    this.groups = new Map();
+    this.picked = [];
+  }
+
+  /** The tiles of a job: one while it runs, then one for every output. */
+  put(job) {
+    this.root.hidden = false;
+    const before = this.groups.get(job.number);
+    if (before?.status === job.status) {
+      before.percent?.replaceChildren(job.progress ? `${job.progress.percent}%` : "…");
+      return;
+    }
+    const items = itemsOf(job);
+    const group = { status: job.status, percent: h("span", { class: "big" }, "…") };
+    group.tiles = items.length ? items.map((item) => this.#tile(job, item)) : [this.#waiting(job, group)];
+    if (before) {
+      before.tiles[0].before(...group.tiles);
+      for (const tile of before.tiles) tile.remove();
+    } else this.tiles.append(...group.tiles);
+    this.groups.set(job.number, group);
+    if (this.marked?.number === job.number) this.mark(job.number, items[0]);
+    if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth; // not scrollIntoView, which moves the whole page
+  }
+
+  #waiting(job, group) {
+    const words = { failed: "failed", cancelled: "cancelled" };
+    const inside = words[job.status] ? h("span", {}, words[job.status]) : group.percent;
+    const open = h(
+      "button",
+      { type: "button", class: `open ${job.status}`, "data-run": job.number, onclick: () => this.actions.open(job) },
+      h("span", { class: "poster" }, inside),
+      h("span", { class: "caption" }, h("b", {}, String(job.number)), words[job.status] ?? "running"),
+    );
+    return h("li", {}, open);
+  }
+
+  #tile(job, item) {
+    const name = `Run ${job.number}${itemsOf(job).length > 1 ? `, prompt ${item.prompt_index + 1}` : ""}`;
+    const open = h(
+      "button",
+      {
+        type: "button",
+        class: "open",
+        "data-run": job.number,
+        "data-file": item.file,
+        "aria-label": `Show ${name}, seed ${item.seed}`,
+        onclick: () => this.actions.open(job, item),
+      },
+      h("span", { class: "poster" }, poster(item)),
+      h("span", { class: "caption" }, h("b", {}, String(job.number)), `seed ${item.seed}`),
+    );
+    const pick = h("input", { type: "checkbox", "aria-label": `Compare ${name}` });
+    pick.addEventListener("change", () => this.#pick(pick, placeOf(item)));
+    return h("li", {}, open, h("label", { class: "pick" }, pick));
+  }
+
+  #pick(box, place) {
+    this.picked = this.picked.filter((other) => other.box !== box);
+    if (box.checked) this.picked.push({ box, place });
+    while (this.picked.length > 2) this.picked.shift().box.checked = false;
+    this.hint.textContent = this.picked.length === 1 ? "Tick one more." : HINT;
+    if (box.checked && this.picked.length === 2) this.actions.compare(...this.picked.map((other) => other.place));
+  }
+
+  unpick() {
+    for (const { box } of this.picked) box.checked = false;
+    this.picked = [];
+    this.hint.textContent = HINT;
+  }
+
+  mark(number, item) {
+    this.marked = { number };
+    for (const button of this.tiles.querySelectorAll(".open")) {
+      const here = Number(button.dataset.run) === number && (!item || !button.dataset.file || button.dataset.file === item.file);
+      if (here) button.setAttribute("aria-current", "true");
+      else button.removeAttribute("aria-current");
+    }
+  }
+}
+
+/** The worker's poster; without one, a frame of the video itself. */
+function poster(item) {
+  const source = item.poster?.file ?? (item.play.endsWith(".mp4") || item.format === "mp4" ? null : item.file);
+  if (source) return h("img", { src: source, alt: "", loading: "lazy" });
+  const canvas = h("canvas", { width: 256, height: Math.max(1, Math.round((256 * item.height) / item.width)) });
+  const video = h("video", { src: item.play, preload: "auto" });
+  video.muted = true;
+  video.addEventListener("loadeddata", () => {
+    canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+    video.removeAttribute("src");
+    video.load();
+  });
+  return canvas;
+}

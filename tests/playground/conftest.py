@@ -1,0 +1,98 @@
+"""The playground in this process, before a real worker with tiny checkpoints, or before a stand-in for RunPod's cloud."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from playground.server import Playground, server
+from playground.target import Target
+from tests.worker_process import LocalApi, environment, local_api
+
+Request = dict[str, Any]
+
+
+class Page:
+    """What the page's scripts can do, without a browser: requests from the playground's own origin."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str, **headers: str) -> requests.Response:
+        return requests.get(self.url + path, headers=headers, timeout=60)
+
+    def post(self, path: str, body: Any = None, data: bytes | None = None, **headers: str) -> requests.Response:
+        return requests.post(self.url + path, json=body, data=data, headers={"Origin": self.url, **headers}, timeout=60)
+
+
+Serve = Callable[..., AbstractContextManager[Page]]
+
+
+@contextmanager
+def serving(target: Target, folder: Path, **more: Any) -> Iterator[Page]:
+    folder.mkdir(exist_ok=True)
+    with server(Playground(target, folder, **more), 0) as web:
+        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield Page(web.server_address[1])
+        finally:
+            web.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
+    """A worker of wan22_14b_t2v with its local API."""
+    folder = tmp_path_factory.mktemp("worker")
+    with local_api(environment(tiny, "wan22_14b_t2v", OUTPUT_DIR=folder / "out"), folder) as api:
+        yield api
+
+
+class StandIn:
+    """RunPod's cloud as far as the playground sees it: /run, /status, /cancel and the bucket, with scripted answers."""
+
+    def __init__(self, port: int) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+        self.answer: dict[str, Any] = {"status": "IN_QUEUE"}
+        """To /status."""
+        self.status = 200
+        """Of every answer but the bucket's."""
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str, dict[str, str]]] = []
+        """(method, path, headers)."""
+
+
+@pytest.fixture
+def cloud() -> Iterator[StandIn]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            stand_in.asked.append((self.command, self.path, dict(self.headers)))
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            file = stand_in.files.get(self.path)
+            body = file if file is not None else json.dumps({"id": "job-1"} | stand_in.answer).encode()
+            self.send_response(200 if file is not None else stand_in.status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        stand_in = StandIn(web.server_address[1])
+        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield stand_in
+        web.shutdown()
+        thread.join()

@@ -1,0 +1,479 @@
+"""The page in a real Chromium, before the real worker with tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from playground.target import Target
+from tests.playground.conftest import Page as Server
+from tests.playground.conftest import serving
+from tests.worker_process import LocalApi, free_port
+from tools.compare import as_json, compare
+from tools.frames import read_clip
+from worker.request import Lora, Prompt, Request
+from worker.video import VIDEO, encode
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; apt-get install chromium"),
+]
+
+LORA = "wan22_14b_t2v/wan22_14b_t2v_{}_noise.safetensors"
+EXAMPLE = {
+    "model": "wan22_14b_t2v",
+    "trigger_word": "sks",
+    "loras": [{"path": LORA.format(side), "transformer": side} for side in ("high", "low")],
+    "prompts": [{"prompt": "[trigger] a boat", "width": 96, "height": 64, "num_frames": 5, "sample_steps": 2, "fps": 5}],
+}
+WITHIN = 20_000
+"""Milliseconds; the busiest of the waits below takes three seconds."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not start as root, as which a container runs these tests.
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def playground(worker: LocalApi, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("playground")
+    with serving(Target(worker.url), folder, example=EXAMPLE, loras=tiny / "loras") as server:
+        yield server
+
+
+Open = Callable[..., "Page"]
+
+
+@pytest.fixture
+def open_page(browser: Browser, playground: Server) -> Iterator[Open]:
+    """Opens the page; whatever its console complains of fails the test, a broken content policy for example."""
+    contexts, complaints = [], []
+
+    def open(server: Server = playground, width: int = 1440, height: int = 900, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(WITHIN)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
+        page.goto(server.url)
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+    # A refusal that a test provokes is one of the console's, too.
+    assert [text for text in complaints if not re.search("status of (400|502)", text)] == []
+
+
+@pytest.fixture
+def page(open_page: Open) -> Page:
+    return open_page()
+
+
+def field(page: Page, name: str) -> Locator:
+    return page.locator(f"#fields [name={name}]").first
+
+
+def run(page: Page, tap: bool = False, **values: str) -> None:
+    """Fill in, run by key or by finger, and wait for the video."""
+    for name, value in values.items():
+        field(page, name).fill(value)
+    runs = [int(tile.get_attribute("data-run") or 0) for tile in page.locator("#tiles .open").all()]
+    if tap:
+        page.locator("#run").tap()
+    else:
+        page.keyboard.press("Control+Enter")
+    title = page.locator("#facts h2", has_text=f"Run {max(runs, default=0) + 1}")
+    page.locator("#stage", has=title).locator(".made").wait_for()
+
+
+def axe(page: Page, *rules: str) -> list[str]:
+    """What axe finds against WCAG 2.2 A and AA, and its best practices; or against these rules of it alone."""
+    import axe_playwright_python
+
+    if not page.evaluate("'axe' in window"):
+        page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
+    options = {"runOnly": list(rules)} if rules else {}
+    found = page.evaluate("options => axe.run(document, options)", options)
+    return [f"{item['id']}: {node['html'][:160]}" for item in found["violations"] for node in item["nodes"]]
+
+
+def test_a_run_shows_its_progress_and_then_plays(page: Page) -> None:
+    field(page, "sample_steps").fill("150")
+    field(page, "width").fill("100")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector(".percent span")
+    assert "of 150" in page.locator(".doing").inner_text()
+    assert page.get_by_role("progressbar").is_visible()
+    page.wait_for_function("() => document.querySelector('video.made')?.currentTime > 0.1")
+    video = page.locator("video.made")
+    assert video.evaluate("video => [video.videoWidth, video.videoHeight, video.loop, video.muted]") == [96, 64, True, True]
+    facts = page.locator("#facts").inner_text()
+    assert "sks a boat" in facts and "UniPCMultistep" in facts and "generate" in facts
+    assert "100x64 became 96x64" in page.get_by_label("Warnings").inner_text()
+    assert "is ready" in page.get_by_role("status").inner_text()
+
+
+def test_a_run_can_be_cancelled(page: Page, worker: LocalApi) -> None:
+    field(page, "sample_steps").fill("150")
+    field(page, "num_frames").fill("81")
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("was cancelled").wait_for()
+    assert "Stopped" in worker.log.read_text()[-3000:] or "CancelledError" in worker.log.read_text()[-3000:]
+
+
+def test_runs_are_still_there_when_the_page_is_loaded_again(page: Page) -> None:
+    run(page)
+    count = page.locator("#tiles li").count()
+    page.reload()
+    page.wait_for_selector("body[data-ready] video.made")
+    assert page.locator("#tiles li").count() == count
+    page.wait_for_function("""() => document.querySelector("#tiles li:last-child canvas")
+        .getContext("2d").getImageData(0, 0, 9, 9).data.some((value, place) => place % 4 < 3 && value)""")
+
+
+def test_two_runs_play_in_step_with_the_numbers_of_the_compare_command(page: Page, playground: Server, tmp_path: Path) -> None:
+    run(page, seed="1")
+    run(page, seed="2")
+    numbers = [int(button.get_attribute("data-run") or 0) for button in page.locator("#tiles .open:has(+ .pick)").all()[-2:]]
+    for number in numbers:
+        page.get_by_label(f"Compare Run {number}", exact=True).check()
+    page.wait_for_selector(".curve .dot")
+    for number in numbers:
+        (tmp_path / f"{number}.mp4").write_bytes(playground.get(f"/files/{number}/0").content)
+    expected = as_json(compare(*(read_clip(tmp_path / f"{number}.mp4") for number in numbers)))["frames"]
+    slider = page.get_by_role("slider")
+    slider.focus()
+    for key, frame in (("Home", 0), ("ArrowRight", 1), ("End", 4)):
+        page.keyboard.press(key)
+        text = f"Frame {frame + 1} of 5, {expected[frame]['psnr']:.1f} dB"
+        assert (slider.get_attribute("aria-valuetext"), page.locator(".frame").inner_text()) == (text, text)
+    box = slider.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    assert page.locator(".frame").inner_text().startswith("Frame 3 of 5")
+    pictures = "() => [...document.querySelectorAll('.panes canvas')].map(canvas => canvas.toDataURL())"
+    assert len(set(page.evaluate(pictures))) == 3
+    assert "seed" in page.locator("#facts table").inner_text()
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("() => !document.querySelector('.frame').textContent.startsWith('Frame 3')")
+    page.get_by_role("button", name="Back to the video").click()
+    page.wait_for_selector("video.made")
+    assert page.locator(".pick input:checked").count() == 0
+
+
+def test_a_sample_of_the_trainer_is_dropped_on_a_video(page: Page, playground: Server, tmp_path: Path) -> None:
+    run(page)
+    name = page.locator("video.made").get_attribute("src")
+    (tmp_path / "mine.mp4").write_bytes(playground.get(str(name)).content)
+    sample = tmp_path / "1718000000__000001000_0.webp"
+    encode([read_clip(tmp_path / "mine.mp4").frames], sample, VIDEO["webp"], 5)
+    drop(page, "#screen", sample, "image/webp")
+    page.wait_for_selector(".curve .dot")
+    assert page.locator("figcaption").first.inner_text() == sample.name
+    assert page.locator("#facts h2").inner_text() == "Equal within encoding noise"
+    page.get_by_role("button", name="Back to the video").click()
+    bad = tmp_path / "notes.txt"
+    bad.write_text("no picture")
+    with page.expect_response("**/api/compare*"):
+        page.wait_for_selector("video.made")
+        page.locator("#screen input[type=file]").set_input_files(bad)
+    page.get_by_text("notes.txt: neither a video nor an image").wait_for()
+
+
+def drop(page: Page, selector: str, file: Path, kind: str) -> None:
+    """As the system's file manager would."""
+    code = """([bytes, name, type]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], name, {type}));
+        return data;
+    }"""
+    data = page.evaluate_handle(code, [list(file.read_bytes()), file.name, kind])
+    for event in ("dragover", "drop"):
+        page.dispatch_event(selector, event, {"dataTransfer": data})
+
+
+def test_every_problem_stands_at_its_field_and_the_first_has_the_focus(page: Page) -> None:
+    runs = page.locator("#tiles li").count()
+    field(page, "width").fill("20")
+    field(page, "seed").fill("often")
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("heading", name="2 problems to correct").wait_for()
+    for name, text in (("width", "from 64 to 4096"), ("seed", "must be an integer")):
+        control = field(page, name)
+        assert control.get_attribute("aria-invalid") == "true"
+        described = str(control.get_attribute("aria-describedby")).split()
+        assert any(text in page.locator(f"#{name}").inner_text() for name in described)
+    assert page.evaluate("document.activeElement.name") == "width"
+    assert page.locator("#tiles li").count() == runs, "nothing was sent"
+    field(page, "width").fill("96")
+    assert field(page, "width").get_attribute("aria-invalid") is None
+    page.get_by_role("button", name="prompts[0].seed").click()
+    assert page.evaluate("document.activeElement.name") == "seed"
+
+
+def test_what_only_the_worker_knows_comes_back_to_the_fields_too(page: Page) -> None:
+    for path, name in zip(page.locator("[name=path]").all(), ("one", "two"), strict=True):
+        path.fill(f"{name}.safetensors")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("was not made").wait_for()
+    assert page.locator(".code").inner_text() == "LORA_NOT_FOUND"
+    assert page.locator("[name=path][aria-invalid]").count() == 2
+    assert page.evaluate("document.activeElement === document.querySelector('[name=path]')")
+
+
+def test_a_problem_in_a_fold_opens_it(page: Page) -> None:
+    page.get_by_text("More for this prompt").click()
+    field(page, "trigger_word").fill("x" * 501)
+    page.get_by_text("More for this prompt").click()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("[name=trigger_word][aria-invalid]:focus")
+
+
+def test_another_model_than_the_workers_is_one_click_to_correct(page: Page) -> None:
+    field(page, "model").select_option("wan21_1b")
+    page.locator("[name=path]").fill("wan21_1b/rank4.safetensors")
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="Use wan22_14b_t2v").click()
+    assert field(page, "model").input_value() == "wan22_14b_t2v"
+    assert page.locator("[name=path]").count() == 2
+
+
+def test_the_form_takes_the_shape_of_the_model(page: Page, tmp_path: Path) -> None:
+    zone = page.locator(".field.image")
+    assert not zone.is_visible()
+    field(page, "model").select_option("wan21_i2v_14b")
+    assert zone.is_visible() and page.locator("[name=path]").count() == 1
+    assert "required" in page.locator(".readout").first.inner_text()
+    page.locator("[name=path]").fill("a.safetensors")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("needs a control image").first.wait_for()
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (64, 48), "teal").save(picture)
+    drop(page, ".field.image .zone", picture, "image/png")
+    page.wait_for_selector(".zone img[src^='data:image/png']")
+    assert json.loads(copied(page, "JSON"))["input"]["prompts"][0]["ctrl_img"].startswith("data:image/png;base64,")
+    page.get_by_role("button", name="Remove").click()
+    assert field(page, "ctrl_img").input_value() == ""
+    page.evaluate(
+        """bytes => {
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
+        }""",
+        list(picture.read_bytes()),
+    )
+    page.wait_for_selector(".zone img[src^='data:image/png']")
+    field(page, "model").select_option("wan22_5b")
+    assert "optional" in zone.locator("label").inner_text()
+    field(page, "model").select_option("wan22_14b_t2v")
+    assert "ctrl_img" not in copied(page, "JSON")
+
+
+def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> None:
+    made_otherwise = {"prompts", "loras", "transformer", "ctrl_img_1"}  # of parts, by the place, by another name
+    fields = [
+        (name, info.description)
+        for model in (Request, Lora, Prompt)
+        for name, info in model.model_fields.items()
+        if name not in made_otherwise
+    ]
+    shown = page.evaluate("""() => [...document.querySelectorAll("#fields [data-field]")].map((field) => {
+        const control = field.querySelector("[name]");
+        return [control.name, document.getElementById(control.getAttribute("aria-describedby")).textContent];
+    })""")
+    assert {tuple(pair) for pair in shown} == set(fields)
+    field(page, "width").focus()
+    assert page.locator("#notes").inner_text() == Prompt.model_fields["width"].description
+
+
+def test_the_snapped_size_and_frames_are_shown_as_one_types(page: Page) -> None:
+    for model, width, frames, shown in (
+        ("wan22_14b_t2v", "1000", "40", ["992 × 64", "41 frames"]),
+        ("wan22_14b_i2v", "1000", "40", ["992 × 64", "37 frames"]),
+        ("wan21_1b", "1007", "1", ["992 × 64", "one image"]),
+    ):
+        field(page, "model").select_option(model)
+        field(page, "width").fill(width)
+        field(page, "num_frames").fill(frames)
+        readout = page.locator(".prompt .readout", has_text=shown[0])
+        readout.filter(has_text=shown[1]).wait_for()
+    field(page, "width").fill("")
+    page.locator(".prompt .readout", has_text="is shown here").wait_for()
+
+
+def test_several_prompts_give_several_posters(page: Page) -> None:
+    page.get_by_role("button", name="Add a prompt").click()
+    page.keyboard.type("another boat")
+    second = page.locator(".prompt").nth(1)
+    for name, value in EXAMPLE["prompts"][0].items():
+        if name != "prompt":
+            second.locator(f"[name={name}]").fill(str(value))
+    before = page.locator("#tiles .pick").count()
+    run(page)
+    assert page.locator("#tiles .pick").count() == before + 2
+    page.locator("#tiles .open").last.click()
+    assert "another boat" in page.locator("#facts .said").inner_text()
+    second.get_by_role("button", name="Remove prompt 2").click()
+    assert page.locator(".prompt").count() == 1
+
+
+def copied(page: Page, kind: str) -> str:
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.locator(f"[data-copy={kind}]").click()
+    text = page.wait_for_function("() => navigator.clipboard.readText()").json_value()
+    assert page.get_by_role("status").inner_text() == f"Copied as {kind}"
+    return str(text)
+
+
+AWKWARD = """it's "quoted", `ticked` $HOME \\ \\" '''three''' \"\"\"six\"\"\" \\u0022 é 🛶"""
+
+
+def test_what_is_copied_runs_and_means_the_same(page: Page) -> None:
+    field(page, "prompt").fill(AWKWARD)
+    field(page, "seed").fill(str(2**64 - 1))
+    request = json.loads(copied(page, "JSON"))["input"]
+    assert (request["prompts"][0]["prompt"], request["prompts"][0]["seed"]) == (AWKWARD, 2**64 - 1)
+    assert request["loras"] == [lora | {"network_multiplier": 1} for lora in EXAMPLE["loras"]]
+    curl = subprocess.run(["bash", "-c", copied(page, "curl")], capture_output=True, text=True, check=True).stdout
+    script = [sys.executable, "-c", copied(page, "Python").replace("print(response.json())", "print(response.text)")]
+    python = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    for answer in (curl, python):
+        result = json.loads(answer)["output"]
+        assert (result["settings"]["prompts"][0]["prompt"], result["settings"]["prompts"][0]["seed"]) == (AWKWARD, 2**64 - 1)
+
+
+def test_for_an_endpoint_the_key_is_named_and_never_written(open_page: Open, tmp_path: Path) -> None:
+    target = Target("https://api.runpod.ai/v2/ep", "ep", "rpa_SECRET0123456789")
+    with serving(target, tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        texts = [copied(page, kind) for kind in ("curl", "Python", "JSON")]
+        assert "RunPod endpoint ep" in page.locator("#target").inner_text()
+        assert "rpa_SECRET" not in page.content() + "".join(texts)
+    assert '-H "Authorization: Bearer $RUNPOD_API_KEY"' in texts[0] and "https://api.runpod.ai/v2/ep/run" in texts[0]
+    assert "os.environ['RUNPOD_API_KEY']" in texts[1]
+    compile(texts[1], "copied", "exec")
+
+
+def test_markup_in_what_comes_back_stays_text(page: Page) -> None:
+    field(page, "prompt").fill("<img src=x onerror=alert(1)><b>bold</b>")
+    run(page)
+    assert "<img src=x onerror=alert(1)>" in page.locator("#facts .said").inner_text()
+    assert page.locator("#facts b, #facts img").count() == 0
+
+
+def test_a_worker_that_is_away_is_told_with_a_way_to_try_again(open_page: Open, tmp_path: Path, worker: LocalApi) -> None:
+    with serving(Target(f"http://127.0.0.1:{free_port()}"), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.keyboard.press("Control+Enter")
+        page.get_by_role("alert").get_by_text("No worker answers at").wait_for()
+        with page.expect_response("**/api/jobs") as again:
+            page.get_by_role("button", name="Try again").click()
+        assert again.value.status == 502
+
+
+def test_every_kind_of_result_is_shown(page: Page) -> None:
+    page.get_by_text("Whole request").click()
+    for kind, frames, shown in (("png", "5", "video"), ("webp", "5", "img"), ("mp4", "1", "img")):
+        field(page, "output_format").select_option(kind)
+        run(page, num_frames=frames)
+        page.wait_for_function(
+            "() => { const made = document.querySelector('.made'); return made.videoWidth || made.naturalWidth }"
+        )
+        assert page.locator(".made").evaluate("made => made.localName") == shown
+
+
+def test_its_settings_go_back_into_the_form(page: Page) -> None:
+    run(page, seed="-1", prompt="a drawn seed")
+    drawn = page.locator("#facts dl div", has_text="Seed").locator("dd").inner_text()
+    field(page, "prompt").fill("something else")
+    page.get_by_role("button", name="Use its settings").click()
+    assert (field(page, "prompt").input_value(), field(page, "seed").input_value()) == ("a drawn seed", drawn)
+
+
+def test_who_wants_less_motion_starts_the_video_himself(open_page: Open) -> None:
+    page = open_page(reduced_motion="reduce")
+    run(page)
+    page.wait_for_function("() => document.querySelector('video.made').readyState >= 2")
+    assert page.locator("video.made").evaluate("video => [video.paused, video.currentTime]") == [True, 0]
+
+
+def test_a_phone_shows_all_of_it_in_one_column(open_page: Open) -> None:
+    page = open_page(width=375, height=812, is_mobile=True, has_touch=True)
+    run(page, tap=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    assert (page.locator("video.made").bounding_box() or {})["y"] < 812, "the video is what one sees then"
+    form, stage, strip = (page.locator(part).bounding_box() or {} for part in ("form", "#stage", "#strip"))
+    assert form["y"] < stage["y"] < strip["y"] and form["width"] == stage["width"] == 375
+    buttons = page.locator("button:visible:not(.open):not(.link), input:visible:not([type=checkbox], [type=file])").all()
+    assert all((button.bounding_box() or {})["height"] >= 42 for button in buttons)
+    assert axe(page) == []
+
+
+@pytest.mark.parametrize(("colours", "rules"), [("light", []), ("dark", ["color-contrast"])], ids=["light", "dark"])
+def test_axe_finds_nothing(open_page: Open, colours: str, rules: list[str]) -> None:
+    page = open_page(color_scheme=colours)
+    field(page, "width").fill("20")
+    for fold in page.locator("#fields details > summary").all():
+        fold.click()
+    page.keyboard.press("Control+Enter")
+    page.get_by_role("heading", name="One problem to correct").wait_for()
+    assert axe(page, *rules) == []
+    run(page, width="96")
+    page.wait_for_function("() => document.querySelector('video.made').readyState >= 2")
+    assert axe(page, *rules) == []
+    for box in page.locator(".pick input").all()[-2:]:
+        box.check()
+    page.wait_for_selector(".curve .dot")
+    assert axe(page, *rules) == []
+
+
+def test_everything_can_be_reached_with_the_keyboard(page: Page) -> None:
+    run(page)
+    reached = set()
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("document.activeElement.name || document.activeElement.innerText || document.activeElement.tagName")
+        )
+    wanted = {
+        "model",
+        "path",
+        "prompt",
+        "seed",
+        "Add a prompt",
+        "curl",
+        "Compare with a sample",
+        "Use its settings",
+        "Download",
+    }
+    assert wanted <= reached
+    assert page.locator("#run").evaluate("run => { run.focus(); return getComputedStyle(run).outlineStyle }") == "solid"

@@ -1,0 +1,323 @@
+"""The playground's process: who may ask it for what, which files it shows, and that the key stays in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from playground.__main__ import main
+from playground.server import STATIC
+from playground.target import Target, TargetError
+from tests.playground.conftest import Page, StandIn, serving
+from tests.worker_process import free_port
+from tools.frames import read_clip
+from worker.video import VIDEO, encode
+
+KEY = "rpa_ABCDEFGHIJKLMNOP0123456789"
+REQUEST = {"model": "wan21_1b", "loras": [{"path": "a.safetensors"}], "prompts": [{"prompt": "x"}], "hf_token": "hf_secret"}
+FRAMES = np.random.default_rng(0).integers(0, 255, (5, 3, 4, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+"""Flat squares, which H.264 keeps."""
+
+
+@pytest.fixture
+def local(cloud: StandIn, tmp_path: Path) -> Iterator[Page]:
+    """Before a worker on this machine."""
+    with serving(Target(cloud.base), tmp_path / "files") as page:
+        yield page
+
+
+@pytest.fixture
+def remote(cloud: StandIn, tmp_path: Path) -> Iterator[Page]:
+    """Before an endpoint, which needs the key."""
+    with serving(Target(f"{cloud.base}/v2/ep", "ep", KEY), tmp_path / "files") as page:
+        yield page
+
+
+def completed(*urls: str, **more: Any) -> dict[str, Any]:
+    item = {"format": "mp4", "num_frames": 5, "fps": 16, "seed": 1, "width": 64, "height": 48, **more}
+    videos = [{"prompt_index": index, "url": url, **item} for index, url in enumerate(urls)]
+    prompts = [{"prompt_index": index} for index in range(len(urls))]
+    settings = {"match": "documented", "prompts": prompts}
+    return {"status": "COMPLETED", "output": {"outputs": {"images": [], "videos": videos}, "settings": settings}}
+
+
+def finished(page: Page, cloud: StandIn, answer: dict[str, Any]) -> dict[str, Any]:
+    """A job that has come to `answer`."""
+    number = page.post("/api/jobs", REQUEST).json()["number"]
+    cloud.answer = answer
+    return page.get(f"/api/jobs/{number}").json()
+
+
+def written(target: Path, output_format: str = "mp4", frames: np.ndarray = FRAMES) -> Path:
+    encode([frames], target, VIDEO[output_format], 16)
+    return target
+
+
+# Who may ask
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1.evil.example"])
+def test_a_name_that_is_not_this_machines_is_refused(local: Page, host: str) -> None:
+    assert local.get("/", Host=host).status_code == 403
+    assert local.post("/api/jobs", REQUEST, Host=host, Origin=f"http://{host}").status_code == 403
+
+
+def test_another_page_in_the_same_browser_can_neither_read_nor_start(local: Page, cloud: StandIn) -> None:
+    assert local.post("/api/jobs", REQUEST, Origin="http://evil.example").status_code == 403
+    assert local.post("/api/jobs", REQUEST, Origin="null").status_code == 403
+    assert local.get("/api/jobs", Origin="http://evil.example").status_code == 403
+    assert local.get("/api/config", **{"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert local.get("/files/1/0", **{"Sec-Fetch-Site": "same-site"}).status_code == 403
+    assert local.get("/", **{"Sec-Fetch-Site": "cross-site"}).status_code == 200, "a link to it may be followed"
+    assert not cloud.asked
+
+
+def test_a_form_of_another_page_sends_no_json(local: Page, cloud: StandIn) -> None:
+    body = json.dumps(REQUEST).encode()
+    assert local.post("/api/jobs", data=body, **{"Content-Type": "text/plain"}).status_code == 415
+    assert not cloud.asked
+
+
+def test_a_post_without_an_origin_is_no_browsers(local: Page) -> None:
+    with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:
+        host = local.url.removeprefix("http://")
+        line.sendall(f"POST /api/jobs/1/cancel HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
+        assert b" 403 " in line.recv(1000)
+
+
+def test_it_listens_on_this_machine_only(local: Page) -> None:
+    others = [address for *_, (address, *_) in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    for address in {address for address in others if not address.startswith("127.")}:
+        with pytest.raises(OSError), socket.create_connection((address, int(local.url.rpartition(":")[2])), 2):
+            pass
+
+
+def test_every_answer_forbids_foreign_scripts_and_frames(local: Page) -> None:
+    for path in ("/", "/static/app.js", "/api/config", "/nothing"):
+        headers = local.get(path).headers
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_page_makes_no_markup_of_data_and_loads_nothing_from_elsewhere() -> None:
+    for path in STATIC.iterdir():
+        text = path.read_text()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), path
+        addresses = set(re.findall(r"https?://[\w.]*", text))
+        assert addresses <= {"http://www.w3.org", "https://", "https://example.com"}, path
+
+
+# The key
+
+
+def test_the_key_goes_to_the_endpoint_and_into_no_answer(remote: Page, cloud: StandIn) -> None:
+    cloud.files["/bucket/0.mp4"] = b"video"
+    cloud.answer = {"status": "FAILED", "error": f"INTERNAL: who sends Bearer {KEY}?"}
+    answers = [remote.post("/api/jobs", REQUEST), remote.get("/api/jobs/1"), remote.post("/api/jobs/1/cancel")]
+    cloud.answer = {"status": "IN_QUEUE"}
+    finished(remote, cloud, completed(f"{cloud.base}/bucket/0.mp4?signed=1"))
+    cloud.files["/bucket/0.mp4?signed=1"] = b"video"
+    answers += [remote.get(path) for path in ("/", "/api/config", "/api/jobs", "/api/jobs/2", "/files/2/0", "/api/jobs/9")]
+    cloud.status = 401
+    answers += [remote.post("/api/jobs", REQUEST), remote.post("/api/check", REQUEST)]
+    for answer in answers:
+        assert KEY not in answer.text + str(answer.headers)
+    signed = {path for _, path, headers in cloud.asked if KEY in headers.get("Authorization", "")}
+    assert signed == {"/v2/ep/run", "/v2/ep/status/job-1"}
+    assert any(path.startswith("/bucket") for _, path, _ in cloud.asked), "the bucket was asked, without the key"
+
+
+def test_a_token_of_the_request_is_sent_and_not_kept(local: Page) -> None:
+    local.post("/api/jobs", REQUEST)
+    assert "hf_secret" not in local.get("/api/jobs").text
+
+
+# The files
+
+
+def test_a_file_that_a_job_named_is_served_whole_and_in_ranges(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    video = written(tmp_path / "0.mp4")
+    job = finished(local, cloud, completed(video.as_uri()))
+    path = job["result"]["outputs"]["videos"][0]["file"]
+    whole = local.get(path)
+    assert (whole.content, whole.headers["Content-Type"]) == (video.read_bytes(), "video/mp4")
+    part = local.get(path, Range="bytes=10-19")
+    assert (part.status_code, part.content) == (206, video.read_bytes()[10:20])
+    assert part.headers["Content-Range"] == f"bytes 10-19/{len(whole.content)}"
+
+
+def test_the_poster_of_a_result_is_served_too(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"jpeg")
+    poster = {"url": (tmp_path / "0.jpg").as_uri(), "key": "0.jpg"}
+    job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), poster=poster))
+    answer = local.get(job["result"]["outputs"]["videos"][0]["poster"]["file"])
+    assert (answer.content, answer.headers["Content-Type"]) == (b"jpeg", "image/jpeg")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/files/1/1",
+        "/files/2/0",
+        "/files/1/-1",
+        "/files/1/0/../../etc/passwd",
+        "/files//etc/passwd",
+        "/static/../server.py",
+        "/static/%2e%2e/server.py",
+        "/static/server.py",
+        "/compare/../0.mp4",
+        "/compare/sample-0000000000000000.mp4",
+        "//etc/passwd",
+    ],
+)
+def test_no_other_path_leads_to_a_file(local: Page, cloud: StandIn, tmp_path: Path, path: str) -> None:
+    finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
+    with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:  # a library would tidy the path
+        host = local.url.removeprefix("http://")
+        line.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        assert b" 404 " in line.makefile("rb").readline()
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "file:///proc/self/environ", "ftp://example.com/0.mp4", "/etc/0.mp4"])
+def test_a_result_cannot_name_what_is_no_output(local: Page, cloud: StandIn, url: str) -> None:
+    finished(local, cloud, completed(url))
+    assert local.get("/files/1/0").status_code == 404
+
+
+def test_an_endpoint_cannot_name_a_file_of_this_machine(remote: Page, cloud: StandIn, tmp_path: Path) -> None:
+    finished(remote, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
+    answer = remote.get("/files/1/0")
+    assert (answer.status_code, "the machine of the worker" in answer.json()["error"]) == (404, True)
+
+
+def test_a_zip_of_frames_plays_as_a_video(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    job = finished(local, cloud, completed(written(tmp_path / "0.zip", "png").as_uri(), format="png"))
+    (tmp_path / "played.mp4").write_bytes(local.get(job["result"]["outputs"]["videos"][0]["play"]).content)
+    assert read_clip(tmp_path / "played.mp4").frames.shape == FRAMES.shape
+
+
+# What the target says
+
+
+def test_a_job_goes_from_the_queue_over_its_steps_to_its_problems(local: Page, cloud: StandIn) -> None:
+    assert local.post("/api/jobs", REQUEST).json()["status"] == "queued"
+    update = {"stage": "denoise", "step": 7, "steps": 25, "percent": 28, "seconds_left": 84.2, "prompts": 1, "prompt_index": 0}
+    cloud.answer = {"status": "IN_PROGRESS", "output": update}
+    assert local.get("/api/jobs/1").json()["progress"] == update
+    cloud.answer = {"status": "FAILED", "error": "LORA_NOT_FOUND: `loras[0].path`: no such file"}
+    job = local.get("/api/jobs/1").json()
+    assert job["status"] == "failed"
+    assert job["problems"] == [{"code": "LORA_NOT_FOUND", "field": "loras[0].path", "text": "no such file"}]
+    cloud.asked.clear()
+    assert local.get("/api/jobs/1").json() == job
+    assert not cloud.asked, "what has ended is not asked for again"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "again"),
+    [
+        (401, "RUNPOD_API_KEY", False),
+        (404, "no endpoint ep", False),
+        (429, "wait", True),
+        (502, "502", True),
+    ],
+)
+def test_a_refusal_says_what_would_do(remote: Page, cloud: StandIn, status: int, text: str, again: bool) -> None:
+    cloud.status = status
+    answer = remote.post("/api/jobs", REQUEST)
+    assert answer.status_code == 502
+    assert text in answer.json()["error"]
+    assert answer.json()["again"] is again
+
+
+def test_a_request_that_runpod_would_not_take_is_not_sent(remote: Page, local: Page, cloud: StandIn) -> None:
+    request = REQUEST | {"prompts": [{"prompt": "x", "ctrl_img": "A" * 10_000_000}]}
+    answer = remote.post("/api/jobs", request)
+    assert (answer.status_code, "10.0 MB" in answer.json()["error"], cloud.asked) == (502, True, [])
+    assert local.post("/api/jobs", request).ok, "a worker on this machine takes it"
+
+
+def test_without_a_worker_it_says_how_to_start_one(tmp_path: Path) -> None:
+    target = Target(f"http://127.0.0.1:{free_port()}")
+    with serving(target, tmp_path) as page:
+        answer = page.post("/api/jobs", REQUEST).json()
+    assert answer["again"] and "no worker answers" in answer["error"] and "make serve" in answer["error"]
+
+
+def test_what_is_no_worker_is_told(cloud: StandIn) -> None:
+    cloud.files["/run"] = b"<html>"
+    with pytest.raises(TargetError, match="not as a RunPod API"):
+        Target(cloud.base).run({})
+
+
+def test_a_seed_that_javascript_would_round_is_text(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), seed=2**64 - 1))
+    assert job["result"]["outputs"]["videos"][0]["seed"] == "18446744073709551615"
+
+
+# Comparison
+
+
+def test_a_sample_is_compared_with_a_result(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
+    other = FRAMES.copy()
+    other[3] = 255 - other[3]
+    sample = written(tmp_path / "preview.webp", "webp", other)
+    found = local.post("/api/compare?name=preview.webp&b=1/0", data=sample.read_bytes()).json()
+    assert found["titles"] == ["preview.webp", "Run 1, seed 1"]
+    assert [frame["frame"] for frame in found["frames"]] == [0, 1, 2, 3, 4]
+    assert min(found["frames"], key=lambda frame: frame["psnr"])["frame"] == 3
+    (tmp_path / "compared.mp4").write_bytes(local.get(found["url"]).content)
+    together = read_clip(tmp_path / "compared.mp4").frames
+    assert together.shape == (5, 48, 3 * 64, 3)
+    mine, difference = together[3, :, 64:128].astype(float), together[3, :, 128:].astype(float)
+    assert np.abs(mine - FRAMES[3]).mean() < 30 < np.abs(mine - other[3]).mean()
+    assert difference.mean() > 2 * together[0, :, 128:].mean()
+
+
+def test_a_sample_that_is_none_is_named_as_its_user_named_it(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
+    answer = local.post("/api/compare?name=notes.txt&b=1/0", data=b"no video")
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("notes.txt: neither a video nor an image")
+    assert str(tmp_path) not in answer.text
+
+
+def test_two_runs_are_compared_with_the_settings_that_differ(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        cloud.answer = {"status": "IN_QUEUE"}
+        answer = completed(written(tmp_path / f"{name}.mp4").as_uri())
+        answer["output"]["settings"]["prompts"][0]["sample_steps"] = len(name) if name == "one" else 9
+        finished(local, cloud, answer)
+    found = local.post("/api/compare?a=1/0&b=2/0").json()
+    assert found["verdict"]["code"] == "identical"
+    assert found["frames"][0]["psnr"] is None
+    assert found["settings"] == {"sample_steps": {"a": 3, "b": 9}}
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--endpoint", "ep"], "RUNPOD_API_KEY is not set"),
+        (["--url", "localhost:8000"], "is no http(s) URL"),
+        (["--tiny", "/nowhere"], "no tiny checkpoints"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_missing(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    assert main([*arguments, "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1

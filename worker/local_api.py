@@ -1,0 +1,86 @@
+"""RunPod's API on your own machine (`--rp_serve_api`), with the verbs of the cloud: run, watch, cancel.
+
+The SDK's own local API runs a job when its status is asked for, tells nothing of its progress, and cannot stop it. Here /run
+starts the job, GET /status says how far it is, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local
+API has, waits for the end, as there. /runsync is the SDK's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import HTTPException
+from runpod.serverless.modules import rp_fastapi
+from runpod.serverless.modules.rp_fastapi import DefaultRequest
+from runpod.serverless.modules.rp_job import run_job
+
+from worker.progress import Update
+
+Answer = dict[str, Any]
+"""`{"id", "status", "output"?, "error"?}`, as RunPod answers."""
+
+_KEPT = 100
+"""Results, the latest; each has some kilobytes."""
+
+
+def install() -> None:
+    """Have the SDK serve this in place of its own."""
+    rp_fastapi.WorkerAPI = _LocalApi
+
+
+class _Job:
+    """One job from /run until its result is no longer kept."""
+
+    def __init__(self, handler: Callable[[dict[str, Any]], Awaitable[Any]], input: dict[str, Any]) -> None:
+        self.id = f"test-{uuid.uuid4()}"
+        self._latest: Update = {}
+        self.task = asyncio.create_task(run_job(handler, {"id": self.id, "input": input, "send": self._take}))
+
+    async def _take(self, update: Update) -> None:
+        self._latest = update
+
+    def answer(self) -> Answer:
+        if not self.task.done():
+            return {"id": self.id, "status": "IN_PROGRESS", **({"output": self._latest} if self._latest else {})}
+        if self.task.cancelled():
+            return {"id": self.id, "status": "CANCELLED"}
+        done = self.task.result()
+        return {"id": self.id, "status": "FAILED" if done.get("error") else "COMPLETED", **done}
+
+
+class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self._jobs: dict[str, _Job] = {}
+        self.rp_app.add_api_route("/status/{job_id}", self._status, methods=["GET"], summary="How far a job is.")
+        self.rp_app.add_api_route("/cancel/{job_id}", self._cancel, methods=["POST"], summary="Stops a job.")
+
+    async def _sim_run(self, job_request: DefaultRequest) -> Answer:
+        for job_id in [job_id for job_id, job in self._jobs.items() if job.task.done()][: -_KEPT + 1]:
+            del self._jobs[job_id]
+        job = _Job(self.config["handler"], job_request.input)
+        self._jobs[job.id] = job
+        return job.answer()
+
+    async def _status(self, job_id: str) -> Answer:
+        return self._job(job_id).answer()
+
+    async def _sim_status(self, job_id: str) -> Answer:
+        job = self._job(job_id)
+        await asyncio.wait([job.task])
+        return job.answer()
+
+    async def _cancel(self, job_id: str) -> Answer:
+        """Returns when the job has stopped, which a running one does at its next step."""
+        job = self._job(job_id)
+        job.task.cancel()
+        await asyncio.wait([job.task])
+        return job.answer()
+
+    def _job(self, job_id: str) -> _Job:
+        if job_id not in self._jobs:
+            raise HTTPException(404, "no such job here; a worker that was started again has forgotten its jobs")
+        return self._jobs[job_id]
