@@ -19,7 +19,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from worker.addresses import NotPublic, public_only
 from worker.errors import Code, Problem, WorkerError, is_refusal
@@ -250,6 +250,13 @@ class S3Config(BaseModel):
     endpoint_url: str = Field(alias="endpointUrl", min_length=1)
     region: str | None = None
 
+    @field_validator("access_id", "access_secret")
+    @classmethod
+    def _can_sign(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch("[!-~]+", value.get_secret_value()):
+            raise ValueError("no key")
+        return value
+
 
 def storage_of(settings: Settings) -> Storage:
     """The bucket when one is configured, else the local folder. Raises SettingsError."""
@@ -280,7 +287,10 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
         config = S3Config.model_validate(s3_config)
     except ValidationError as error:
         fields = sorted({str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()})
-        text = "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings"
+        text = (
+            "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings, and "
+            "the keys in ASCII without spaces"
+        )
         raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}".rstrip("."), text) for name in fields]) from None
     try:
         return Bucket(

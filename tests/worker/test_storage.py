@@ -242,6 +242,8 @@ def test_the_endpoint_of_s3config_must_be_http(s3, endpoint):
         ("endpointUrl", "https://a host"),
         ("region", "no region!"),
         ("bucketName", "Not A Bucket"),
+        ("accessSecret", "a\ud800"),
+        ("accessId", "two words"),
     ],
 )
 def test_an_s3config_that_can_never_work_is_refused_before_the_gpu_runs(s3, name, value):
