@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from builder import sizes
+from pipelines.offload import BYTES_OF_A_JOB
+
 Table = list[tuple[str, ...]]
 """Head and rows."""
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 _CPU = "cpu-x86_64"
 
-_WIDTH, _HEIGHT, _LEFT, _MIDDLE = 760, 300, 250, 470
+_WIDTH, _HEIGHT, _LEFT = 760, 300, 320
 _INK, _OURS, _GOAL = "#808080", "#3f7fd4", "#d0742b"
 """Readable on white and on black alike: a page shows the plot as an image, which does not know its theme."""
 
@@ -38,8 +41,23 @@ def ratio_table() -> Table:
 def memory_table() -> Table:
     """GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
     rows = _rows("memory")
-    head = tuple(name.removeprefix("weights ") for name in rows[0])
+    head = tuple(name.removeprefix("weights ").replace("x", "×") if " " in name else name for name in rows[0])
     return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
+
+
+def gpu_table() -> Table:
+    """GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
+    job = BYTES_OF_A_JOB / 1e9
+    head = ("model id", "weights on disk", "`none` from", "`text_encoder` from", "`group` needs")
+    rows = [
+        (
+            f"`{row['model']}`",
+            f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+            *(f"{row[f'weights {mode}'] + job:.1f}" for mode in ("none", "text_encoder", "group")),
+        )
+        for row in _rows("memory")
+    ]
+    return [head, *rows]
 
 
 def cost_table() -> Table:
@@ -57,7 +75,7 @@ def plot() -> str:
     scale = (_WIDTH - _LEFT - 60) / max(max(goal, ratio) for _, goal, ratio in rows)
     bars = "".join(_bar(what, goal, ratio, number * step, step, scale) for number, (what, goal, ratio) in enumerate(rows))
     key = _text(
-        _LEFT + 60, _HEIGHT + 26, "blue: measured on a CPU; orange: the goal; plain diffusers use is 1.0, and less is better"
+        _WIDTH - 8, _HEIGHT + 26, "blue: measured on a CPU; orange: the goal; plain diffusers use is 1.0, less is better", "end"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT + 40}" font-family="system-ui, sans-serif" '
