@@ -121,10 +121,18 @@ def environment() -> str:
             default = "a folder in the system's temp folder"
         elif info.is_required():
             default = "**required**"
+        elif isinstance(info.default, bool):
+            default = f"`{int(info.default)}`"  # as the meaning says it
         else:
             default = "" if info.default in (None, "") else f"`{info.default}`"
+            if name.endswith("_bytes"):
+                default += f" ({_binary(info.default)})"
         rows.append((f"`{name.upper()}`", default, info.description or ""))
     return table(("variable", "default", "meaning"), *rows)
+
+
+def _binary(size: int) -> str:
+    return f"{size // 1024**3} GiB" if size >= 1024**3 else f"{size // 1024**2} MiB"
 
 
 def model(spec: ModelSpec) -> str:
