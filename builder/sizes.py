@@ -1,12 +1,11 @@
-"""How large the models are: the parameters of every component, and from them what they take on disk and on a GPU. No torch.
+"""How large the models' weights are on the Hub: for the disk of an image, a network volume or a container. No torch.
 
 Nothing here is measured. A test counts the parameters again, from the real shapes. How many bytes a number has on the Hub is
 what the Hub's listings say or, for repos of ai-toolkit, their names; `python -m builder.fetch_checkpoints --dry-run` asks it.
+What the weights take of a GPU is in benchmarks/memory.py.
 """
 
 from __future__ import annotations
-
-from pipelines.catalog import MODELS, ModelSpec
 
 TEXT_ENCODER = 5_680_910_336
 IMAGE_ENCODER = 630_766_080
@@ -19,7 +18,7 @@ TRANSFORMER_14B_I2V_22 = 14_288_901_184
 TRANSFORMER_14B_I2V_21 = 16_394_878_784
 
 BF16, FP32 = 2, 4
-"""Bytes per number. On a GPU all components are in bf16."""
+"""Bytes per number."""
 
 _IMAGE = {"image_encoder": (IMAGE_ENCODER, FP32)}
 
@@ -48,33 +47,6 @@ for _id in ("wan21_i2v_14b", "wan21_i2v_14b480p", "wan21_14b", "wan21_1b"):
     COMPONENTS[_id] |= {"text_encoder": (TEXT_ENCODER, FP32), "vae": (VAE_21, FP32)}
 
 
-def on_disk(spec: ModelSpec) -> int:
+def on_disk(model_id: str) -> int:
     """Bytes of the weights as they are on the Hub."""
-    return sum(count * size for count, size in COMPONENTS[spec.id].values())
-
-
-def on_gpu(spec: ModelSpec) -> int:
-    """Bytes of all weights on a GPU: the least that it must have free with OFFLOAD_MODE=none."""
-    return sum(count * BF16 for count, _ in COMPONENTS[spec.id].values())
-
-
-def largest_on_gpu(spec: ModelSpec) -> int:
-    """Bytes of the largest component on a GPU: the least with OFFLOAD_MODE=model."""
-    return max(count * BF16 for count, _ in COMPONENTS[spec.id].values())
-
-
-def rows() -> list[tuple[str, ...]]:
-    """A table's rows: model id, weights on disk, and on the GPU by OFFLOAD_MODE `none` and `model`, in GB of 10^9 bytes."""
-    return [
-        (
-            f"`{spec.id}`",
-            _gb(on_disk(spec)),
-            _gb(on_gpu(spec)),
-            _gb(largest_on_gpu(spec)) if "model" in spec.offload_modes else "–",
-        )
-        for spec in MODELS.values()
-    ]
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f}"
+    return sum(count * size for count, size in COMPONENTS[model_id].values())

@@ -26,7 +26,7 @@ import transformers
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT5Config
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT5Config
 from transformers import UMT5EncoderModel as TextEncoder
 
 TEXT_DIM = 32
@@ -166,8 +166,8 @@ def image_encoder(seed: int) -> CLIPVisionModel:
     return CLIPVisionModel(config).eval()
 
 
-def image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+def image_processor() -> transformers.CLIPImageProcessor:
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def scheduler(flow_shift: float) -> UniPCMultistepScheduler:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from builder import sizes
+from pipelines.offload import BYTES_OF_A_JOB
+
 Table = list[tuple[str, ...]]
 """Head and rows."""
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 _CPU = "cpu-x86_64"
 
-_WIDTH, _HEIGHT, _LEFT, _MIDDLE = 760, 300, 250, 470
+_WIDTH, _ROW, _BAR, _END = 440, 44, 14, 48
 _INK, _OURS, _GOAL = "#808080", "#3f7fd4", "#d0742b"
 """Readable on white and on black alike: a page shows the plot as an image, which does not know its theme."""
 
@@ -38,8 +41,23 @@ def ratio_table() -> Table:
 def memory_table() -> Table:
     """GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
     rows = _rows("memory")
-    head = tuple(name.removeprefix("weights ") for name in rows[0])
+    head = tuple(name.replace("x", "×") if name.startswith("job ") else name.removeprefix("weights ") for name in rows[0])
     return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
+
+
+def gpu_table() -> Table:
+    """GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
+    job = BYTES_OF_A_JOB / 1e9
+    head = ("model id", "weights on disk", "`none` from", "`text_encoder` from", "`group` needs")
+    rows = [
+        (
+            f"`{row['model']}`",
+            f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+            *(f"{row[f'weights {mode}'] + job:.1f}" for mode in ("none", "text_encoder", "group")),
+        )
+        for row in _rows("memory")
+    ]
+    return [head, *rows]
 
 
 def cost_table() -> Table:
@@ -51,33 +69,32 @@ def cost_table() -> Table:
 
 
 def plot() -> str:
-    """The ratios as bars with their goals, as an SVG."""
+    """The ratios as bars with their goals, as an SVG. Words stand above the bars, so that it can be read on a phone."""
     rows = ratios()
-    step = _HEIGHT / len(rows)
-    scale = (_WIDTH - _LEFT - 60) / max(max(goal, ratio) for _, goal, ratio in rows)
-    bars = "".join(_bar(what, goal, ratio, number * step, step, scale) for number, (what, goal, ratio) in enumerate(rows))
-    key = _text(
-        _LEFT + 60, _HEIGHT + 26, "blue: measured on a CPU; orange: the goal; plain diffusers use is 1.0, and less is better"
-    )
+    scale = (_WIDTH - _END) / max(max(goal, ratio) for _, goal, ratio in rows)
+    bars = "".join(_bar(what, goal, ratio, number * _ROW, scale) for number, (what, goal, ratio) in enumerate(rows))
+    height = len(rows) * _ROW + 48
+    key = _text(0, height - 22, "blue: measured on a CPU; orange: the goal")
+    key += _text(0, height - 6, "plain diffusers use, or the model's own time, is 1.0; less is better")
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT + 40}" font-family="system-ui, sans-serif" '
-        f'font-size="12" role="img" aria-label="Ratios to plain diffusers use, and their goals">{bars}{key}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="system-ui, sans-serif" font-size="12" role="img" '
+        f'aria-label="Ratios to plain diffusers use, and their goals">{bars}{key}</svg>\n'
     )
 
 
-def _bar(what: str, goal: float, ratio: float, top: float, step: float, scale: float) -> str:
-    middle = top + step / 2
-    mark = _LEFT + goal * scale
+def _bar(what: str, goal: float, ratio: float, top: float, scale: float) -> str:
+    bar, mark = top + 22, goal * scale
     return (
-        _text(_LEFT - 8, middle + 4, what, "end")
-        + f'<rect x="{_LEFT}" y="{top + step * 0.2:.1f}" width="{ratio * scale:.1f}" height="{step * 0.6:.1f}" fill="{_OURS}"/>'
-        + f'<path d="M{mark:.1f} {top + 2:.1f}V{top + step - 2:.1f}" stroke="{_GOAL}" stroke-width="2"/>'
-        + _text(_LEFT + max(ratio, goal) * scale + 8, middle + 4, f"{ratio:.2f}")
+        _text(0, top + 13, what)
+        + f'<rect x="0" y="{bar}" width="{ratio * scale:.1f}" height="{_BAR}" fill="{_OURS}"/>'
+        + f'<path d="M{mark:.1f} {bar - 3}V{bar + _BAR + 4}" stroke="{_GOAL}" stroke-width="2"/>'
+        + _text(max(ratio, goal) * scale + 8, bar + 11, f"{ratio:.2f}")
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{_INK}" text-anchor="{anchor}">{text}</text>'
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{_INK}">{text}</text>'
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from builder import sizes
 from docs import figures
 from pipelines.catalog import MODELS, ModelSpec
 from worker.errors import MEANING
@@ -59,7 +58,7 @@ def filled(path: Path) -> str:
         "ratios": lambda: table(*figures.ratio_table()),
         "memory": lambda: table(*figures.memory_table()),
         "cost": lambda: table(*figures.cost_table()),
-        "sizes": weights,
+        "gpus": lambda: table(*figures.gpu_table()),
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}
 
@@ -122,10 +121,18 @@ def environment() -> str:
             default = "a folder in the system's temp folder"
         elif info.is_required():
             default = "**required**"
+        elif isinstance(info.default, bool):
+            default = f"`{int(info.default)}`"  # as the meaning says it
         else:
             default = "" if info.default in (None, "") else f"`{info.default}`"
+            if name.endswith("_bytes"):
+                default += f" ({_binary(info.default)})"
         rows.append((f"`{name.upper()}`", default, info.description or ""))
     return table(("variable", "default", "meaning"), *rows)
+
+
+def _binary(size: int) -> str:
+    return f"{size // 1024**3} GiB" if size >= 1024**3 else f"{size // 1024**2} MiB"
 
 
 def model(spec: ModelSpec) -> str:
@@ -146,14 +153,9 @@ def model(spec: ModelSpec) -> str:
         ("scheduler (`unipc`)", scheduler),
         ("scheduler (`flowmatch`)", f"FlowMatch Euler, shift {spec.trainer_shift}"),
         *([("switch between the transformers", boundary)] if spec.moe else []),
-        ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in spec.offload_modes)),
+        ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in ("auto", *spec.offload_modes))),
     ]
     return table(("", ""), *rows)
-
-
-def weights() -> str:
-    head = ("model id", "weights on disk", "on the GPU, `OFFLOAD_MODE=none`", "on the GPU, `OFFLOAD_MODE=model`")
-    return table(head, *sizes.rows())
 
 
 def _pipeline(spec: ModelSpec) -> str:

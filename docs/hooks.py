@@ -1,4 +1,4 @@
-"""What MkDocs needs to know of this project: links that leave docs/, and pages that may be missing. It writes no text."""
+"""What MkDocs needs to know of this project: links that leave docs/. It writes no text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-COMING = {"checkpoints.md", "client.md", "deploy.md", "playground.md"}
-"""Pages in the navigation that may be missing."""
-
 _README = {
     "models": "models/index.md",
     "environment": "environment.md",
@@ -22,26 +19,6 @@ _README = {
     "run-it-with-real-weights": "first-video.md#with-real-weights",
 }
 """Where the site says what a part of the README says; all else is on the first page."""
-
-
-def on_config(config: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    missing = {name for name in COMING if not (ROOT / "docs" / name).is_file()}
-    config["nav"] = _without(config["nav"], missing)
-    return config
-
-
-def _without(nav: list[Any], missing: set[str]) -> list[Any]:
-    kept: list[Any] = []
-    for entry in nav:
-        if isinstance(entry, dict):
-            [(title, target)] = entry.items()
-            if isinstance(target, list):
-                kept.append({title: _without(target, missing)})
-            elif target not in missing:
-                kept.append(entry)
-        else:
-            kept.append(entry)
-    return kept
 
 
 def on_page_markdown(markdown: str, page: Any, config: MutableMapping[str, Any], **_: Any) -> str:

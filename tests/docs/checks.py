@@ -50,7 +50,7 @@ NOT_RUN = {
 OF_THE_SHELL = {"cat", "cd", "chmod", "cp", "echo", "jq", "ls", "mkdir", "mv", "open", "sleep", "unzip", "wait"}
 """Commands that say nothing of this project."""
 
-OTHER_VARIABLES = {"ENDPOINT_ID", "HF_HOME", "OMP_NUM_THREADS", "PATH", "RUNPOD_API_KEY"}
+OTHER_VARIABLES = {"ENDPOINT_ID", "HF_HOME", "OMP_NUM_THREADS", "PATH", "RUNPOD_API_KEY", "RUNPOD_INIT_TIMEOUT"}
 """Variables that are not the worker's, and neither the Makefile's nor the image's."""
 
 OF_RUNPOD = r"(AMPERE|ADA|HOPPER|BLACKWELL)_\d+(_PRO)?"
