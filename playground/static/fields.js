@@ -22,7 +22,7 @@ export class Field {
     this.control.setAttribute("aria-describedby", this.note.id);
     this.node = h(
       "div",
-      { class: `field${short ? " short" : ""}`, "data-field": name },
+      { class: `field ${this.schema.type === "boolean" ? "tick" : ""}`, "data-field": name },
       h("label", { for: id }, label ?? this.schema.title, required ? null : h("span", { class: "optional" }, " optional")),
       this.control,
       this.note,
@@ -126,7 +126,7 @@ export class ImageField {
       id,
       name: this.name,
       type: "text",
-      placeholder: "https://…",
+      placeholder: "or its URL, https://…",
       autocomplete: "off",
       spellcheck: "false",
     });
