@@ -45,6 +45,8 @@ def _made(spec: ModelSpec, match: Any, prompt: Any) -> dict[str, Any] | None:
         return None
     recipe = recipe_of(spec, match)
     width, height = recipe.effective_size(asked["width"], asked["height"])
+    if not (width and height):
+        return None
     frames = recipe.effective_frames(asked["num_frames"])
     return {"width": width, "height": height, "num_frames": frames, "seconds": round(frames / asked["fps"], 2)}
 

@@ -70,15 +70,16 @@ class Job:
             self.problems = findings(self.error)
 
     def _with_files(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The result, each of its files and posters with the path at which this process serves it."""
+        """The result, each of its files and pictures with the path at which this process serves it."""
         groups = output.get("outputs")
         for item in [item for group in (groups.values() if isinstance(groups, dict) else []) for item in group]:
             item["file"] = self._named(item.get("url"))
             item["play"] = (
                 f"{item['file']}.mp4" if item.get("format") == "png" and item.get("num_frames", 1) > 1 else item["file"]
             )
-            if isinstance(poster := item.get("poster"), dict):
-                poster["file"] = self._named(poster.get("url"))
+            for picture in (item.get("poster"), item.get("contact_sheet")):
+                if isinstance(picture, dict):
+                    picture["file"] = self._named(picture.get("url"))
         return output
 
     def _named(self, url: Any) -> str:

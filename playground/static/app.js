@@ -11,6 +11,7 @@ import { Strip } from "./strip.js";
 const byId = (id) => document.getElementById(id);
 const SECONDS_BETWEEN_LOOKS = { local: 0.4, endpoint: 1.5 };
 const SECONDS_UNTIL_AGAIN = 4;
+const narrow = matchMedia("(max-width: 760px)");
 
 class App {
   constructor(config) {
@@ -21,9 +22,9 @@ class App {
       reuse: (job, item) => this.#reuse(job, item),
       sample: (file, place) => this.#compare(file, place),
       toField: (job) => this.#correct(job),
-    });
+    }, Boolean(config.example));
     this.strip = new Strip(byId("strip"), {
-      open: (job, item) => this.#show(job, item),
+      open: (job, item) => (this.#show(job, item), this.#toStage()),
       compare: (a, b) => this.#compare(a, b),
     });
     this.form = new Form(config, byId("fields"));
@@ -65,7 +66,7 @@ class App {
       const job = await startJob(request);
       this.#take(job);
       this.#show(job);
-      if (matchMedia("(max-width: 760px)").matches) byId("stage").scrollIntoView();
+      this.#toStage();
       this.#watch(job.number);
     } catch (error) {
       this.#trouble(error, () => this.#run());
@@ -121,6 +122,11 @@ class App {
     this.strip.mark(job.number, this.stage.item);
   }
 
+  /** In one column, the form is as tall as the screen. */
+  #toStage() {
+    if (narrow.matches) byId("stage").scrollIntoView();
+  }
+
   async #cancel(job) {
     try {
       this.#take(await cancelJob(job.number));
@@ -146,6 +152,7 @@ class App {
     this.stage.leave();
     this.shown = undefined;
     this.strip.mark(undefined);
+    this.#toStage();
     await this.comparison.open(a, b);
   }
 
@@ -154,6 +161,7 @@ class App {
   #trouble(error, again) {
     if (!(error instanceof ApiError)) throw error;
     this.stage.trouble(error.message, error.again ? again : null);
+    this.#toStage();
   }
 
   async #copy(button) {
@@ -189,7 +197,7 @@ function themes(button) {
   const names = ["auto", "light", "dark"];
   const apply = (name) => {
     document.documentElement.dataset.theme = name;
-    button.replaceChildren(half(), { auto: "Auto", light: "Light", dark: "Dark" }[name]);
+    button.replaceChildren(half(), h("span", {}, { auto: "Auto", light: "Light", dark: "Dark" }[name]));
     button.setAttribute("aria-label", `Colours: ${name}`);
   };
   apply(names.includes(localStorage.theme) ? localStorage.theme : "auto");

@@ -2,7 +2,7 @@
 
 import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
-import { calm, capital, h, prose, say, sentence } from "./dom.js";
+import { calm, capital, h, prose, refill, say, sentence } from "./dom.js";
 import { list } from "./stage.js";
 
 export class Comparison {
@@ -12,7 +12,7 @@ export class Comparison {
 
   async open(a, b) {
     this.screen.className = "blank";
-    this.screen.replaceChildren(h("div", { class: "lead", role: "status" }, h("p", { class: "big" }, "Comparing …")));
+    refill(this.screen, h("div", { class: "lead", role: "status" }, h("p", { class: "big" }, "Comparing …")));
     this.facts.replaceChildren();
     try {
       this.found = await compare(a, b);
@@ -33,7 +33,7 @@ export class Comparison {
 
   #say(text) {
     const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
-    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, text), back));
+    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, prose(text)), back));
   }
 
   #build() {

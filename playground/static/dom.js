@@ -32,6 +32,13 @@ export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 /** What the worker's messages leave to whoever shows them. */
 export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "");
 
+/** New content. Focus that was on the old stays near, since a reader would otherwise begin at the top of the page again. */
+export function refill(element, ...children) {
+  const had = element.contains(document.activeElement);
+  element.replaceChildren(...children);
+  if (had) element.closest("[tabindex='-1']")?.focus();
+}
+
 export function seconds(value) {
   if (value < 10) return `${Number(value.toFixed(1))} s`;
   if (value < 60) return `${Math.round(value)} s`;

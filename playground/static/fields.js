@@ -22,7 +22,7 @@ export class Field {
     this.control.setAttribute("aria-describedby", this.note.id);
     this.node = h(
       "div",
-      { class: `field${short ? " short" : ""}`, "data-field": name },
+      { class: `field ${this.schema.type === "boolean" ? "tick" : ""}`, "data-field": name },
       h("label", { for: id }, label ?? this.schema.title, required ? null : h("span", { class: "optional" }, " optional")),
       this.control,
       this.note,
@@ -34,11 +34,12 @@ export class Field {
 
   #control(id, { required, list }) {
     const { schema } = this;
-    const common = { id, name: this.name, "aria-required": required || null };
+    const common = { id, name: this.name, "aria-required": required ? "true" : null };
     if (schema.enum) {
       const none = schema.default === null ? [h("option", { value: "" }, "as the worker is set")] : [];
       return h("select", common, none, schema.enum.map((value) => h("option", { value }, value)));
     }
+    if (schema.type === "boolean") return h("input", { ...common, type: "checkbox" });
     if (this.isNumber) {
       const mode = schema.type === "integer" && schema.minimum >= 0 ? "numeric" : "text";
       const input = h("input", { ...common, type: "text", inputmode: mode, autocomplete: "off", class: "number" });
@@ -55,6 +56,7 @@ export class Field {
   }
 
   get value() {
+    if (this.control.type === "checkbox") return this.control.checked;
     const text = this.control.value;
     if (text.trim() === "") return undefined;
     return this.isNumber ? numberOf(text) : text;
@@ -62,7 +64,8 @@ export class Field {
 
   set value(value) {
     const shown = value ?? this.schema.default;
-    this.control.value = shown ?? "";
+    if (this.control.type === "checkbox") this.control.checked = Boolean(shown);
+    else this.control.value = shown ?? "";
     this.showError([]);
   }
 
@@ -123,7 +126,7 @@ export class ImageField {
       id,
       name: this.name,
       type: "text",
-      placeholder: "https://…",
+      placeholder: "or its URL, https://…",
       autocomplete: "off",
       spellcheck: "false",
     });

@@ -44,19 +44,21 @@ export class Form {
     });
     this.modelField.control.addEventListener("input", () => this.#applyModel());
     this.needs = h("p", { class: "readout" });
-    this.loraList = h("div", { class: "rows" });
+    this.loraList = h("div");
     this.suggestions = h("datalist", { id: "lora-files" }, loras.map((path) => h("option", { value: path })));
     this.promptList = h("div", { class: "prompts" });
     this.request = Object.entries(properties)
       .filter(([name]) => !["model", "loras", "prompts"].includes(name))
       .map(([name, schema]) => new Field(name, schema, { label: labelOf(name, schema) }));
+    const trigger = this.request.find((field) => field.name === "trigger_word");
+    const rest = this.request.filter((field) => field !== trigger);
     this.root.replaceChildren(
       this.summary,
       h("section", {}, this.modelField.node, this.needs),
-      h("section", {}, h("h2", {}, "LoRAs"), this.loraList, this.suggestions),
+      h("section", {}, h("h2", {}, "LoRAs"), this.loraList, this.suggestions, trigger.node),
       this.promptList,
       h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt({}, true) }, "Add a prompt"),
-      h("details", { class: "fold" }, h("summary", {}, "Whole request"), h("div", { class: "grid" }, this.request.map((f) => f.node))),
+      h("details", { class: "fold" }, h("summary", {}, "More for the whole request"), rest.map((field) => field.node)),
     );
   }
 
@@ -66,7 +68,7 @@ export class Form {
     const { model } = this;
     const image = { none: "no control image", optional: "control image optional", required: "control image required" };
     this.needs.replaceChildren(
-      ...prose(`\`${model.id}\`, ${image[model.control_image]}${model.needs_toolkit ? ", worker needs ai-toolkit" : ""}`),
+      ...prose(`\`${model.id}\`, ${image[model.control_image]}${model.needs_toolkit ? ", needs ai\u2011toolkit" : ""}`),
     );
     const sides = model.moe ? ["high", "low"] : [null];
     const kept = this.loras.length === sides.length ? this.loras.map((row) => row.path.value) : [];
@@ -87,6 +89,7 @@ export class Form {
     });
     const scale = new Field("network_multiplier", properties.network_multiplier, { label: "Scale", short: true });
     path.control.placeholder = side ? "none: the base model on this side" : "job/name.safetensors";
+    path.control.addEventListener("blur", () => showEnd(path.control));
     scale.value = undefined;
     return { side, path, scale, node: h("div", { class: "lora" }, path.node, scale.node) };
   }
@@ -194,6 +197,7 @@ export class Form {
       const row = this.loras.find((row) => row.side === (lora.transformer ?? null));
       if (!row) continue;
       row.path.value = lora.path;
+      showEnd(row.path.control);
       row.scale.value = lora.network_multiplier;
     }
     this.showProblems([], false);
@@ -298,6 +302,9 @@ function made(found, asked) {
     found.num_frames === 1 ? "" : `, ${found.seconds} s`,
   ];
 }
+
+/** What tells two files of a job apart, step and side, stands at the end of their paths. */
+const showEnd = (control) => (control.scrollLeft = control.scrollWidth);
 
 const inOrder = (one, other) => (one.node.compareDocumentPosition(other.node) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
 

@@ -1,6 +1,6 @@
 // The stage: one run, as it is made and once it is there, with what decided it beside it.
 
-import { calm, h, prose, seconds, sentence } from "./dom.js";
+import { calm, h, prose, refill, s, seconds, sentence } from "./dom.js";
 import { takesDrops } from "./fields.js";
 
 const STAGES = {
@@ -20,6 +20,8 @@ const DETAILS = {
   encode: "the frames as they are decoded",
   upload: "the result",
 };
+
+const STEPS = ["Choose the model that the worker serves.", "Name the files of the LoRA, and write a prompt.", "Press Run."];
 
 export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job.result?.outputs?.images ?? [])].sort(
   (one, other) => one.prompt_index - other.prompt_index,
@@ -41,9 +43,10 @@ export function spoken(job) {
 }
 
 export class Stage {
-  constructor(screen, facts, actions) {
+  /** `ready`: whether the form starts with a request that can be run as it is. */
+  constructor(screen, facts, actions, ready) {
     Object.assign(this, { screen, facts, actions });
-    this.#empty();
+    this.#empty(ready);
     takesDrops(screen, (file) => this.item && this.actions.sample(file, placeOf(this.item)));
   }
 
@@ -71,39 +74,50 @@ export class Stage {
   trouble(text, again) {
     this.calmDown();
     const retry = again && h("button", { type: "button", onclick: () => (this.calmDown(), again()) }, "Try again");
-    this.banner = h("div", { class: "trouble", role: "alert" }, h("p", {}, sentence(text)), retry);
+    this.banner = h("div", { class: "trouble", role: "alert" }, h("p", {}, prose(sentence(text))), retry);
     this.screen.prepend(this.banner);
   }
 
   calmDown() {
+    if (this.banner?.contains(document.activeElement)) this.screen.parentElement.focus();
     this.banner?.remove();
     this.banner = undefined;
   }
 
   #fill(kind, ...children) {
     this.screen.className = kind;
-    this.screen.replaceChildren(...children);
+    refill(this.screen, ...children);
+    this.facts.replaceChildren();
     this.banner = undefined;
   }
 
-  #empty() {
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "No run yet."), h("p", {}, "Fill in the form and run it; the video plays here.")));
-    this.facts.replaceChildren();
+  #empty(ready) {
+    const text = ready
+      ? h("p", {}, "The form holds an example. Press ", h("b", {}, "Run"), " to make it, or change it first.")
+      : h("ol", {}, STEPS.map((step) => h("li", {}, step)));
+    this.#fill("blank", h("div", { class: "lead" }, frame(), h("p", { class: "big" }, "Your video plays here"), text));
   }
 
   // While it is made
 
   #begin(job) {
     const cancel = h("button", { type: "button", onclick: () => this.#stop(job, cancel) }, "Cancel");
-    this.percent = h("p", { class: "percent" });
+    this.percent = h("p", { class: "percent" }, "…");
     this.bar = h("progress", { max: 100, "aria-label": "Progress of the run" });
     this.doing = h("p", { class: "doing" });
     this.left = h("p", { class: "left" });
     this.#fill(
       "running",
-      h("div", { class: "making" }, this.percent, this.bar, h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel)),
+      h(
+        "div",
+        { class: "making" },
+        h("h2", {}, `Run ${job.number}`),
+        asked(job),
+        this.percent,
+        this.bar,
+        h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel),
+      ),
     );
-    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
   }
 
   #progress(job) {
@@ -165,22 +179,25 @@ export class Stage {
         h("p", { class: "code" }, code),
         h("p", { class: "big" }, `Run ${job.number} was not made.`),
         h("ul", { class: "problems" }, job.problems.map(item)),
-        h(
-          "div",
-          { class: "tools" },
-          h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.toField(job)) }, "Correct it"),
-        ),
+        h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.toField(job)) }, "Correct it"),
       ),
     );
-    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
   }
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), again));
-    this.facts.replaceChildren(h("h2", {}, `Run ${job.number}`), asked(job));
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), asked(job), again));
   }
 }
+
+/** Where the video will be. */
+const frame = () =>
+  s(
+    "svg",
+    { class: "ghost", viewBox: "0 0 320 180", "aria-hidden": "true" },
+    s("rect", { x: 0.5, y: 0.5, width: 319, height: 179, rx: 8 }),
+    s("path", { d: "M148 70v40l34-20z" }),
+  );
 
 const nameOf = (item) => (item.key ?? item.file).split("/").at(-1);
 
@@ -224,6 +241,7 @@ function factsOf(job, item) {
     h("h2", {}, `Run ${job.number}`, result.outputs.videos.length > 1 ? h("span", { class: "soft" }, ` prompt ${item.prompt_index + 1}`) : ""),
     h("p", { class: "said" }, prompt.prompt ?? ""),
     notes([...failed, ...(result.warnings ?? [])]),
+    ...sheet(item),
     h("h3", {}, "Settings"),
     list({
       Model: result.model,
@@ -241,6 +259,12 @@ function factsOf(job, item) {
     timings(result.timings ?? {}),
     h("details", { class: "fold" }, h("summary", {}, "All settings"), h("pre", { tabindex: "0" }, JSON.stringify({ ...settings, prompts: [prompt] }, null, 2))),
   ];
+}
+
+function sheet({ contact_sheet: picture }) {
+  if (!picture) return [];
+  const image = h("img", { src: picture.file, width: picture.width, height: picture.height, alt: "Contact sheet: frames from the first to the last" });
+  return [h("h3", {}, "Contact sheet"), h("a", { class: "sheet", href: picture.file, target: "_blank" }, image)];
 }
 
 const loraName = (lora) => (lora.transformer ? `LoRA, ${lora.transformer}` : "LoRA");

@@ -36,13 +36,18 @@ export class Strip {
   }
 
   #waiting(job, group) {
-    const words = { failed: "failed", cancelled: "cancelled" };
-    const inside = words[job.status] ? h("span", {}, words[job.status]) : group.percent;
+    const ended = ["failed", "cancelled"].includes(job.status);
     const open = h(
       "button",
-      { type: "button", class: `open ${job.status}`, "data-run": job.number, onclick: () => this.actions.open(job) },
-      h("span", { class: "poster" }, inside),
-      h("span", { class: "caption" }, h("b", {}, String(job.number)), words[job.status] ?? "running"),
+      {
+        type: "button",
+        class: `open ${job.status}`,
+        "data-run": job.number,
+        "aria-label": `Show Run ${job.number}, ${job.status}`,
+        onclick: () => this.actions.open(job),
+      },
+      h("span", { class: "poster" }, ended ? "no video" : group.percent),
+      h("span", { class: "caption" }, h("b", {}, String(job.number)), job.status),
     );
     return h("li", {}, open);
   }
@@ -91,17 +96,8 @@ export class Strip {
   }
 }
 
-/** The worker's poster; without one, a frame of the video itself. */
+/** The worker's poster; without one, the video at its first frame. */
 function poster(item) {
   const source = item.poster?.file ?? (item.play.endsWith(".mp4") || item.format === "mp4" ? null : item.file);
-  if (source) return h("img", { src: source, alt: "", loading: "lazy" });
-  const canvas = h("canvas", { width: 256, height: Math.max(1, Math.round((256 * item.height) / item.width)) });
-  const video = h("video", { src: item.play, preload: "auto" });
-  video.muted = true;
-  video.addEventListener("loadeddata", () => {
-    canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
-    video.removeAttribute("src");
-    video.load();
-  });
-  return canvas;
+  return source ? h("img", { src: source, alt: "", loading: "lazy" }) : h("video", { src: item.play, preload: "metadata" });
 }

@@ -154,11 +154,12 @@ def test_a_file_that_a_job_named_is_served_whole_and_in_ranges(local: Page, clou
     assert part.headers["Content-Range"] == f"bytes 10-19/{len(whole.content)}"
 
 
-def test_the_poster_of_a_result_is_served_too(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["poster", "contact_sheet"])
+def test_the_pictures_of_a_result_are_served_too(local: Page, cloud: StandIn, tmp_path: Path, kind: str) -> None:
     (tmp_path / "0.jpg").write_bytes(b"jpeg")
-    poster = {"url": (tmp_path / "0.jpg").as_uri(), "key": "0.jpg"}
-    job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), poster=poster))
-    answer = local.get(job["result"]["outputs"]["videos"][0]["poster"]["file"])
+    picture = {"url": (tmp_path / "0.jpg").as_uri(), "key": "0.jpg"}
+    job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), **{kind: picture}))
+    answer = local.get(job["result"]["outputs"]["videos"][0][kind]["file"])
     assert (answer.content, answer.headers["Content-Type"]) == (b"jpeg", "image/jpeg")
 
 
