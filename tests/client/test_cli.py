@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from client import Client
 from client.cli import _STATUS_OF, DONE, INTERRUPTED, _parser, main
 from client.display import Display
 from client.result import Progress
@@ -267,6 +269,11 @@ def test_the_documentation_has_every_command_every_option_and_every_status() -> 
     assert set(re.findall(r"(?<![\w|-])--[a-z][a-z-]*", page)) <= known
     documented = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     assert documented == {DONE, *_STATUS_OF.values(), INTERRUPTED}
+
+
+def test_the_documentation_has_the_patience() -> None:
+    of_endpoint, of_local = (inspect.signature(make).parameters["patience"].default for make in (Client.endpoint, Client.local))
+    assert f"(default {of_endpoint:.0f}; of a local API {of_local:.0f}," in (ROOT / "docs/client.md").read_text()
 
 
 def test_the_documentation_has_every_exception() -> None:
