@@ -22,7 +22,7 @@ from client.errors import (
     SubmissionUnknown,
     Unreachable,
 )
-from client.result import FailedPrompt, Output, Progress, Result
+from client.result import FailedPrompt, Output, Picture, Progress, Result
 
 __all__ = [
     "Client",
@@ -35,6 +35,7 @@ __all__ = [
     "JobStopped",
     "NotAuthorized",
     "Output",
+    "Picture",
     "Progress",
     "Refused",
     "Result",

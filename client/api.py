@@ -144,6 +144,11 @@ class Api:
             )
         if status == 404:
             raise JobNotFound(f"{self._url} answers 404")
+        if status == 405:
+            raise Refused(
+                f"{self._url} does not know RunPod's calls (status 405 for {response.request.method}); the worker of this "
+                "project does: start it with `python handler.py --rp_serve_api`"
+            )
         if 300 <= status < 400:
             raise Refused(f"{self._url} sends the call on to another address, which is not followed; check the URL")
         if 400 <= status < 500 and status not in (408, 425, 429):

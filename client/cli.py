@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from client.client import LOCAL_URL, PATIENCE, Client
+from client.client import LOCAL_URL, PATIENCE, PATIENCE_HERE, Client
 from client.display import Display, line_of
 from client.errors import (
     ClientError,
@@ -34,6 +35,8 @@ from client.result import Result
 
 DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 """Exit statuses; docs/client.md has the table."""
+
+_FOLDER = Path("output")
 
 _STATUS_OF: dict[type[ClientError], int] = {
     JobFailed: FAILED,
@@ -69,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _client(options: argparse.Namespace, display: Display) -> Client:
+    given = {} if options.patience is None else {"patience": options.patience}
     if options.endpoint is None:
-        return Client.local(options.url, options.patience, display.say)
-    return Client.endpoint(options.endpoint, os.environ.get("RUNPOD_API_KEY", ""), None, options.patience, display.say)
+        return Client.local(options.url, say=display.say, **given)
+    return Client.endpoint(options.endpoint, os.environ.get("RUNPOD_API_KEY", ""), say=display.say, **given)
 
 
 def _run(options: argparse.Namespace, client: Client, display: Display) -> int:
@@ -92,10 +96,7 @@ def _resume(options: argparse.Namespace, client: Client, display: Display) -> in
 def _finish(job_id: str, options: argparse.Namespace, client: Client, display: Display) -> int:
     """Wait for the job and fetch its files."""
     try:
-        if options.endpoint is None:
-            display.say("running; a local API does not tell how far it is, the worker's own terminal does")
-        result = client.wait(job_id, None if options.endpoint is None else display.show)
-        return _fetch(result, options, client, display)
+        return _fetch(client.wait(job_id, display.show), options, client, display)
     except KeyboardInterrupt:
         display.say(f"interrupted. {_what_now(options, job_id)}")
         return INTERRUPTED
@@ -106,21 +107,32 @@ def _fetch(result: Result, options: argparse.Namespace, client: Client, display:
         display.say(f"warning: {warning}")
     for failed in result.failed:
         display.say(f"prompts[{failed.prompt_index}] failed: {failed.code}: {failed.message}")
-    files: list[dict[str, Any]] = []
     lost: list[DownloadFailed] = []
-    for output in result.outputs:
+
+    def fetched(download: Callable[..., Path], *arguments: Any) -> str | None:
         try:
-            path = client.download_one(output, options.output_dir)
+            path = download(*arguments)
         except DownloadFailed as error:
             display.say(f"{error.code}: {error}")
             lost.append(error)
-            continue
-        files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": str(path)})
+            return None
+        if not options.json:
+            print(path, flush=True)
+        return str(path)
+
+    files: list[dict[str, Any]] = []
+    for output in result.outputs:
         display.say(
             f"prompts[{output.prompt_index}]: {output.width}x{output.height}, {output.num_frames} frames, seed {output.seed}"
         )
-        if not options.json:
-            print(path, flush=True)
+        video = fetched(client.download_one, output, options.output_dir)
+        if video is None:
+            continue
+        pictures = output.pictures(options.posters)
+        beside: dict[str, str | None] = {
+            picture.kind: fetched(client.download_picture, picture, Path(video)) for picture in pictures
+        }
+        files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": video, **beside})
     if options.json:
         print(json.dumps({"job_id": result.job_id, "files": files, "result": result.raw}))
     return INCOMPLETE if lost or result.failed else DONE
@@ -128,7 +140,8 @@ def _fetch(result: Result, options: argparse.Namespace, client: Client, display:
 
 def _status(options: argparse.Namespace, client: Client, display: Display) -> int:
     progress = client.status(options.job)
-    display.say(line_of(progress))
+    if (line := line_of(progress)) != progress.status:
+        display.say(line)
     print(json.dumps(asdict(progress)) if options.json else progress.status)
     return DONE
 
@@ -141,10 +154,11 @@ def _cancel(options: argparse.Namespace, client: Client, display: Display) -> in
 
 def _what_now(options: argparse.Namespace, job_id: str) -> str:
     """How to go on with a job that was left."""
-    if options.endpoint is None:
-        return f"If the worker has begun the job, it goes on. Get it: python -m client resume {job_id} --url {options.url}"
-    where = f"{job_id} --endpoint {options.endpoint}"
-    return f"The job goes on. Get it: python -m client resume {where}; stop it: python -m client cancel {where}"
+    job = [job_id, *(["--endpoint", options.endpoint] if options.endpoint else ["--url", options.url])]
+    folder = ["--output-dir", str(options.output_dir)] if getattr(options, "output_dir", _FOLDER) != _FOLDER else []
+    goes_on = "The job goes on" if options.endpoint else "The job goes on while its worker runs"
+    resume, cancel = shlex.join(["resume", *job, *folder]), shlex.join(["cancel", *job])
+    return f"{goes_on}.\n  get it:  python -m client {resume}\n  stop it: python -m client {cancel}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,9 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--patience",
             type=float,
-            default=PATIENCE,
             metavar="SECONDS",
-            help="without any answer, then give up (default: %(default).0f)",
+            help=f"without any answer, then give up (default: {PATIENCE:.0f}; of a local API {PATIENCE_HERE:.0f})",
         )
         return one
 
@@ -177,9 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "say how far a job is")
     cancel = command("cancel", _cancel, "stop a job")
     for one in (run, resume):
-        one.add_argument(
-            "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="for the files (default: %(default)s)"
-        )
+        one.add_argument("--output-dir", type=Path, default=_FOLDER, metavar="DIR", help="for the files (default: %(default)s)")
+        one.add_argument("--posters", action="store_true", help="fetch the first frame of each video too, as a JPEG")
     for one in (resume, status, cancel):
         one.add_argument("job", metavar="JOB")
     add_request_options(run)

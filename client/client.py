@@ -1,8 +1,4 @@
-"""One endpoint, or one local API: submit a job, follow it, fetch its files.
-
-RunPod's API and the SDK's local one differ: the first queues a job and tells its progress to whoever asks; the second keeps
-a job until its status is asked for, makes it then, answers when it is done, and forgets it. It cannot cancel.
-"""
+"""One endpoint, or one local API of a worker, which takes the same calls: submit a job, follow it, fetch its files."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ from client.errors import (
     Unreachable,
 )
 from client.request import body_of, job_of
-from client.result import Output, Progress, Result
+from client.result import Output, Picture, Progress, Result
 
 OnProgress = Callable[[Progress], None]
 
@@ -39,6 +35,8 @@ LOCAL_URL = "http://localhost:8000"
 
 PATIENCE = 1800.0
 """Seconds without an answer after which a job is given up: as long as RunPod keeps the result of one."""
+PATIENCE_HERE = 60.0
+"""The same for a local API: a worker that was started again has forgotten its jobs."""
 
 _SECONDS_TO_SUBMIT = 120.0
 _SECONDS_TO_SUBMIT_HERE = 5.0
@@ -86,8 +84,8 @@ class Client:
         return cls(f"{url}/{endpoint_id}", key, False, patience, say)
 
     @classmethod
-    def local(cls, url: str = LOCAL_URL, patience: float = PATIENCE, say: Say = _log.warning) -> Client:
-        """A worker's local API (`python handler.py --rp_serve_api`). No key is sent."""
+    def local(cls, url: str = LOCAL_URL, patience: float = PATIENCE_HERE, say: Say = _log.warning) -> Client:
+        """A worker's local API (`python handler.py --rp_serve_api`). No key is sent, and files are copied."""
         return cls(url.rstrip("/"), None, True, patience, say)
 
     def run(self, request: dict[str, Any], on_progress: OnProgress | None = None) -> Result:
@@ -106,8 +104,7 @@ class Client:
         body = body_of(job_of(request, folder or Path(), self._here))
         patience = self._new_patience(_SECONDS_TO_SUBMIT_HERE if self._here else _SECONDS_TO_SUBMIT)
         try:
-            # A local job that nobody knows the id of is never made: there it may be sent twice.
-            answer = self._api.call("POST", "/run", "id", patience, body, may_repeat=self._here, read_timeout=60)
+            answer = self._api.call("POST", "/run", "id", patience, body, may_repeat=False, read_timeout=60)
         except JobNotFound as error:
             what = "no local API of a worker" if self._here else "no such endpoint for this key; check its id"
             raise JobNotFound(f"{error}: there is {what}") from None
@@ -117,7 +114,7 @@ class Client:
         except SubmissionUnknown as error:
             raise SubmissionUnknown(
                 f"the request was sent, but its answer was lost ({error}): the job may run, or it may not. Look at the "
-                "endpoint's requests in RunPod's console, and run it again if it is not among them"
+                "endpoint's requests in RunPod's console, or at a local worker's log, and run it again if it is not there"
             ) from None
         return str(answer["id"])
 
@@ -127,34 +124,38 @@ class Client:
         Raises JobFailed, JobStopped, JobNotFound, NotAuthorized, Refused and Unreachable.
         """
         try:
-            answer = self._made_here(job_id, on_progress) if self._here else self._polled(job_id, on_progress)
-            return _result_of(job_id, answer)
+            return _result_of(job_id, self._polled(job_id, on_progress))
         except ClientError as error:
             error.job_id = job_id
             raise
 
     def status(self, job_id: str) -> Progress:
-        """How far the job is. Raises Refused for a local API, which would make the job and wait for it."""
-        if self._here:
-            raise Refused("a local API has no status that could be looked at: to ask for it makes the job; use resume")
+        """How far the job is."""
         return Progress.of(job_id, self._status(job_id, self._new_patience()))
 
     def cancel(self, job_id: str) -> str:
-        """Stop the job. Returns its status: CANCELLED, or what it had come to before. Raises Refused for a local API."""
-        if self._here:
-            raise Refused("a local API cannot cancel a job; stop the worker with Ctrl-C")
+        """Stop the job. Returns its status: CANCELLED, or what it had come to before."""
         return str(self._of_job("POST", "cancel", job_id, self._new_patience())["status"])
 
-    def download(self, result: Result, folder: Path) -> list[Path]:
+    def download(self, result: Result, folder: Path, posters: bool = False) -> list[Path]:
         """Fetch all files of a result into `folder`, each under a name of its own. Raises DownloadFailed.
 
-        A file that is there already is not written again, and none is overwritten.
+        After a video come its contact sheet, if the request asked for one, and with `posters` its first frame. A file that is
+        there already is not written again, and none is overwritten.
         """
-        return [self.download_one(output, folder) for output in result.outputs]
+        paths: list[Path] = []
+        for output in result.outputs:
+            paths.append(video := self.download_one(output, folder))
+            paths += [self.download_picture(picture, video) for picture in output.pictures(posters)]
+        return paths
 
     def download_one(self, output: Output, folder: Path) -> Path:
-        """The same for one of the files."""
-        return download(output, folder, self._new_patience(), self._here)
+        """Fetch one video or image."""
+        return download(output, folder, output.name(), self._new_patience(), self._here)
+
+    def download_picture(self, picture: Picture, video: Path) -> Path:
+        """Fetch a picture of a video to its side."""
+        return download(picture, video.parent, f"{video.stem}{picture.suffix}", self._new_patience(), self._here)
 
     def _new_patience(self, most: float = float("inf")) -> Patience:
         return Patience(min(self._patience, most), self._say)
@@ -181,24 +182,9 @@ class Client:
             return self._api.call(method, f"/{what}/{quote(job_id, safe='')}", "status", patience)
         except JobNotFound:
             raise JobNotFound(
-                f"the endpoint knows no job {job_id}: RunPod keeps a result for 30 minutes; its files lie in the bucket under "
-                f"{job_id}/ for longer"
+                f"there is no job {job_id}: RunPod keeps a result for 30 minutes, and a local worker until it ends; its files "
+                f"lie in the bucket, or in OUTPUT_DIR, under {job_id}/ for longer"
             ) from None
-
-    def _made_here(self, job_id: str, on_progress: OnProgress | None) -> dict[str, Any]:
-        if on_progress:
-            on_progress(Progress(job_id, "IN_PROGRESS"))  # it says no more
-        # Again after a lost connection: the worker makes a job once, and gives its result to all who wait for it.
-        path = f"/status/{quote(job_id, safe='')}"
-        answer = self._api.call("POST", path, "status", self._new_patience(), read_timeout=None)
-        if answer.get("error") == "Job ID not found":
-            raise JobNotFound(
-                f"the local API knows no job {job_id}: it gives a result once; the files lie in the worker's OUTPUT_DIR, below "
-                f"{job_id}/"
-            )
-        if on_progress:
-            on_progress(Progress(job_id, answer["status"]))
-        return answer
 
 
 def _result_of(job_id: str, answer: dict[str, Any]) -> Result:

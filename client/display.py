@@ -29,15 +29,15 @@ class Display:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
 
     def say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
     def show(self, progress: Progress) -> None:
-        if progress.stage is None and progress.status not in _WORDS:
+        if progress.status not in _WORDS:
+            self._close()  # paths on stdout begin at a line's start
             return
         what = _what(progress)
         if self._bar is not None:
@@ -48,6 +48,10 @@ class Display:
         elif what != self._last or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
             self._last, self._said_at = what, time.monotonic()
             self.say(line_of(progress))
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def line_of(progress: Progress) -> str:
@@ -66,7 +70,7 @@ def _what(progress: Progress) -> str:
 
 
 def _left(progress: Progress) -> str:
-    if progress.seconds_left is None:
+    minutes, seconds = divmod(round(progress.seconds_left or 0), 60)
+    if not minutes and not seconds:
         return ""
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
     return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"

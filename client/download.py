@@ -23,19 +23,19 @@ import urllib3
 
 from client.api import Auth, Patience
 from client.errors import DownloadFailed
-from client.result import Output
+from client.result import File
 
 _CHUNK = 1 << 20
 _TIMEOUT = (10.0, 60.0)
 """Seconds to connect, and between two chunks."""
 
 
-def download(output: Output, folder: Path, patience: Patience, here: bool) -> Path:
-    """Fetch `output` into `folder`, going on where a connection broke off. Returns where it is.
+def download(output: File, folder: Path, name: str, patience: Patience, here: bool) -> Path:
+    """Fetch `output` into `folder` as `name`, going on where a connection broke off. Returns where it is.
 
     `here`: file:// URLs are of this computer. Raises DownloadFailed.
     """
-    what = f"prompts[{output.prompt_index}]"
+    what = output.what
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder) as part:
@@ -43,7 +43,7 @@ def download(output: Output, folder: Path, patience: Patience, here: bool) -> Pa
                 _copy(output, part, here, what)
             else:
                 _fetch(output, part, patience, what)
-            return _placed(part, folder, output.name())
+            return _placed(part, folder, name)
     except OSError as error:
         raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {folder} cannot be written to ({error.strerror})") from error
 
@@ -59,7 +59,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _copy(output: Output, part: Path, here: bool, what: str) -> None:
+def _copy(output: File, part: Path, here: bool, what: str) -> None:
     source = Path(url2pathname(urlsplit(output.url).path))
     if not here or not source.is_file():
         text = f"{what}: the worker left it on its own disk, as {source}, which is not here; give the worker a bucket"
@@ -70,7 +70,7 @@ def _copy(output: Output, part: Path, here: bool, what: str) -> None:
         raise DownloadFailed("DOWNLOAD_FAILED", text)
 
 
-def _fetch(output: Output, part: Path, patience: Patience, what: str) -> None:
+def _fetch(output: File, part: Path, patience: Patience, what: str) -> None:
     """Write the body of the URL to `part`, in as many attempts as it takes."""
     with requests.Session() as session, part.open("r+b") as file:
         transfer = _Transfer(output, file, patience, what)
@@ -90,7 +90,7 @@ class _Interrupted(Exception):
 class _Transfer:
     """What has come of a file so far."""
 
-    def __init__(self, output: Output, file: BinaryIO, patience: Patience, what: str) -> None:
+    def __init__(self, output: File, file: BinaryIO, patience: Patience, what: str) -> None:
         self._output = output
         self._file = file
         self._patience = patience
@@ -138,11 +138,11 @@ class _Transfer:
         raise _Interrupted(failure)
 
 
-def _lost(output: Output, what: str, failure: str) -> DownloadFailed:
+def _lost(output: File, what: str, failure: str) -> DownloadFailed:
     return DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
 
 
-def _raise_for_refusal(response: requests.Response, output: Output, what: str) -> None:
+def _raise_for_refusal(response: requests.Response, output: File, what: str) -> None:
     """Raises DownloadFailed for the answers that will be the same next time."""
     status = response.status_code
     if not 400 <= status < 500 or status in (408, 425, 429):

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from client.errors import InvalidRequest
 from client.request import is_file
 from pipelines.catalog import MODELS, Match, Sampler
-from worker.request import OutputFormat, Prompt
+from worker.request import OutputFormat, Prompt, Request
 
 _NUMBERS: dict[str, type] = {
     "width": int,
@@ -22,6 +22,7 @@ _NUMBERS: dict[str, type] = {
     "num_frames": int,
     "fps": int,
 }
+_THE_REQUEST = ("model", "trigger_word", "match", "output_format", "contact_sheet")
 _EVERY_PROMPT = ("neg", *_NUMBERS, "sampler", "ctrl_img")
 """Fields of a prompt that an option sets, in every prompt of the request."""
 
@@ -47,6 +48,8 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sampler", choices=get_args(Sampler))
     group.add_argument("--match", choices=get_args(Match))
     group.add_argument("--output-format", choices=get_args(OutputFormat))
+    sheet = Request.model_fields["contact_sheet"].description
+    group.add_argument("--contact-sheet", action="store_true", default=None, help=sheet)
     group.add_argument("--send-hf-token", action="store_true", help="send HF_TOKEN of the environment, for LoRAs on the Hub")
 
 
@@ -59,7 +62,7 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
         folder = options.file.parent
     request = dict(job["input"]) if isinstance(job.get("input"), dict) else job
     given = {name: value for name, value in vars(options).items() if value is not None}
-    request |= {name: given[name] for name in ("model", "trigger_word", "match", "output_format") if name in given}
+    request |= {name: given[name] for name in _THE_REQUEST if name in given}
     if options.lora:
         request["loras"] = [lora_of(text) for text in options.lora]
     if options.send_hf_token:

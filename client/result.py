@@ -38,24 +38,57 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Output:
-    """One finished file. Width, height, frames and seed are the effective ones; `url` is a secret until it expires."""
+class File:
+    """What can be fetched. `url` is a secret until it expires."""
 
-    kind: Literal["image", "video"]
     prompt_index: int
-    prompt: str
-    """With the trigger word in its place."""
     url: str
     expires_at: str | None
     """UTC in ISO 8601; None for a local file."""
     key: str
-    format: Literal["mp4", "webp", "gif", "png"]
     width: int
     height: int
+    bytes: int
+
+    @property
+    def what(self) -> str:
+        """In a message."""
+        return f"prompts[{self.prompt_index}]"
+
+
+@dataclass(frozen=True)
+class Picture(File):
+    """A JPEG of a video: its first frame, or up to 16 frames."""
+
+    kind: Literal["poster", "contact_sheet"]
+
+    @property
+    def what(self) -> str:
+        return f"{super().what}, {self.kind.replace('_', ' ')}"
+
+    @property
+    def suffix(self) -> str:
+        """What comes after the video's name, as in the bucket."""
+        return ".poster.jpg" if self.kind == "poster" else ".sheet.jpg"
+
+
+@dataclass(frozen=True)
+class Output(File):
+    """One finished video or image. Width, height, frames and seed are the effective ones."""
+
+    kind: Literal["image", "video"]
+    prompt: str
+    """With the trigger word in its place."""
+    format: Literal["mp4", "webp", "gif", "png"]
     num_frames: int
     fps: int
     seed: int
-    bytes: int
+    poster: Picture | None = None
+    contact_sheet: Picture | None = None
+
+    def pictures(self, posters: bool) -> list[Picture]:
+        """Those to fetch: the contact sheet, which was asked for, and the poster for who wants it."""
+        return [picture for picture in (self.contact_sheet, self.poster if posters else None) if picture]
 
     @property
     def suffix(self) -> str:
@@ -98,7 +131,9 @@ class Result:
         try:
             prompts = {item["prompt_index"]: item["prompt"] for item in raw.get("settings", {}).get("prompts", [])}
             outputs = [
-                _OUTPUT.validate_python({"kind": kind, "prompt": prompts.get(item["prompt_index"], raw["model"]), **item})
+                _OUTPUT.validate_python(
+                    {"kind": kind, "prompt": prompts.get(item["prompt_index"], raw["model"]), **item, **_pictures(item)}
+                )
                 for kind in ("image", "video")
                 for item in raw["outputs"][f"{kind}s"]
             ]
@@ -114,6 +149,11 @@ class Result:
             )
         except (AttributeError, KeyError, TypeError, ValidationError) as error:
             raise ValueError(f"no result of worker-wan-lora ({type(error).__name__})") from error
+
+
+def _pictures(item: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in ("poster", "contact_sheet") if item.get(kind)]
+    return {kind: {**item[kind], "kind": kind, "prompt_index": item["prompt_index"]} for kind in kinds}
 
 
 _OUTPUT = TypeAdapter(Output)

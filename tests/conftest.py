@@ -1,8 +1,9 @@
-"""Tiny checkpoints, written once per run, and the toolkit checkouts that the tests can use."""
+"""Tiny checkpoints, written once per run, a worker that serves one, and the toolkit checkouts that the tests can use."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from builder import tiny_checkpoints
+from tests.worker_process import LocalApi, environment, local_api
 
 # The tensors are tiny: a second thread only waits, and on a busy machine waits long. Worker subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,6 +42,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoints.write_checkpoints(root)
     tiny_checkpoints.write_loras(root / "loras")
     return root
+
+
+@pytest.fixture(scope="session")
+def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
+    """A worker of wan22_14b_t2v with its local API."""
+    folder = tmp_path_factory.mktemp("worker")
+    with local_api(environment(tiny, "wan22_14b_t2v", OUTPUT_DIR=folder / "out"), folder) as api:
+        yield api
 
 
 @pytest.fixture(

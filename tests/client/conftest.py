@@ -39,11 +39,17 @@ def web() -> Iterator[Web]:
 def result(*urls: str, **changes: Any) -> dict[str, Any]:
     """A completed job's answer; `changes` go into every file."""
     item = {"expires_at": "2999-01-01T00:00:00Z", "key": "job-1/0.mp4", "format": "mp4", "width": 64, "height": 64}
-    item |= {"num_frames": 5, "fps": 16, "seed": 7, "bytes": len(BODY), **changes}
+    item |= {"num_frames": 5, "fps": 16, "seed": 7, "bytes": len(BODY), "poster": None, "contact_sheet": None, **changes}
     videos = [{"prompt_index": index, "url": url, **item} for index, url in enumerate(urls)]
     prompts = [{"prompt_index": index, "prompt": REQUEST["prompts"][0]["prompt"]} for index in range(len(urls))]
     output = {"model": "wan21_1b", "outputs": {"images": [], "videos": videos}, "warnings": ["a word"]}
     return {"status": "COMPLETED", "output": output | {"settings": {"prompts": prompts}, "timings": {"total": 1.0}}}
+
+
+def picture(url: str) -> dict[str, Any]:
+    """A poster or contact sheet."""
+    item = {"url": url, "expires_at": "2999-01-01T00:00:00Z", "key": "job-1/0.sheet.jpg", "width": 64, "height": 64}
+    return item | {"bytes": len(BODY)}
 
 
 def update(percent: int) -> dict[str, Any]:

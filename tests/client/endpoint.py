@@ -1,4 +1,5 @@
 """RunPod's API as a client sees it, on loopback: /v2/ID/run, /status and /cancel, with the key checked and faults on demand.
+/v2/here is a worker's local API, which takes the same calls and no key.
 
 Behind it is a queue: the emulated cloud that real workers take their jobs from, or a script of what the status says.
 """
@@ -90,6 +91,11 @@ class Api:
     retry_after: str = ""
     """With every refusal."""
 
+    @property
+    def here(self) -> str:
+        """The local API."""
+        return f"{self.base_url}/here"
+
     def times(self, kind: str) -> int:
         return sum(asked == kind for asked, _ in self.asked)
 
@@ -132,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         api.asked.append((kind, dict(self.headers.items())))
         api.ports.append(self.client_address[1])
         fault = api.faults.next(kind)
-        if self.headers.get("Authorization") != f"Bearer {KEY}":
+        if self.headers.get("Authorization") != (None if endpoint == "here" else f"Bearer {KEY}"):
             self._answer(401, {"error": "unauthorized"}, fault)
-        elif endpoint != "endpoint":
+        elif endpoint not in ("endpoint", "here"):
             self._answer(404, {"error": "endpoint not found"}, fault)
         elif isinstance(fault, DOES_NOT_COUNT):
             self._answer(200, {}, fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pty
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from client import Client
 from client.cli import _STATUS_OF, DONE, INTERRUPTED, _parser, main
 from client.display import Display
 from client.result import Progress
 from pipelines.catalog import MODELS
-from tests.client.conftest import BODY, REQUEST, result, update
+from tests.client.conftest import BODY, REQUEST, picture, result, update
 from tests.client.endpoint import KEY, Api, Script
 from tests.faults import Dropped, Status, Unanswered
 from tests.worker.web_server import Web
@@ -68,6 +70,24 @@ def test_json_prints_one_object(run: list[str], tmp_path: Path, capsys: pytest.C
     assert printed["result"]["model"] == "wan21_1b"
 
 
+def test_pictures_are_printed_after_their_video(
+    run: list[str], script: Script, web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web.gives("/0.jpg", BODY)
+    script.answers = [result(web.url("/0.mp4"), poster=picture(web.url("/0.jpg")), contact_sheet=picture(web.url("/0.jpg")))]
+    videos = f"{tmp_path}/videos/a-sailing-boat-at-sunset-7"
+    assert main([*run, "--contact-sheet"]) == 0
+    assert script.submitted[-1]["input"]["contact_sheet"] is True
+    assert capsys.readouterr().out == f"{videos}.mp4\n{videos}.sheet.jpg\n"
+    assert main([*run, "--posters", "--json"]) == 0
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert (file["contact_sheet"], file["poster"]) == (f"{videos}.sheet.jpg", f"{videos}.poster.jpg")
+    script.answers = [result(web.url("/0.mp4"), contact_sheet=picture(web.url("/gone.jpg")))]
+    assert main(run) == 5
+    out, err = capsys.readouterr()
+    assert (out, "DOWNLOAD_FAILED: prompts[0], contact sheet: " in err) == (f"{videos}.mp4\n", True)
+
+
 def test_a_job_that_was_left_can_be_resumed(run: list[str], tmp_path: Path, api: Api) -> None:
     api.faults.order("status", Dropped(), times=100)
     assert main([*run, "--patience", "0.2"]) == 3
@@ -87,6 +107,8 @@ def test_status_and_cancel_say_one_word(run: list[str], script: Script, capsys: 
     assert json.loads(capsys.readouterr().out)["percent"] == 40
     assert main(["cancel", "job-1", *JOB]) == 0
     assert capsys.readouterr().out == "CANCELLED\n"
+    assert main(["status", "job-1", *JOB]) == 0
+    assert capsys.readouterr() == ("CANCELLED\n", "")
 
 
 def test_models_names_every_one_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +116,17 @@ def test_models_names_every_one_and_every_field(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert all(f"\n{model_id} " in out for model_id in MODELS)
     assert "prompts[].guidance_scale    4.0" in out
+
+
+@pytest.mark.parametrize("words", [["models"], ["run", "--help"]])
+def test_who_reads_may_leave(words: list[str]) -> None:
+    """As `| head` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command, env = [sys.executable, "-m", "client", *words], os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # Exit statuses.
@@ -176,7 +209,7 @@ def test_an_outage_is_told_on_stderr(run: list[str], api: Api, capsys: pytest.Ca
     assert capsys.readouterr().err.count("status 502; trying again") == 1
 
 
-def test_an_interrupt_leaves_the_job_and_says_how_to_go_on(run: list[str], script: Script, api: Api) -> None:
+def test_an_interrupt_leaves_the_job_and_says_how_to_go_on(run: list[str], script: Script, api: Api, tmp_path: Path) -> None:
     script.answers = [update(10)]
     process = subprocess.Popen(
         [sys.executable, "-m", "client", *run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -187,8 +220,8 @@ def test_an_interrupt_leaves_the_job_and_says_how_to_go_on(run: list[str], scrip
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "python -m client resume job-1 --endpoint endpoint" in err
-    assert "python -m client cancel job-1 --endpoint endpoint" in err
+    assert f"python -m client resume job-1 --endpoint endpoint --output-dir {tmp_path}/videos\n" in err
+    assert "python -m client cancel job-1 --endpoint endpoint\n" in err
     assert out == "" and "Traceback" not in err
     assert api.times("cancel") == 0
 
@@ -205,6 +238,10 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             display.show(Progress("job-1", "IN_QUEUE"))
             display.show(Progress("job-1", "IN_PROGRESS", "denoise", 1, 2, 7, 25, 64, 84.2))
             display.say("a word between")
+            display.show(Progress("job-1", "COMPLETED"))
+            terminal.write("a path")
+            terminal.flush()
+            display.say("a word at the end")
     shown = ""
     with suppress(OSError):  # the other end is closed
         while part := os.read(ours, 100_000):
@@ -213,6 +250,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "waiting for a worker" in shown
     assert "denoise 2/2" in shown and " 64% " in shown and "1 min 24 s left" in shown
     assert "a word between\r\n" in shown
+    assert re.search(r"\r *\r(\x1b\[A)?a patha word at the end", shown), "the bar is gone, and not drawn again"
 
 
 def test_the_client_needs_no_torch() -> None:
@@ -231,6 +269,11 @@ def test_the_documentation_has_every_command_every_option_and_every_status() -> 
     assert set(re.findall(r"(?<![\w|-])--[a-z][a-z-]*", page)) <= known
     documented = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     assert documented == {DONE, *_STATUS_OF.values(), INTERRUPTED}
+
+
+def test_the_documentation_has_the_patience() -> None:
+    of_endpoint, of_local = (inspect.signature(make).parameters["patience"].default for make in (Client.endpoint, Client.local))
+    assert f"(default {of_endpoint:.0f}; of a local API {of_local:.0f}," in (ROOT / "docs/client.md").read_text()
 
 
 def test_the_documentation_has_every_exception() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from client import Client, DownloadFailed, Result
 from client import download as downloading
-from tests.client.conftest import BODY, result
+from tests.client.conftest import BODY, picture, result
 from tests.client.endpoint import KEY
 from tests.worker.web_server import Web
 from tests.worker_process import free_port
@@ -63,6 +63,20 @@ def test_any_prompt_makes_a_file_name(web: Web, folder: Path, prompt: str, name:
 
 def test_lossless_frames_are_a_zip(fetch: Fetch, web: Web) -> None:
     assert fetch(web.gives("/0.zip", BODY), format="png")[0].suffix == ".zip"
+
+
+def test_a_contact_sheet_lies_beside_its_video_and_a_poster_if_one_wants_it(web: Web, folder: Path) -> None:
+    for path in ("/0.mp4", "/0.poster.jpg", "/0.sheet.jpg"):
+        web.gives(path, path.encode() + BODY[len(path) :])
+    pictures = {"poster": picture(web.url("/0.poster.jpg")), "contact_sheet": picture(web.url("/0.sheet.jpg"))}
+    done = Result.of("job-1", result(web.url("/0.mp4"), **pictures)["output"])
+    client = Client.endpoint("endpoint", KEY)
+    folder.mkdir()
+    (folder / "a-sailing-boat-at-sunset-7.mp4").write_bytes(b"another")
+    wanted = [folder / f"a-sailing-boat-at-sunset-7-2{end}" for end in (".mp4", ".sheet.jpg", ".poster.jpg")]
+    assert client.download(done, folder) == wanted[:2]
+    assert client.download(done, folder, posters=True) == wanted
+    assert [path.read_bytes()[:6] for path in wanted] == [b"/0.mp4", b"/0.she", b"/0.pos"]
 
 
 @pytest.mark.parametrize("format", ["../x", "mp4/../../x", "exe", None])

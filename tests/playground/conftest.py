@@ -15,7 +15,6 @@ import requests
 
 from playground.server import Playground, server
 from playground.target import Target
-from tests.worker_process import LocalApi, environment, local_api
 
 Request = dict[str, Any]
 
@@ -47,14 +46,6 @@ def serving(target: Target, folder: Path, **more: Any) -> Iterator[Page]:
         finally:
             web.shutdown()
             thread.join()
-
-
-@pytest.fixture(scope="session")
-def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
-    """A worker of wan22_14b_t2v with its local API."""
-    folder = tmp_path_factory.mktemp("worker")
-    with local_api(environment(tiny, "wan22_14b_t2v", OUTPUT_DIR=folder / "out"), folder) as api:
-        yield api
 
 
 class StandIn:
