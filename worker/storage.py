@@ -288,7 +288,7 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
     except ValidationError as error:
         fields = sorted({str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()})
         text = (
-            "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings, and "
+            "must be valid; s3Config takes accessId, accessSecret, bucketName and endpointUrl (http or https), all strings, "
             "the keys in ASCII without spaces"
         )
         raise WorkerError.of([Problem(Code.INVALID_INPUT, f"s3Config.{name}".rstrip("."), text) for name in fields]) from None
