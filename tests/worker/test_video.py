@@ -218,9 +218,10 @@ def channels_first(frames: np.ndarray) -> np.ndarray:
 def test_the_same_frames_give_the_same_file(tmp_path, output_format):
     """Whatever lies in memory: x264 with macroblock-tree reads some that nobody wrote."""
     random = np.random.default_rng(0)
-    noisy = moving_pattern(17, 192, 320) // 2 + random.integers(0, 12, (17, 192, 320, 3), np.uint8)
+    count, tries = (17, 5) if output_format == "mp4" else (5, 2)  # noise takes the other formats long
+    noisy = moving_pattern(count, 192, 320) // 2 + random.integers(0, 12, (count, 192, 320, 3), np.uint8)
     files = set()
-    for _ in range(5):
+    for _ in range(tries):
         in_the_way = [random.integers(0, 255, size, np.uint8) for size in random.integers(1, 300_000, 20)]
         files.add(written(tmp_path, output_format, noisy).read_bytes())
         del in_the_way
