@@ -182,8 +182,8 @@ class Client:
             return self._api.call(method, f"/{what}/{quote(job_id, safe='')}", "status", patience)
         except JobNotFound:
             raise JobNotFound(
-                f"there is no job {job_id}: RunPod keeps a result for 30 minutes, and a local worker until it ends; its files "
-                f"lie in the bucket, or in OUTPUT_DIR, under {job_id}/ for longer"
+                f"there is no job {job_id}: RunPod keeps a result for 30 minutes, and a local worker until it ends; what was "
+                f"finished lies in the bucket, or in OUTPUT_DIR, under {job_id}/ for longer"
             ) from None
 
 

@@ -206,3 +206,5 @@ def test_a_lora_below_lora_dir_passes(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "job").mkdir()
     (tmp_path / "job/name.safetensors").touch()
     assert job_of(REQUEST, Path(), here=True)["input"] == REQUEST
+    told = problems({**REQUEST, "loras": [{"path": "./job/name.safetensors"}]}, here=True)
+    assert "not below the worker's LORA_DIR" in told
