@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -136,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._playground = playground
         super().__init__(*arguments)
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the browser has what it wanted of a video, or was closed
+            super().handle()
+
     def do_GET(self) -> None:
         self._answer("GET")
 
@@ -163,8 +168,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error), "again": False}, 404)
         except BadInput as error:
             self._send_json({"error": str(error), "again": False}, 400)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the browser has what it wanted of a video
 
     def _guard(self, method: str) -> None:
         """Only this page, under a name of this machine."""

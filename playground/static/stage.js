@@ -136,7 +136,8 @@ export class Stage {
   }
 
   #stop(job, button) {
-    button.disabled = true;
+    if (button.ariaDisabled) return;
+    button.ariaDisabled = "true"; // not `disabled`, which would take the focus away
     button.textContent = "Stopping";
     this.actions.cancel(job);
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_a_post_without_an_origin_is_no_browsers(local: Page) -> None:
         host = local.url.removeprefix("http://")
         line.sendall(f"POST /api/jobs/1/cancel HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
         assert b" 403 " in line.recv(1000)
+
+
+def test_a_browser_that_is_closed_leaves_no_traceback(local: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        line = socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])))
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        line.close()
+        assert local.get("/api/config").ok
+    assert capsys.readouterr().err == ""
 
 
 def test_it_listens_on_this_machine_only(local: Page) -> None:
