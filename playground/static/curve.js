@@ -46,7 +46,7 @@ export class Curve {
   }
 
   draw() {
-    this.width = Math.max(this.node.clientWidth, 200);
+    this.width = Math.max(this.node.clientWidth, 120);
     this.height = Math.max(this.node.clientHeight, 120);
     const right = this.width - MARGIN.right;
     const known = this.frames.some(({ psnr }) => psnr !== null);

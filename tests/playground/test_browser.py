@@ -126,11 +126,11 @@ def axe(page: Page, *rules: str) -> list[str]:
 
 
 def test_a_run_shows_its_progress_and_then_plays(page: Page) -> None:
-    field(page, "sample_steps").fill("80")
+    field(page, "sample_steps").fill("150")
     field(page, "width").fill("100")
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector(".percent span")
-    assert "of 80" in page.locator(".doing").inner_text()
+    assert "of 150" in page.locator(".doing").inner_text()
     assert page.get_by_role("progressbar").is_visible()
     page.wait_for_function("() => document.querySelector('video.made')?.currentTime > 0.1")
     video = page.locator("video.made")
