@@ -116,9 +116,10 @@ RUN PYTHONHASHSEED=0 python3 -S -m compileall -q --invalidation-mode unchecked-h
 
 FROM runtime AS slim
 ARG COMPILE=0
-# Only for the worker's setting COMPILE, which it turns on: Triton needs a C compiler and Python's headers at run time.
+# Only for the worker's setting COMPILE, which it turns on: Triton needs a C compiler and Python's headers at run time, and
+# Inductor a C++ one for what it computes on the CPU.
 # hadolint ignore=DL3008
-RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
+RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=toolkit /opt/ai-toolkit /opt/ai-toolkit
 # Not given: the one image serves any model, and MODEL_ID is set at run time.
@@ -157,7 +158,7 @@ COPY --from=checkpoints /weights/transformer_2/3 /weights/transformer_2/3
 COPY --from=checkpoints /checkpoints /checkpoints
 ARG COMPILE=0
 # hadolint ignore=DL3008
-RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
+RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=toolkit /opt/ai-toolkit /opt/ai-toolkit
 ARG MODEL_ID=wan21_1b
