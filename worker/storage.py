@@ -165,8 +165,9 @@ class Bucket:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             )
-            # A look at what is there must not hold up a job when the store is away.
-            quick = config.merge(Config(retries={"total_max_attempts": 1}, connect_timeout=3, read_timeout=10))
+            # A look at what is there must not hold up a job when the store is away; once more, since a store may have closed
+            # a connection that was kept.
+            quick = config.merge(Config(retries={"total_max_attempts": 2}, connect_timeout=3, read_timeout=10))
             self._client, self._quick_client = (
                 boto3.client(
                     "s3",

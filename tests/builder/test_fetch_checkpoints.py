@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -315,6 +316,15 @@ def test_a_file_that_is_a_link_to_right_bytes_stays_one(hub: HubServer, fetch: F
     assert file.is_symlink()
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of its files, of which each may be moved away meanwhile."""
+    sizes = []
+    for file in folder.glob("*"):
+        with suppress(FileNotFoundError):
+            sizes.append(file.stat().st_size)
+    return sum(sizes)
+
+
 def test_a_fetch_that_is_killed_goes_on_from_the_bytes_that_are_there(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
     body = os.urandom(6_000_000)
     hub.repos[REPO][hub.main[REPO]][WEIGHTS] = body
@@ -324,7 +334,7 @@ def test_a_fetch_that_is_killed_goes_on_from_the_bytes_that_are_there(hub: HubSe
     process = subprocess.Popen([*command, "--parts", "transformer"], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     give_up_at = time.monotonic() + 60
     unfinished = tmp_path / "out/.unfinished"
-    while sum(file.stat().st_size for file in unfinished.glob("*")) < 2_900_000 and time.monotonic() < give_up_at:
+    while size_of(unfinished) < 2_900_000 and time.monotonic() < give_up_at:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()

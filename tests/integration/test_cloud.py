@@ -412,7 +412,7 @@ def test_a_job_that_comes_again_is_right_though_the_bucket_cannot_be_asked(
     cloud.submit(job_id, good)
     first = cloud.wait_for(job_id)
     for method in ("GET", "HEAD"):
-        gateway.faults.order(method, fault)
+        gateway.faults.order(method, fault, times=2)  # as often as it asks
     cloud.deliver_again(job_id)
     second = cloud.wait_for(job_id, nth=2)
     gateway.faults.forget()
