@@ -39,8 +39,7 @@ def main() -> int:
 
 
 def row(model_id: str, width: int, height: int, num_frames: int) -> dict[str, Any]:
-    scale, channels = (16, 48) if model_id == "wan22_5b" else (8, 16)
-    latents = (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
+    latents = real_size.latents_of(model_id, width, height, num_frames)
 
     def forward(blocks: int) -> tuple[float, float]:
         return counted(

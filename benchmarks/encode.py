@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 import tempfile
 import time
@@ -107,12 +106,7 @@ def row(calls: dict[str, Call], repeat: int, *size: int) -> dict[str, Any]:
             took = call(*size)
             if round_number:  # the first warms up
                 seconds[name].append(took)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "size": "x".join(map(str, size)),
-        **{f"{name}_ms": round(1000 * value) for name, value in medians.items()},
-        "ratio": round(medians["ours"] / medians["plain"], 2),
-    }
+    return report.compared("x".join(map(str, size)), seconds)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def gigabytes(value: int, is_possible: bool = True) -> float | None:
 def denoising(model_id: str, width: int, height: int, num_frames: int) -> int:
     """Bytes of a forward pass; as many in every block."""
     config = real_size.TRANSFORMERS[model_id]
-    scale = 16 if model_id == "wan22_5b" else 8
-    latents = (1, config.get("in_channels", 16), (num_frames - 1) // 4 + 1, height // scale, width // scale)
+    _, channels, *rest = real_size.latents_of(model_id, width, height, num_frames)
+    latents = (1, config.get("in_channels", channels), *rest)
     image = {"encoder_hidden_states_image": torch.empty(1, 257, 1280)} if "image_dim" in config else {}
     return _peak(
         lambda: real_size.transformer(model_id, num_layers=2),
@@ -85,8 +85,7 @@ def denoising(model_id: str, width: int, height: int, num_frames: int) -> int:
 
 def decoding(model_id: str, width: int, height: int, num_frames: int) -> int:
     """Bytes of a decode by latent frame."""
-    scale, channels = (16, 48) if model_id == "wan22_5b" else (8, 16)
-    latents = (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
+    latents = real_size.latents_of(model_id, width, height, num_frames)
 
     def decode(vae: Any) -> None:
         for piece in _decoded(vae, torch.empty(latents)):

@@ -46,6 +46,12 @@ def vae(model_id: str) -> AutoencoderKLWan:
     return AutoencoderKLWan(**_VAE_22) if model_id == "wan22_5b" else AutoencoderKLWan()
 
 
+def latents_of(model_id: str, width: int, height: int, num_frames: int) -> tuple[int, ...]:
+    """[1, z, T, H, W] of the VAE for a video in pixels and frames."""
+    scale, channels = (16, 48) if model_id == "wan22_5b" else (8, 16)
+    return (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
+
+
 def bytes_of_parts(model_id: str) -> dict[str, int]:
     """What each component's weights take in bf16."""
     with torch.device("meta"):

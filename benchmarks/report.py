@@ -44,6 +44,13 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def compared(size: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """A row: the medians of `plain` and `ours` in milliseconds, and their ratio."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    in_ms = {f"{name}_ms": round(1000 * value) for name, value in medians.items()}
+    return {"size": size, **in_ms, "ratio": round(medians["ours"] / medians["plain"], 2)}
+
+
 def median(repeat: int, *calls: Callable[[], object]) -> float:
     """Median seconds of a call, over `repeat` rounds through all of them."""
     return statistics.median(seconds(call) for _ in range(repeat) for call in calls)

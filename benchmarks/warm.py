@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 import tempfile
 import time
@@ -108,12 +107,7 @@ def row(
         for name, call, forward in (("plain", plain, in_plain), ("ours", ours, in_ours)):
             forward.seconds = 0.0
             beside[name].append(report.seconds(call) - forward.seconds)
-    medians = {name: statistics.median(values) for name, values in beside.items()}
-    return {
-        "size": f"{width}x{height}x{num_frames}, {steps} steps",
-        **{f"{name}_ms": round(1000 * value) for name, value in medians.items()},
-        "ratio": round(medians["ours"] / medians["plain"], 2),
-    }
+    return report.compared(f"{width}x{height}x{num_frames}, {steps} steps", beside)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import sizes
-from pipelines.offload import BYTES_OF_A_JOB
+from pipelines.catalog import BYTES_OF_A_JOB
 
 Table = list[tuple[str, ...]]
 """Head and rows."""

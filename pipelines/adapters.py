@@ -46,7 +46,9 @@ def _scales_as_tensors(transformer: Any) -> None:
     tensors: dict[float, torch.Tensor] = {}
     for module in _modules_of(transformer).values():
         scale = module.scaling[_NAME]
-        module.scaling[_NAME] = tensors.setdefault(scale, torch.tensor(scale, device=module.lora_A[_NAME].weight.device))
+        if scale not in tensors:
+            tensors[scale] = torch.tensor(scale, device=module.lora_A[_NAME].weight.device)
+        module.scaling[_NAME] = tensors[scale]
 
 
 class Adapters:
@@ -141,6 +143,5 @@ class Adapters:
             raise LoraIncompatible(f"the LoRA could not be loaded into {self._spec.id}; nothing of it was kept") from error
         # A LoRA never silently does nothing: every layer the file has must have arrived.
         wanted = read_layers(adapter.file, self._pipe, self._spec.id)[0].keys()
-        modules = getattr(self._pipe, name).named_modules()
-        if lost := wanted - {layer for layer, module in modules if _NAME in getattr(module, "lora_A", {})}:
+        if lost := wanted - _modules_of(getattr(self._pipe, name)).keys():
             raise LoraIncompatible(f"{len(lost)} of {len(wanted)} layers of the LoRA were not loaded, such as {min(lost)}")

@@ -19,7 +19,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from safetensors import safe_open
 
-from pipelines.catalog import ModelSpec, OffloadMode
+from pipelines.catalog import BYTES_OF_A_JOB, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.weights import STEM_OF, file_names
@@ -30,9 +30,6 @@ STREAMED: dict[OffloadMode, tuple[str, ...]] = {
     "group": ("text_encoder", "transformer", "transformer_2"),
 }
 """Components that are brought piece by piece. The other modes move all of them, in accelerate's way."""
-
-BYTES_OF_A_JOB = 12_000_000_000
-"""What a video of the default size needs beside the weights: up to 11.3 GB for the decode, by benchmarks/memory.py."""
 
 
 def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: int) -> OffloadMode:

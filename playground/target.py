@@ -9,6 +9,8 @@ from urllib.parse import quote, urlsplit
 
 import requests
 
+from client.api import Auth
+
 Answer = dict[str, Any]
 """`{"id", "status", "output"?, "error"?}`."""
 
@@ -66,7 +68,7 @@ class Target:
     def _ask(self, method: str, path: str, body: Any = None) -> Answer:
         with requests.Session() as session:
             session.trust_env = self.endpoint is not None  # a proxy leads to the cloud, never to this machine
-            session.auth = self._sign  # not a plain header, which a .netrc would replace
+            session.auth = Auth(self.key or None)  # not a plain header, which a .netrc would replace
             try:
                 response = session.request(method, f"{self.base}/{path}", json=body, timeout=_TIMEOUT, allow_redirects=False)
             except requests.Timeout as error:
@@ -82,11 +84,6 @@ class Target:
         if not isinstance(answer, dict):
             raise TargetError(f"{self.label} answers, but not as a RunPod API; check the address", again=False)
         return answer
-
-    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
 
     def _unreachable(self) -> str:
         if self.endpoint:

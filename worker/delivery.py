@@ -114,7 +114,7 @@ class Delivery:
         try:
             stored = self._store(file, key, content_type, give_up_at, stop)
         except NotStored as error:
-            kept = self._recovery.keep(file, Kept(self._key(file.name), content_type, self._made_from, self._own))
+            kept = self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own))
             raise self._kept_error(error) if kept else error from error
         self._recovery.forget(key)  # what was kept when an earlier try failed
         return stored

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
-from pipelines.catalog import MODELS, OffloadMode
+from pipelines.catalog import BYTES_OF_A_JOB, MODELS, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.lora_file import LoraFile
-from pipelines.offload import BYTES_OF_A_JOB, mode_for, place
+from pipelines.offload import mode_for, place
 from pipelines.recipes import preview
 from tests.conftest import STAND_IN
 
