@@ -100,7 +100,7 @@ RUN [ "$CHECKPOINTS" = hub ] \
     || /tools/bin/python -m builder.bake all --model-id "$MODEL_ID" --from /tiny
 
 
-# The code, its bytecode, and an index of all models that transformers makes at its first import and pipelines/lean.py keeps.
+# The code, its bytecode, and an index of all models that transformers makes at its first import and worker/startup/lean_imports.py keeps.
 FROM runtime AS code
 COPY LICENSE handler.py /image/app/
 # The worker fetches weights with it where ALLOW_DOWNLOAD is set, and who fills a network volume by hand.
@@ -109,7 +109,7 @@ COPY pipelines /image/app/pipelines
 COPY worker /image/app/worker
 WORKDIR /
 RUN PYTHONHASHSEED=0 python3 -S -m compileall -q --invalidation-mode unchecked-hash /image/app \
-    && PYTHONPATH=/image/app python3 -c "from pipelines import lean; lean.install(); import transformers" \
+    && PYTHONPATH=/image/app python3 -c "from worker.startup import lean_imports; lean_imports.install(); import transformers" \
     && cp -a --parents opt/venv/lib/python3*/site-packages/transformers/models/__pycache__/index.*.marshal /image \
     && find /image -exec touch -h -d @315532800 {} +
 

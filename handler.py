@@ -17,13 +17,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from pipelines import ahead, lean
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from worker import logs
 from worker.errors import WorkerError
 from worker.settings import Settings, SettingsError, load_settings
+from worker.startup import lean_imports, prefetch
 
 if TYPE_CHECKING:
     from worker.job import JobRunner
@@ -45,15 +45,15 @@ def main() -> None:
         logs.log.exception("the start failed")
         fail(f"{type(error).__name__}; the log line above has the traceback", in_cloud)
 
-    from worker import cloud
+    from worker.runpod import queue
 
     def leave(*_: object) -> NoReturn:
         sys.exit(int(runner.device_is_lost))
 
     if not one_local_run:
-        cloud.redact_the_log()
+        queue.redact_the_log()
         signal.signal(signal.SIGTERM, leave)  # the queue's loop has its own; the local API sends the signal on when it is done
-    cloud.serve(runner.run, runner.wants_a_job)
+    queue.serve(runner.run, runner.wants_a_job)
     leave()
 
 
@@ -61,14 +61,14 @@ def start(settings: Settings) -> JobRunner:
     """Import what is needed and load the model, while the system reads the weights. Raises what `cold_start` raises."""
     took = {"settings": round(time.process_time(), 3)}
     checkpoints = Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
-    ahead.read_weights(checkpoints.spec, checkpoints)
-    if reason := lean.install():
+    prefetch.read_weights(checkpoints.spec, checkpoints)
+    if reason := lean_imports.install():
         logs.log.warning("a slow start, with everything that the libraries import: %s", reason)
     gc.disable()  # to look for garbage among what is imported takes a second, and finds next to none
     with timed(took, "sdk"):
-        import worker.cloud  # noqa: F401 for `main`
+        import worker.runpod.queue  # noqa: F401 for `main`
     with timed(took, "libraries"):
-        from worker.job import cold_start
+        from worker.startup.cold_start import cold_start
     gc.freeze()
     gc.enable()
     return cold_start(settings, took, checkpoints)
@@ -78,9 +78,9 @@ def fail(reason: str, in_cloud: bool) -> NoReturn:
     """One line on stderr, status 1, and in the cloud a word to the platform."""
     print(f"worker-wan-lora cannot start: {reason}", file=sys.stderr)
     if in_cloud:
-        from worker import cloud
+        from worker.runpod import queue
 
-        cloud.report_unhealthy(reason)
+        queue.report_unhealthy(reason)
     sys.exit(1)
 
 

@@ -28,7 +28,7 @@ from benchmarks.switch import SIZES, write_lora, write_real_size
 from builder import tiny_checkpoints
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.catalog import Attention, LoraMode
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 RANKS = (16, 64)
 

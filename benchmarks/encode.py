@@ -25,8 +25,8 @@ from benchmarks.baseline import export, load_plain
 from builder import tiny_checkpoints
 from tests import s3_server
 from worker import logs
-from worker.job import cold_start
 from worker.settings import Settings
+from worker.startup.cold_start import cold_start
 from worker.storage import storage_of
 
 SIZES = [(320, 192, 17), (832, 480, 41)]

@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.report import median
 from builder import tiny_checkpoints
 from pipelines import Adapter, WanModel, load_pipeline
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
 """Attention heads of width 128, ffn_dim, blocks: the published configs."""

@@ -25,8 +25,9 @@ from benchmarks import report
 from benchmarks.baseline import export, load_plain
 from builder import tiny_checkpoints
 from worker import logs
-from worker.job import JobRunner, cold_start
+from worker.job import JobRunner
 from worker.settings import Settings
+from worker.startup.cold_start import cold_start
 
 SIZES = [(64, 64, 5, 2, 15), (320, 192, 17, 4, 5), (832, 480, 41, 1, 1)]
 """Width, height, frames, steps, rounds."""

@@ -18,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from docs import figures
-from pipelines.catalog import MODELS, ModelSpec
+from pipelines.catalog import MODELS, Family, ModelSpec
 from worker.errors import MEANING
 from worker.request import Lora, Prompt, Request
 from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "docs/request.schema.json"
+PIPELINE_OF: dict[Family, str] = {
+    "t2v": "`diffusers.WanPipeline`",
+    "i2v": "`diffusers.WanImageToVideoPipeline`",
+    "toolkit_i2v": "ai-toolkit's `Wan22Pipeline` and `add_first_frame_conditioning`",
+    "toolkit_ti2v": "ai-toolkit's `Wan22Pipeline` and `add_first_frame_conditioning_v22`",
+}
 PLOT = ROOT / "docs/images/performance.svg"
 
 
@@ -145,7 +151,7 @@ def model(spec: ModelSpec) -> str:
     boundary = f"boundary_ratio {spec.boundary_ratio}" if spec.boundary_ratio else "as the checkpoint says"
     rows = [
         ("weights", read_from),
-        ("pipeline", _pipeline(spec)),
+        ("pipeline", PIPELINE_OF[spec.family]),
         ("control image", {"none": "none", "optional": "optional", "required": "required"}[spec.control_image]),
         ("LoRAs", "one file per side, `high` and/or `low`" if spec.moe else "one file"),
         ("width and height", f"floored to a multiple of {spec.size_divisor}"),
@@ -156,13 +162,6 @@ def model(spec: ModelSpec) -> str:
         ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in ("auto", *spec.offload_modes))),
     ]
     return table(("", ""), *rows)
-
-
-def _pipeline(spec: ModelSpec) -> str:
-    if spec.needs_toolkit:
-        helper = "add_first_frame_conditioning" + ("" if spec.moe else "_v22")
-        return f"ai-toolkit's `Wan22Pipeline` and `{helper}`"
-    return "`diffusers.WanImageToVideoPipeline`" if spec.control_image == "required" else "`diffusers.WanPipeline`"
 
 
 if __name__ == "__main__":

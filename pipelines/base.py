@@ -23,7 +23,6 @@ import torch
 import transformers
 from PIL import Image
 
-from pipelines.adapters import Adapters
 from pipelines.catalog import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_NUM_FRAMES,
@@ -40,9 +39,10 @@ from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import remember_embeddings
 from pipelines.errors import DeviceLost, DeviceUnavailable, OutOfMemory, blamed_on
-from pipelines.lora_check import LoraCheck
-from pipelines.lora_file import Adapter
-from pipelines.merge import Merges
+from pipelines.lora.adapters import Adapters
+from pipelines.lora.file import Adapter
+from pipelines.lora.fit import LoraCheck
+from pipelines.lora.merge import Merges
 from pipelines.offload import STREAMED, refresh, stays_on_device
 from pipelines.recipes import Recipe, documented
 

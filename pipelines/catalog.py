@@ -12,6 +12,8 @@ from typing import Literal
 
 OffloadMode = Literal["auto", "none", "text_encoder", "group", "model", "sequential"]
 """See `offload`."""
+Family = Literal["t2v", "i2v", "toolkit_i2v", "toolkit_ti2v"]
+"""Which pipeline a model runs on: diffusers' own (`diffusers_models`), or ai-toolkit's (`toolkit_models`)."""
 Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
@@ -50,6 +52,7 @@ class ModelSpec:
 
     id: str
     title: str
+    family: Family
     sources: Mapping[str, Source]
     """Pipeline component (as diffusers names it) to where it is read from."""
     size_divisor: int
@@ -67,7 +70,6 @@ class ModelSpec:
     """What ai-toolkit writes as `ss_base_model_version` into a LoRA of this model."""
     hidden_size: int
     num_blocks: int
-    needs_toolkit: bool = False
     flow_shift: float | None = None
     """UniPC's flow_shift where it is set by hand; None: the scheduler as the checkpoint says."""
     boundary_ratio: float | None = None
@@ -77,6 +79,10 @@ class ModelSpec:
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
     offload_modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "group", "model", "sequential")
     """The quickest first; beside them, `auto`."""
+
+    @property
+    def needs_toolkit(self) -> bool:
+        return self.family in ("toolkit_i2v", "toolkit_ti2v")
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -94,6 +100,7 @@ _IMAGE_PARTS = ("image_encoder", "image_processor")
 _WAN22_I2V_14B = ModelSpec(
     id="wan22_14b_i2v",
     title="Wan 2.2 I2V A14B",
+    family="toolkit_i2v",
     sources={
         "vae": Source("ai-toolkit/wan2.1-vae", ""),
         **_all_from("ai-toolkit/umt5_xxl_encoder", *_TEXT_PARTS),
@@ -108,7 +115,6 @@ _WAN22_I2V_14B = ModelSpec(
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
-    needs_toolkit=True,
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
@@ -118,6 +124,7 @@ _WAN22_I2V_14B = ModelSpec(
 _WAN22_T2V_14B = ModelSpec(
     id="wan22_14b_t2v",
     title="Wan 2.2 T2V A14B",
+    family="t2v",
     sources={
         **_all_from("Wan-AI/Wan2.2-T2V-A14B-Diffusers", *_TEXT_PARTS, "scheduler", "vae"),
         **_all_from("ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16", "transformer", "transformer_2"),
@@ -136,6 +143,7 @@ _WAN22_T2V_14B = ModelSpec(
 _WAN22_5B = ModelSpec(
     id="wan22_5b",
     title="Wan 2.2 TI2V 5B",
+    family="toolkit_ti2v",
     sources=_all_from("Wan-AI/Wan2.2-TI2V-5B-Diffusers", *_TEXT_PARTS, "vae", "transformer"),
     size_divisor=32,
     control_image="optional",
@@ -146,7 +154,6 @@ _WAN22_5B = ModelSpec(
     lora_base_version="wan_2.2_5b",
     hidden_size=3072,
     num_blocks=30,
-    needs_toolkit=True,
     flow_shift=5.0,
     expand_timesteps=True,
     drops_incomplete_frames=True,
@@ -156,6 +163,7 @@ _WAN22_5B = ModelSpec(
 _WAN21_I2V_14B = ModelSpec(
     id="wan21_i2v_14b",
     title="Wan 2.1 I2V 14B 720P",
+    family="i2v",
     sources=_all_from("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", *_TEXT_PARTS, *_IMAGE_PARTS, "scheduler", "vae", "transformer"),
     size_divisor=16,
     control_image="required",
@@ -178,6 +186,7 @@ _WAN21_I2V_14B_480P = replace(
 _WAN21_14B = ModelSpec(
     id="wan21_14b",
     title="Wan 2.1 T2V 14B",
+    family="t2v",
     sources=_all_from("Wan-AI/Wan2.1-T2V-14B-Diffusers", *_TEXT_PARTS, "scheduler", "vae", "transformer"),
     size_divisor=16,
     control_image="none",

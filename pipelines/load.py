@@ -11,17 +11,19 @@ from safetensors import SafetensorError
 
 from pipelines.attention import set_attention
 from pipelines.base import Parts, WanModel
-from pipelines.catalog import MODELS, Attention, ModelSpec, OffloadMode
+from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
+from pipelines.diffusers_models import DiffusersModel
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable
 from pipelines.facts import facts_of
 from pipelines.offload import mode_for, place
 from pipelines.toolkit import Toolkit, load_toolkit
-from pipelines.wan21 import Wan21
-from pipelines.wan22_5b import Wan22TextImageToVideo
-from pipelines.wan22_i2v import Wan22ImageToVideo
-from pipelines.wan22_t2v import Wan22TextToVideo
-from pipelines.wan22_toolkit import Wan22Toolkit
+from pipelines.toolkit_models import ToolkitModel, Wan22ImageToVideo, Wan22TextImageToVideo
+
+_TOOLKIT_CLASS: dict[Family, type[ToolkitModel]] = {
+    "toolkit_i2v": Wan22ImageToVideo,
+    "toolkit_ti2v": Wan22TextImageToVideo,
+}
 
 
 def load_pipeline(
@@ -73,14 +75,13 @@ def _load(
     toolkit: Toolkit | None,
 ) -> WanModel:
     if toolkit is not None:
-        toolkit_class: type[Wan22Toolkit] = Wan22ImageToVideo if spec.moe else Wan22TextImageToVideo
+        toolkit_class = _TOOLKIT_CLASS[spec.family]
         pipe = toolkit_class.load(spec, parts, target, toolkit)
         place(pipe, target, offload_mode)
         return toolkit_class(spec, pipe, target, checkpoints, toolkit)
-    model_class = Wan22TextToVideo if spec.moe else Wan21
-    pipe = model_class.load(spec, checkpoints, parts)
+    pipe = DiffusersModel.load(spec, checkpoints, parts)
     place(pipe, target, offload_mode)
-    return model_class(spec, pipe, target, checkpoints)
+    return DiffusersModel(spec, pipe, target, checkpoints)
 
 
 def _quiet_libraries() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.catalog import Match, ModelSpec, Sampler
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 Era = Literal["unipc", "flowmatch"]
 

@@ -43,15 +43,16 @@ from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import WanModel
 from pipelines.catalog import MODELS
 from pipelines.errors import LoraError, LoraInvalid
-from pipelines.lora_file import Adapter, LoraFile
+from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import documented, era_of
 from pipelines.safetensors_header import read_header
 from worker.errors import Code, WorkerError
 from worker.images import MAX_PIXELS, decode
-from worker.job import JobRunner, cold_start
+from worker.job import JobRunner
 from worker.logs import log
 from worker.request import parse, shots_of
 from worker.settings import Settings
+from worker.startup.cold_start import cold_start
 
 TIMES = int(os.environ.get("FUZZ", "0"))
 

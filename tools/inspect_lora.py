@@ -21,7 +21,7 @@ from typing import Any
 
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 

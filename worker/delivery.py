@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args
 
-from worker.addresses import NotPublic
-from worker.download import Stopped
 from worker.errors import Code, Problem, WorkerError
 from worker.logs import log
+from worker.net.addresses import NotPublic
+from worker.net.download import Stopped
 from worker.pictures import Kind
 from worker.recovery import Kept, Recovery
 from worker.storage import NotStored, Storage, Stored

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from pipelines.catalog import Match
-from worker.download import DownloadError, fetch_bytes
 from worker.errors import Code, Problem, WorkerError
+from worker.net.download import DownloadError, fetch_bytes
 from worker.request import is_url
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,23 +22,21 @@ from weakref import WeakValueDictionary
 
 from PIL import Image
 
-from pipelines import Sampling, WanModel, load_pipeline
+from pipelines import Sampling, WanModel
 from pipelines import errors as pipeline_errors
-from pipelines.catalog import MODELS, LoraMode, Sampler
-from pipelines.checkpoints import Checkpoints
-from pipelines.clock import timed
-from pipelines.lora_file import Adapter
+from pipelines.catalog import LoraMode, Sampler
+from pipelines.lora.file import Adapter
 from pipelines.recipes import Recipe, documented, era_of, preview
 from worker import logs
 from worker.deadline import Deadline
-from worker.delivery import Delivery, Identity, patiently
-from worker.download import Stopped
+from worker.delivery import Delivery, Identity
 from worker.errors import Code, Problem, WorkerError
 from worker.files import scratch
-from worker.handover import Abandoned, Handover
+from worker.frame_queue import Abandoned, Handover
 from worker.images import Allowance, load_control_image
 from worker.logs import log, stage
 from worker.loras import fetch_lora
+from worker.net.download import Stopped
 from worker.pictures import JPEG, Camera, Picture
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.recovery import Recovery
@@ -55,15 +52,14 @@ from worker.report import (
 )
 from worker.request import Shot, parse, shots_of
 from worker.run import Run, in_thread
-from worker.settings import Settings, SettingsError
-from worker.storage import Storage, Stored, storage_of, storage_of_job
+from worker.settings import Settings
+from worker.storage import Storage, Stored, storage_of_job
 from worker.video import encode
-from worker.weights import fetch_missing
 
 Job = dict[str, Any]
 Result = dict[str, Any]
 
-_CODE_OF: dict[type[Exception], Code] = {
+CODE_OF: dict[type[Exception], Code] = {
     pipeline_errors.CheckpointNotFound: Code.CHECKPOINT_NOT_FOUND,
     pipeline_errors.ToolkitRequired: Code.AI_TOOLKIT_REQUIRED,
     pipeline_errors.LoraInvalid: Code.LORA_INVALID,
@@ -80,62 +76,10 @@ _ID_OF_A_LOCAL_RUN = "local_test"
 _FETCHES_AT_ONCE = 8
 _SECONDS_AHEAD = 10.0
 """Before the GPU is free, the next job is taken; a download of a large LoRA takes longer, and most jobs bring none."""
-_SECONDS_FOR_THE_BUCKET = 20.0
-"""To answer at start: a store that is just restarted is no reason to give up the worker."""
-_REFUSALS_AT_START = 3
 _SECONDS_TO_UPLOAD = 15.0
 """For what was finished just before the job's time was over."""
 _SECONDS_FOR_A_PICTURE = 10.0
 """A few tries, after which the result goes out without the poster; a bucket that has just taken the video seldom needs two."""
-
-
-def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> JobRunner:
-    """Check where results go, and load the model of `settings`. `took`: seconds of what came before, for the log.
-
-    `checkpoints`: what was found in the places of `settings`, where they were looked into before.
-
-    Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
-    """
-    if settings.in_cloud and settings.allow_private_downloads:
-        log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
-    if settings.exact and (settings.attention != "native" or settings.compile):
-        log.warning("EXACT=1: ATTENTION and COMPILE are left out")
-    took = {} if took is None else took
-    checkpoints = checkpoints or Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
-    storage = storage_of(settings)
-    with timed(took, "storage"):
-        _check_storage(storage)
-    if settings.allow_download and checkpoints.missing_parts:
-        with timed(took, "download"):
-            checkpoints = fetch_missing(settings, checkpoints)
-    # What an earlier worker could not deliver; in the background, since the model takes longer to load.
-    threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
-    try:
-        with stage("cold start", model=settings.model_id, device=settings.device, took=took):
-            model = load_pipeline(
-                settings.model_id,
-                checkpoints,
-                settings.device,
-                settings.offload_mode,
-                settings.ai_toolkit_path,
-                toolkit_commit=settings.ai_toolkit_commit,
-                took=took,
-                attention="native" if settings.exact else settings.attention,
-            )
-            if settings.compiles:
-                with timed(took, "compiler"):
-                    model.compile_blocks(settings.compile_cache_dir)
-    except pipeline_errors.DeviceUnavailable as error:
-        raise SettingsError(str(error)) from error
-    except pipeline_errors.PipelineError as error:
-        raise WorkerError(_CODE_OF[type(error)], str(error)) from error
-    return JobRunner(settings, model, storage)
-
-
-def _check_storage(storage: Storage) -> None:
-    """Raises WorkerError with UPLOAD_FAILED: soon when the place refuses, after a while when it is away."""
-    give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
-    patiently(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)
 
 
 class JobRunner:
@@ -552,7 +496,7 @@ class JobRunner:
         """A pipeline's error with its code; a worker's error and anything unforeseen as it is."""
         if isinstance(error, Stopped):
             return WorkerError(Code.CANCELLED, "the job was stopped")
-        code = _CODE_OF.get(type(error))
+        code = CODE_OF.get(type(error))
         if code is Code.OUT_OF_MEMORY:
             modes = self._model.spec.offload_modes
             other = modes[modes.index(self._model.facts["offload_mode"]) + 1 :]
@@ -568,7 +512,7 @@ class JobRunner:
 
 
 def _lora_error(error: pipeline_errors.LoraError, index: int) -> WorkerError:
-    return WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))])
+    return WorkerError.of([Problem(CODE_OF[type(error)], f"loras[{index}].path", str(error))])
 
 
 def _safe_id(job_id: Any) -> str:

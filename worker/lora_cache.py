@@ -29,10 +29,10 @@ from typing import IO, Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import Identity, LoraFile, identity_of
-from worker.download import Answer, ServerDown, Stopped
+from pipelines.lora.file import Identity, LoraFile, identity_of
 from worker.files import atomic_write
 from worker.logs import log
+from worker.net.download import Answer, ServerDown, Stopped
 
 _CURRENT_SECONDS = 60
 """For how long a file is current whose server cannot say whether it is: jobs that come together share one download."""

@@ -17,10 +17,10 @@ from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import LoraFile, why_unreadable
-from worker.download import Answer, DownloadError, fetch_into
+from pipelines.lora.file import LoraFile, why_unreadable
 from worker.errors import Code, Problem, WorkerError
 from worker.lora_cache import LoraCache, Source
+from worker.net.download import Answer, DownloadError, fetch_into
 from worker.request import Lora, is_hub, is_url
 from worker.settings import Settings
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from pipelines.catalog import MODELS, LoraMode, Match
-from pipelines.lora_file import Adapter, LoraFile
+from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture

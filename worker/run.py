@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pipelines.catalog import LoraMode, Match
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
-from worker.download import Stopped
+from worker.net.download import Stopped
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot

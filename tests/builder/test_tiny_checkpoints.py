@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from builder import tiny_checkpoints
 from pipelines.catalog import MODELS
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 
 def test_every_repo_of_the_catalog_is_written(tiny: Path) -> None:

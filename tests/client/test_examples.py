@@ -16,9 +16,9 @@ from pipelines.recipes import documented, preview
 from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.pipelines.test_models import lora_paths
 from tests.worker_process import ROOT
-from worker.job import cold_start
 from worker.request import parse, shots_of
 from worker.settings import Settings
+from worker.startup.cold_start import cold_start
 
 EXAMPLES = ROOT / "examples"
 

@@ -19,9 +19,10 @@ from pipelines import WanModel
 from pipelines.errors import OutOfMemory
 from tests.integration.test_local_api import file_of, frames_of, request_for
 from worker.files import scratch
-from worker.job import JobRunner, cold_start
+from worker.job import JobRunner
 from worker.recovery import Recovery
 from worker.settings import Settings
+from worker.startup.cold_start import cold_start
 from worker.storage import LocalFolder, NotStored, Stored
 from worker.video import encode
 

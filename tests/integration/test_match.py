@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from builder.tiny_checkpoints import SIZE_14B, lora_metadata, lora_tensors
 from pipelines import Adapter, load_pipeline
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.recipes import Era, preview
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import as_base64, file_of, frames_of, output_of, request_for

@@ -11,8 +11,8 @@ from pipelines.catalog import MODELS
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import request_for
 from tests.worker_process import ROOT, environment, run_handler
-from worker.job import cold_start
 from worker.settings import Settings, SettingsError
+from worker.startup.cold_start import cold_start
 
 LEFT_OUT = {"sympy", "torch._dynamo.config", "torch.distributed.tensor", "paramiko.client", "fastapi", "imageio"}
 
@@ -53,7 +53,9 @@ def test_the_ready_line_says_where_the_time_went(model_id: str, tiny: Path, tmp_
 
 def test_the_handler_starts_as_usual_with_versions_it_does_not_know(tiny: Path, tmp_path: Path) -> None:
     """Another version, made up by a module that is imported before all others."""
-    (tmp_path / "sitecustomize.py").write_text("from pipelines import lean\nlean.TESTED_WITH['peft'] = '0.1'\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from worker.startup import lean_imports\nlean_imports.TESTED_WITH['peft'] = '0.1'\n"
+    )
     env = environment(tiny, "wan21_1b", OUTPUT_DIR=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     done = run_handler(env, "--test_input", json.dumps({"input": request_for("wan21_1b", tiny)}))
     assert done.returncode == 0, done.stderr

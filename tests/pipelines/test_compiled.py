@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.switch import write_lora
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
-from pipelines.adapters import COMPILED_RANK
 from pipelines.errors import DeviceUnavailable
+from pipelines.lora.adapters import COMPILED_RANK
 
 SAMPLING = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2)
 

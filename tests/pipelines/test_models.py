@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.catalog import MODELS
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.recipes import Recipe, documented
 from tests import reference
 from tests.conftest import REAL_TOOLKIT, STAND_IN

@@ -13,7 +13,7 @@ from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.catalog import BYTES_OF_A_JOB, MODELS, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.offload import mode_for, place
 from pipelines.recipes import preview
 from tests.conftest import STAND_IN

@@ -10,7 +10,7 @@ import torch
 
 from pipelines import Adapter, load_pipeline
 from pipelines.catalog import MODELS
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.recipes import Era, preview
 from tests import trainer
 from tests.conftest import REAL_TOOLKIT

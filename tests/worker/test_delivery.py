@@ -7,8 +7,8 @@ import requests
 
 from worker import delivery
 from worker.delivery import Delivery, Identity
-from worker.download import Stopped
 from worker.errors import Code, WorkerError
+from worker.net.download import Stopped
 from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.storage import LocalFolder, NotStored, storage_of

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from worker.download import DownloadError
 from worker.errors import Code, WorkerError
 from worker.loras import authorization, download_url, fetch_lora, unsigned
+from worker.net.download import DownloadError
 from worker.request import Lora
 from worker.settings import Settings
 

@@ -7,8 +7,8 @@ from botocore.exceptions import ClientError
 from botocore.retries.standard import ExponentialBackoff
 
 from tests.s3_server import S3Server
-from worker.addresses import NotPublic
 from worker.errors import Code, WorkerError
+from worker.net.addresses import NotPublic
 from worker.settings import Settings, SettingsError, load_settings
 from worker.storage import Bucket, LocalFolder, NotStored, _region_of, _without_bucket, storage_of, storage_of_job
 

@@ -24,7 +24,7 @@ from requests.cookies import RequestsCookieJar, extract_cookies_to_jar
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import DecodeError, HTTPError
 
-from worker.addresses import NotPublic, public_pools
+from worker.net.addresses import NotPublic, public_pools
 
 _CONNECT_SECONDS = 10.0
 """For one address to accept the connection, and again for the TLS handshake."""

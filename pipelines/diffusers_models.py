@@ -1,4 +1,4 @@
-"""Wan 2.1: text-to-video 1.3B and 14B, image-to-video 14B at 720P and 480P. Plain diffusers pipelines."""
+"""The models on diffusers' own pipelines: all of Wan 2.1, and Wan 2.2 T2V A14B."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.weights import STEM_OF
 
 
-class Wan21(WanModel):
-    """The checkpoint says everything; text- and image-to-video differ in the pipeline class."""
+class DiffusersModel(WanModel):
+    """The base checkpoint decides scheduler and boundary_ratio; text- and image-to-video differ in the pipeline class."""
 
     @staticmethod
     def load(spec: ModelSpec, checkpoints: Checkpoints, parts: Parts) -> Any:
-        pipeline_class = WanImageToVideoPipeline if spec.control_image == "required" else WanPipeline
+        """The pipeline, with every component that has weights read from its own source."""
+        pipeline_class = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}[spec.family]
         loaded = parts.load(name for name in spec.sources if name in STEM_OF)
         return pipeline_class.from_pretrained(checkpoints.base, **loaded, local_files_only=True)

@@ -1,4 +1,4 @@
-"""What the two models on ai-toolkit's own `Wan22Pipeline` share: how it is put together and where its noise comes from."""
+"""The two models on ai-toolkit's `Wan22Pipeline`: Wan 2.2 I2V A14B and Wan 2.2 TI2V 5B."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.toolkit import Toolkit
 
 
-class Wan22Toolkit(WanModel):
-    """A model whose conditioning is made by the toolkit's functions before its pipeline is called."""
+class ToolkitModel(WanModel):
+    """The toolkit's functions make the conditioning before its pipeline is called."""
 
     def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Checkpoints, toolkit: Toolkit) -> None:
         super().__init__(spec, pipe, device, checkpoints)
@@ -65,6 +65,25 @@ class Wan22Toolkit(WanModel):
         )
         assert sampling.control_image is not None  # `_fit` has checked it
         return noise.to(dtype), _image_to_tensor(sampling.control_image, self.device, dtype)
+
+
+class Wan22ImageToVideo(ToolkitModel):
+    """Wan 2.2 I2V A14B: 20 extra latent channels carry the first frame. The control image is required."""
+
+    def _conditioning(self, sampling: Sampling, generator: torch.Generator) -> dict[str, Any]:
+        latents, first_frame = self._noise_and_first_frame(sampling, generator)
+        return {"latents": self._toolkit.add_first_frame_conditioning(latents, first_frame, self._pipe.vae)}
+
+
+class Wan22TextImageToVideo(ToolkitModel):
+    """Wan 2.2 TI2V 5B: the first latent frame is the control image itself, and a noise mask keeps it while denoising."""
+
+    def _conditioning(self, sampling: Sampling, generator: torch.Generator) -> dict[str, Any]:
+        if sampling.control_image is None:
+            return {}
+        latents, first_frame = self._noise_and_first_frame(sampling, generator)
+        latents, noise_mask = self._toolkit.add_first_frame_conditioning_v22(latents, first_frame, self._pipe.vae)
+        return {"latents": latents, "noise_mask": noise_mask}
 
 
 def _image_to_tensor(image: Image.Image, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -15,9 +15,9 @@ from tests.builder.hub_server import HubServer, hub_server, with_status
 from tests.integration.test_local_api import request_for
 from tests.worker_process import environment, run_handler
 from worker.errors import Code, WorkerError
-from worker.job import cold_start
 from worker.settings import Settings
-from worker.weights import fetch_missing
+from worker.startup.cold_start import cold_start
+from worker.startup.missing_weights import fetch_missing
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 

@@ -4,9 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from worker import handover
-from worker.download import Stopped
-from worker.handover import Abandoned, Handover
+from worker import frame_queue
+from worker.frame_queue import Abandoned, Handover
+from worker.net.download import Stopped
 
 
 def chunk(value: int = 0) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_the_gpu_stops_when_nobody_takes_its_frames():
 
 
 def test_the_writer_waits_while_too_much_is_waiting(monkeypatch):
-    monkeypatch.setattr(handover, "MAX_BYTES", chunk().nbytes)
+    monkeypatch.setattr(frame_queue, "MAX_BYTES", chunk().nbytes)
     frames, put = Handover(), []
 
     def write() -> None:

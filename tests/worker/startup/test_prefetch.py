@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import ahead
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
+from worker.startup import prefetch
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def read_weights(checkpoints: Path, model_id: str = "wan21_1b") -> None:
     before = threading.enumerate()
-    ahead.read_weights(MODELS[model_id], checkpoints)
+    prefetch.read_weights(MODELS[model_id], checkpoints)
     for thread in set(threading.enumerate()) - set(before):
         thread.join()
 
@@ -46,8 +46,8 @@ def test_all_weights_of_the_model_are_read_and_nothing_else(tiny: Path, read: li
 def test_no_more_is_read_than_fits_into_half_of_the_memory(
     tiny: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = next(ahead._weights(Checkpoints(MODELS["wan21_1b"], tiny)))
-    monkeypatch.setattr(ahead, "_memory", lambda: 2 * first.stat().st_size)
+    first = next(prefetch._weights(Checkpoints(MODELS["wan21_1b"], tiny)))
+    monkeypatch.setattr(prefetch, "_memory", lambda: 2 * first.stat().st_size)
     read_weights(tiny)
     assert read == ["/".join(first.parts[-2:])]
 
@@ -65,11 +65,11 @@ def test_the_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatc
     machine.write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
     limit.write_text("1000000\n")
     no_limit.write_text("max\n")
-    monkeypatch.setattr(ahead, "_MACHINE", machine)
-    monkeypatch.setattr(ahead, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
-    assert ahead._memory() == 4000 * 1024
-    monkeypatch.setattr(ahead, "_CONTAINER", [limit])
-    assert ahead._memory() == 1000000
-    monkeypatch.setattr(ahead, "_MACHINE", tmp_path / "nowhere")
-    monkeypatch.setattr(ahead, "_CONTAINER", [])
-    assert ahead._memory() == 0
+    monkeypatch.setattr(prefetch, "_MACHINE", machine)
+    monkeypatch.setattr(prefetch, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
+    assert prefetch._memory() == 4000 * 1024
+    monkeypatch.setattr(prefetch, "_CONTAINER", [limit])
+    assert prefetch._memory() == 1000000
+    monkeypatch.setattr(prefetch, "_MACHINE", tmp_path / "nowhere")
+    monkeypatch.setattr(prefetch, "_CONTAINER", [])
+    assert prefetch._memory() == 0

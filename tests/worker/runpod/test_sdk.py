@@ -11,7 +11,7 @@ from tests.worker_process import ROOT
 
 SCRIPT = """
 import sys
-from worker import cloud
+from worker.runpod import queue
 from runpod.serverless.utils.rp_debugger import PROCESSOR
 print(PROCESSOR)
 print("paramiko.client" in sys.modules)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 _STRANGE_BLOCK = re.compile(r".{16}blocks\.(?!\d{1,3}\.)", re.ASCII)
 """Behind the 16 characters of `diffusion_model.`, which the conversion cuts off every key, a number that is not up to 999.

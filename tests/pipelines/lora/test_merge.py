@@ -16,7 +16,7 @@ from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 from pipelines.recipes import preview
 from tests.conftest import STAND_IN
 from tests.pipelines.test_models import adapters, make

@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 
 from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines.errors import LoraInvalid
-from pipelines.lora_file import LoraFile, why_unreadable
+from pipelines.lora.file import LoraFile, why_unreadable
 from pipelines.recipes import era_of
 from pipelines.safetensors_header import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS
 

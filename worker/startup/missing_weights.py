@@ -16,7 +16,7 @@ from worker.errors import Code, WorkerError
 from worker.logs import log
 from worker.settings import Settings
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 def fetch_missing(settings: Settings, checkpoints: Checkpoints) -> Checkpoints:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora_file import LoraFile
+from pipelines.lora.file import LoraFile
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ import torch
 import transformers
 from diffusers.models import autoencoders, unets
 
-from pipelines import lean
 from tests.conftest import STAND_IN
 from tests.worker_process import ROOT
+from worker.startup import lean_imports
 
 LEFT_OUT = {"sympy", "torch._dynamo.config", "torch.distributed.tensor", "torch.distributed.fsdp"}
 
 
 def run(script: str, *arguments: object) -> list[str]:
     """What a script prints, line by line, after a lean start."""
-    code = "from pipelines import lean\nassert lean.install() == '', 'not treated'\n" + script
+    code = "from worker.startup import lean_imports\nassert lean_imports.install() == '', 'not treated'\n" + script
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,9 @@ print("sympy" in sys.modules, torch.nn.init.normal_(torch.empty(2), generator=to
 
 def test_the_index_of_models_is_kept_until_its_source_changes(tmp_path: Path) -> None:
     def index(number: int) -> dict[str, object]:
-        return lean._kept_index(tmp_path, lambda _: {"model": {frozenset({"torch"}): {f"modeling_{number}": {"Model"}}}})
+        return lean_imports._kept_index(
+            tmp_path, lambda _: {"model": {frozenset({"torch"}): {f"modeling_{number}": {"Model"}}}}
+        )
 
     source = tmp_path / "__init__.py"
     source.write_text("")
@@ -152,21 +154,21 @@ def test_the_index_of_models_is_kept_until_its_source_changes(tmp_path: Path) ->
 def test_where_the_index_cannot_be_kept_it_is_made_every_time(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("")
     (tmp_path / "__pycache__").write_text("no folder")
-    assert lean._kept_index(tmp_path, lambda _: {"made": 1}) == {"made": 1}
-    assert lean._kept_index(tmp_path, lambda _: {"made": 2}) == {"made": 2}
+    assert lean_imports._kept_index(tmp_path, lambda _: {"made": 1}) == {"made": 1}
+    assert lean_imports._kept_index(tmp_path, lambda _: {"made": 2}) == {"made": 2}
 
 
 def test_with_other_versions_and_in_a_process_that_has_begun_nothing_is_treated(monkeypatch: pytest.MonkeyPatch) -> None:
     before = list(sys.meta_path)
-    assert "torch is imported already" in lean.install()
-    monkeypatch.setitem(lean.TESTED_WITH, "peft", "0.1")
-    monkeypatch.setitem(lean.TESTED_WITH, "no-such-package", "1.0")
-    assert "peft is 0." in lean.install()
-    assert "no-such-package is missing, not 1.0" in lean.install()
+    assert "torch is imported already" in lean_imports.install()
+    monkeypatch.setitem(lean_imports.TESTED_WITH, "peft", "0.1")
+    monkeypatch.setitem(lean_imports.TESTED_WITH, "no-such-package", "1.0")
+    assert "peft is 0." in lean_imports.install()
+    assert "no-such-package is missing, not 1.0" in lean_imports.install()
     assert sys.meta_path == before
 
 
 def test_the_versions_are_those_that_the_image_has() -> None:
     files = [(ROOT / "builder" / name).read_text() for name in ("requirements.txt", "requirements-torch.txt")]
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", "\n".join(files), re.MULTILINE))
-    assert {name: pinned[name] for name in lean.TESTED_WITH} == lean.TESTED_WITH
+    assert {name: pinned[name] for name in lean_imports.TESTED_WITH} == lean_imports.TESTED_WITH

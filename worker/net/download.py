@@ -15,7 +15,7 @@ from typing import IO
 
 import requests
 
-from worker.web import Clock, DownloadError, Stopped, TryAgain, opened, read, too_large
+from worker.net.web import Clock, DownloadError, Stopped, TryAgain, opened, read, too_large
 
 __all__ = ["Answer", "DownloadError", "ServerDown", "Stopped", "fetch_bytes", "fetch_into"]
 

@@ -18,9 +18,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.worker import web_server
-from worker import addresses
-from worker.addresses import NotPublic, is_public, public_only
-from worker.download import DownloadError, fetch_bytes
+from worker.net import addresses
+from worker.net.addresses import NotPublic, is_public, public_only
+from worker.net.download import DownloadError, fetch_bytes
 
 LIMIT = 1_000_000
 REFUSED = "the address is not public; use a public one (ALLOW_PRIVATE_DOWNLOADS=1 allows others, for a local machine only)"

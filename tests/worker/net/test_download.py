@@ -11,9 +11,9 @@ import zlib
 import pytest
 
 from tests.worker import web_server
-from worker import download
-from worker import web as worker_web
-from worker.download import DownloadError, ServerDown, Stopped, fetch_bytes, fetch_into
+from worker.net import download
+from worker.net import web as worker_web
+from worker.net.download import DownloadError, ServerDown, Stopped, fetch_bytes, fetch_into
 
 LIMIT = 1_000_000
 BODY = bytes(range(256)) * 40

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora_file import Adapter, LoraFile, transformer_of
-from pipelines.lora_layers import MERGE_INSTEAD, Layer, check_adapter_keys, read_layers
+from pipelines.lora.file import Adapter, LoraFile, transformer_of
+from pipelines.lora.layers import MERGE_INSTEAD, Layer, check_adapter_keys, read_layers
 
 _REMEMBERED_FILES = 1000
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from worker.download import Stopped
+from worker.net.download import Stopped
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3] RGB."""

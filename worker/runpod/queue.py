@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
-import worker.sdk  # noqa: F401 it makes the import of the SDK quick
+import worker.runpod.sdk  # noqa: F401 it makes the import of the SDK quick
 
 # isort: split
 
@@ -52,7 +52,7 @@ def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
     """Take jobs until the worker is told to leave: by SIGTERM, SIGINT, or the platform. Without RunPod's queue: local modes."""
     rp_scale.JobScaler = _Loop
     if "--rp_serve_api" in sys.argv:
-        from worker import local_api  # brings a web server's libraries, which a worker in the cloud has no use for
+        from worker.runpod import local_api  # brings a web server's libraries, which a worker in the cloud has no use for
 
         local_api.install()
     config = {"handler": handler, "wants_a_job": wants_a_job, "concurrency_modifier": lambda _: _JOBS_AT_ONCE}

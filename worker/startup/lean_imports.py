@@ -1,7 +1,7 @@
 """A start that leaves out what torch, transformers, diffusers and peft import, and no Wan pipeline uses.
 
-    from pipelines import lean
-    lean.install()      # before the first of them is imported
+    from worker.startup import lean_imports
+    lean_imports.install()      # before the first of them is imported
 
 Half of a fresh process's way to its first frame is imports that serve others: the compiler, tensors spread over machines, an
 index of four hundred models. Each treatment below stands before one module and puts off one such thing, or does it once

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from pipelines.catalog import ModelSpec
 from pipelines.errors import LoraIncompatible, blamed_on
-from pipelines.lora_file import Adapter, LoraFile, transformer_of
-from pipelines.lora_layers import read_layers
+from pipelines.lora.file import Adapter, LoraFile, transformer_of
+from pipelines.lora.layers import read_layers
 
 _NAME = "lora"
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import blamed_on
-from pipelines.lora_file import Adapter, transformer_of
-from pipelines.lora_layers import read_layers
+from pipelines.lora.file import Adapter, transformer_of
+from pipelines.lora.layers import read_layers
 from pipelines.weights import file_names, index_of
 
 

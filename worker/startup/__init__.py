@@ -1,0 +1,1 @@
+"""From a new process to a worker: lean imports, prefetched weights, missing weights, the cold start."""

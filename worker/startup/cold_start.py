@@ -1,0 +1,73 @@
+"""The cold start: check where results go, then load the one model of this worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pipelines import errors as pipeline_errors
+from pipelines import load_pipeline
+from pipelines.catalog import MODELS
+from pipelines.checkpoints import Checkpoints
+from pipelines.clock import timed
+from worker.delivery import patiently
+from worker.errors import WorkerError
+from worker.job import CODE_OF, JobRunner
+from worker.logs import log, stage
+from worker.recovery import Recovery
+from worker.settings import Settings, SettingsError
+from worker.startup.missing_weights import fetch_missing
+from worker.storage import Storage, storage_of
+
+_SECONDS_FOR_THE_BUCKET = 20.0
+"""To answer at start: a store that is just restarted is no reason to give up the worker."""
+_REFUSALS_AT_START = 3
+
+
+def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> JobRunner:
+    """Check where results go, and load the model of `settings`. `took`: seconds of what came before, for the log.
+
+    `checkpoints`: what was found in the places of `settings`, where they were looked into before.
+
+    Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
+    """
+    if settings.in_cloud and settings.allow_private_downloads:
+        log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
+    if settings.exact and (settings.attention != "native" or settings.compile):
+        log.warning("EXACT=1: ATTENTION and COMPILE are left out")
+    took = {} if took is None else took
+    checkpoints = checkpoints or Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
+    storage = storage_of(settings)
+    with timed(took, "storage"):
+        _check_storage(storage)
+    if settings.allow_download and checkpoints.missing_parts:
+        with timed(took, "download"):
+            checkpoints = fetch_missing(settings, checkpoints)
+    # What an earlier worker could not deliver; in the background, since the model takes longer to load.
+    threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
+    try:
+        with stage("cold start", model=settings.model_id, device=settings.device, took=took):
+            model = load_pipeline(
+                settings.model_id,
+                checkpoints,
+                settings.device,
+                settings.offload_mode,
+                settings.ai_toolkit_path,
+                toolkit_commit=settings.ai_toolkit_commit,
+                took=took,
+                attention="native" if settings.exact else settings.attention,
+            )
+            if settings.compiles:
+                with timed(took, "compiler"):
+                    model.compile_blocks(settings.compile_cache_dir)
+    except pipeline_errors.DeviceUnavailable as error:
+        raise SettingsError(str(error)) from error
+    except pipeline_errors.PipelineError as error:
+        raise WorkerError(CODE_OF[type(error)], str(error)) from error
+    return JobRunner(settings, model, storage)
+
+
+def _check_storage(storage: Storage) -> None:
+    """Raises WorkerError with UPLOAD_FAILED: soon when the place refuses, after a while when it is away."""
+    give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
+    patiently(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)
