@@ -15,13 +15,14 @@ before anything heavy is loaded. The names above are imported on first use, for 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.base import Sampling, WanModel
+    from pipelines.base import WanModel
     from pipelines.load import load_pipeline
     from pipelines.lora.file import Adapter
+    from pipelines.recipes import Sampling
 
 __all__ = ["Adapter", "Sampling", "WanModel", "load_pipeline"]
 
-_HOME = {"Adapter": "lora.file", "Sampling": "base", "WanModel": "base", "load_pipeline": "load"}
+_HOME = {"Adapter": "lora.file", "Sampling": "recipes", "WanModel": "base", "load_pipeline": "load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,16 +23,7 @@ import torch
 import transformers
 from PIL import Image
 
-from pipelines.catalog import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_NUM_FRAMES,
-    DEFAULT_SEED,
-    DEFAULT_SIZE,
-    DEFAULT_STEPS,
-    LoraMode,
-    ModelSpec,
-    OffloadMode,
-)
+from pipelines.catalog import LoraMode, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.compiled import compile_blocks
@@ -44,7 +35,7 @@ from pipelines.lora.file import Adapter
 from pipelines.lora.fit import LoraCheck
 from pipelines.lora.merge import Merges
 from pipelines.offload import STREAMED, refresh, stays_on_device
-from pipelines.recipes import Recipe, documented
+from pipelines.recipes import Recipe, Sampling, documented
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3], RGB."""
@@ -70,21 +61,6 @@ UNIPC = {
     "use_dynamic_shifting": False,
 }
 """UniPC as the model pages and the trainer's older versions set it by hand; the flow_shift is the model's."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """One video to make, in the field's terms. Sizes in pixels; size and frame count are brought to what the model makes."""
-
-    prompt: str
-    negative_prompt: str = ""
-    width: int = DEFAULT_SIZE
-    height: int = DEFAULT_SIZE
-    num_frames: int = DEFAULT_NUM_FRAMES
-    num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
-    seed: int = DEFAULT_SEED
-    control_image: Image.Image | None = None
 
 
 class WanModel:
@@ -199,27 +175,23 @@ class WanModel:
             refresh(self._pipe, self.spec.transformers)
 
     def _fit(self, sampling: Sampling, recipe: Recipe) -> Sampling:
-        width, height = recipe.effective_size(sampling.width, sampling.height)
+        """`sampling` as the model makes it. Raises ValueError when the control image is missing or not taken."""
+        sampling = recipe.fit(sampling)
         image = sampling.control_image
         if image is None and self.spec.control_image == "required":
             raise ValueError(f"{self.spec.id} needs a control image")
-        if image is not None:
-            if self.spec.control_image == "none":
-                raise ValueError(f"{self.spec.id} takes no control image")
-            image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        num_frames = recipe.effective_frames(sampling.num_frames)
-        return replace(sampling, width=width, height=height, num_frames=num_frames, control_image=image)
+        if image is None:
+            return sampling
+        if self.spec.control_image == "none":
+            raise ValueError(f"{self.spec.id} takes no control image")
+        size = (sampling.width, sampling.height)
+        return replace(sampling, control_image=image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
     def _call_arguments(self, sampling: Sampling, generator: torch.Generator, on_step_end: Any) -> dict[str, Any]:
         """What every Wan pipeline's `__call__` takes, with the latents as the result."""
+        names = (field.name for field in fields(sampling) if field.name not in ("seed", "control_image"))
         return {
-            "prompt": sampling.prompt,
-            "negative_prompt": sampling.negative_prompt,
-            "width": sampling.width,
-            "height": sampling.height,
-            "num_frames": sampling.num_frames,
-            "num_inference_steps": sampling.num_inference_steps,
-            "guidance_scale": sampling.guidance_scale,
+            **{name: getattr(sampling, name) for name in names},
             "generator": generator,
             "callback_on_step_end": on_step_end,
             "output_type": "latent",

@@ -9,16 +9,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipelines.catalog import Match, ModelSpec, Sampler
+from PIL import Image
+
+from pipelines.catalog import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_NUM_FRAMES,
+    DEFAULT_SEED,
+    DEFAULT_SIZE,
+    DEFAULT_STEPS,
+    Match,
+    ModelSpec,
+    Sampler,
+)
 from pipelines.lora.file import LoraFile
 
 Era = Literal["unipc", "flowmatch"]
 
 FLOWMATCH_SINCE = (0, 9, 3)
 """The first version whose samples are made with FlowMatch Euler."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One video as the user wants it, under the names of diffusers' pipelines. Sizes are in pixels.
+
+    Every field but `seed` and `control_image` is an argument of the pipelines' `__call__`.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = DEFAULT_SIZE
+    height: int = DEFAULT_SIZE
+    num_frames: int = DEFAULT_NUM_FRAMES
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    seed: int = DEFAULT_SEED
+    control_image: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,11 @@ class Recipe:
     era: Era | None = None
     """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
     era_why: str | None = None
+
+    def fit(self, sampling: Sampling) -> Sampling:
+        """`sampling` with the size and the frame count that are made; the control image is left as it is."""
+        width, height = self.effective_size(sampling.width, sampling.height)
+        return replace(sampling, width=width, height=height, num_frames=self.effective_frames(sampling.num_frames))
 
     def effective_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height in pixels, each floored to a multiple of `size_divisor`."""

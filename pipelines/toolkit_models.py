@@ -10,9 +10,10 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from pipelines.base import UNIPC, Parts, Sampling, WanModel
+from pipelines.base import UNIPC, Parts, WanModel
 from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
+from pipelines.recipes import Sampling
 from pipelines.toolkit import Toolkit
 
 
