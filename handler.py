@@ -1,6 +1,6 @@
 """The entry point that RunPod starts, and `python handler.py` on your own machine.
 
-Reads the settings, loads the one model of this worker, and hands every job to `worker.job.JobRunner.run`: a job's `input`
+Reads the settings, loads the one model of this worker, and hands every job to `worker.job.Service.run`: a job's `input`
 is the request of docs/api.md, and what comes back is its result, or `{"error": "CODE: what, where, what to do"}`.
 
     python handler.py                      runs test_input.json once
@@ -26,7 +26,7 @@ from worker.settings import Settings, SettingsError, load_settings
 from worker.startup import lean_imports, prefetch
 
 if TYPE_CHECKING:
-    from worker.job import JobRunner
+    from worker.service import Service
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         settings = load_settings()
         logs.hide(settings.secrets)
-        runner = start(settings)
+        service = start(settings)
     except (SettingsError, WorkerError) as error:
         fail(str(error), in_cloud)
     except Exception as error:
@@ -48,16 +48,16 @@ def main() -> None:
     from worker.runpod import queue
 
     def leave(*_: object) -> NoReturn:
-        sys.exit(int(runner.device_is_lost))
+        sys.exit(int(service.device_is_lost))
 
     if not one_local_run:
         queue.redact_the_log()
         signal.signal(signal.SIGTERM, leave)  # the queue's loop has its own; the local API sends the signal on when it is done
-    queue.serve(runner.run, runner.wants_a_job)
+    queue.serve(service.run, service.wants_a_job)
     leave()
 
 
-def start(settings: Settings) -> JobRunner:
+def start(settings: Settings) -> Service:
     """Import what is needed and load the model, while the system reads the weights. Raises what `cold_start` raises."""
     took = {"settings": round(time.process_time(), 3)}
     checkpoints = Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)

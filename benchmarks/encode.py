@@ -87,7 +87,7 @@ def plain_use(folder: Path, settings: Settings) -> Call:
 
 def our_use(settings: Settings) -> Call:
     runner = cold_start(settings)
-    decoding = EndOfDecoding(runner._model._pipe)
+    decoding = EndOfDecoding(runner._gpu.model._pipe)
 
     def call(width: int, height: int, num_frames: int) -> float:
         prompt = {"prompt": "a boat", "width": width, "height": height, "num_frames": num_frames, "sample_steps": STEPS}

@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.baseline import export, load_plain
 from builder import tiny_checkpoints
 from worker import logs
-from worker.job import JobRunner
+from worker.service import Service
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start
 
@@ -71,7 +71,7 @@ def main() -> int:
                 output_dir=folder / "output",
             )
         )
-        in_plain, in_ours = InForward(pipe), InForward(runner._model._pipe)
+        in_plain, in_ours = InForward(pipe), InForward(runner._gpu.model._pipe)
         rows = [row(pipe, in_plain, runner, in_ours, folder, *size) for size in SIZES]
     report.write("warm", rows)
     return 0
@@ -80,7 +80,7 @@ def main() -> int:
 def row(
     pipe: diffusers.WanPipeline,
     in_plain: InForward,
-    runner: JobRunner,
+    runner: Service,
     in_ours: InForward,
     folder: Path,
     width: int,

@@ -10,7 +10,7 @@ import copy
 import gc
 import itertools
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -118,7 +118,9 @@ class WanModel:
             self._merges.take_out_all()
             raise
 
-    def generate(self, sampling: Sampling, recipe: Recipe | None = None, on_step: OnStep | None = None) -> Iterator[Frames]:
+    def generate(
+        self, sampling: Sampling, recipe: Recipe | None = None, on_step: OnStep | None = None
+    ) -> Generator[Frames, None, None]:
         """Make one video, by default as the model page says, yielding its frames as they are decoded.
 
         The same arguments give bit-equal frames on the same machine whatever ran before. Nothing is computed before the

@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-from PIL import Image
+from typing import TYPE_CHECKING, Literal
 
 from pipelines.catalog import (
     DEFAULT_GUIDANCE_SCALE,
@@ -25,6 +23,9 @@ from pipelines.catalog import (
     Sampler,
 )
 from pipelines.lora.file import LoraFile
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Era = Literal["unipc", "flowmatch"]
 

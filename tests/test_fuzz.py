@@ -48,9 +48,9 @@ from pipelines.recipes import documented, era_of
 from pipelines.safetensors_header import read_header
 from worker.errors import Code, WorkerError
 from worker.images import MAX_PIXELS, decode
-from worker.job import JobRunner
 from worker.logs import log
 from worker.request import parse, shots_of
+from worker.service import Service
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start
 
@@ -94,7 +94,7 @@ def in_time() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def runner(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
+def runner(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
     """A worker of wan21_1b, in whose LoRA folder lies more than LoRAs."""
     folder = tmp_path_factory.mktemp("fuzz")
     loras = folder / "loras"
@@ -373,9 +373,7 @@ def check_error(text: str) -> None:
 
 @examples(5000)
 @given(job=jobs())
-def test_every_job_ends_with_a_result_or_with_a_code(
-    runner: JobRunner, quiet: None, no_names: None, job: dict[str, Any]
-) -> None:
+def test_every_job_ends_with_a_result_or_with_a_code(runner: Service, quiet: None, no_names: None, job: dict[str, Any]) -> None:
     with in_time():
         answer = asyncio.run(runner.run(job))
     json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
@@ -613,14 +611,14 @@ def use(model: WanModel, path: Path, content: bytes) -> None:
 
 @examples(800)
 @given(content=odd_loras())
-def test_every_odd_lora_is_applied_or_refused_in_words(runner: JobRunner, quiet: None, lora: Path, content: bytes) -> None:
-    use(runner._model, lora, content)
+def test_every_odd_lora_is_applied_or_refused_in_words(runner: Service, quiet: None, lora: Path, content: bytes) -> None:
+    use(runner._gpu.model, lora, content)
 
 
 @examples(1500)
 @given(content=broken_loras())
-def test_every_broken_lora_is_refused_in_words(runner: JobRunner, quiet: None, lora: Path, content: bytes) -> None:
-    use(runner._model, lora, content)
+def test_every_broken_lora_is_refused_in_words(runner: Service, quiet: None, lora: Path, content: bytes) -> None:
+    use(runner._gpu.model, lora, content)
     try:
         with lora.open("rb") as file:
             header = read_header(file)

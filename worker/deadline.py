@@ -1,4 +1,4 @@
-"""How much time a job has, and whether it will do: known after the first denoising steps, not when all of it is spent."""
+"""A job's time limit, and whether its prompts fit into it: the first denoising steps tell, before the time is spent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from worker.errors import Code, WorkerError
 from worker.request import Shot
 
 _STEPS_TO_MEASURE = 3
-"""The first step warms up; the mean of the two behind it tells the speed."""
+"""The first step warms up; the mean of the next two tells the speed."""
 _SAFE_PART = 0.9
-"""Of the time there is, what a proposal takes for denoising; the rest is for the decode and the upload."""
+"""The share of the time that a proposal may spend on denoising; the rest is for the decode and the upload."""
 
 
 class Deadline:
@@ -23,11 +23,11 @@ class Deadline:
         self._end = None if limit is None else time.monotonic() + limit
 
     def left(self) -> float | None:
-        """Seconds; below 0 when it is over, None without a limit."""
+        """Seconds left; below 0 when the time is over, None without a limit."""
         return None if self._end is None else self._end - time.monotonic()
 
     def error(self) -> WorkerError:
-        """The time is over."""
+        """The error of a job whose time is over."""
         text = (
             f"the job took longer than the {self.limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise it "
             "and the endpoint's execution timeout"
@@ -35,13 +35,13 @@ class Deadline:
         return WorkerError(Code.TIMEOUT, text)
 
     def watch(self, shot: Shot) -> Callable[[int], None]:
-        """To be called with the number of finished steps of this prompt.
+        """A function to call with the number of finished steps of this prompt.
 
-        Raises WorkerError with TIMEOUT as soon as its speed shows that it cannot be denoised in time.
+        It raises WorkerError with TIMEOUT as soon as the speed shows that the prompt cannot be denoised in time.
         """
         if self._end is None:
             return lambda step: None
-        end, first_step_at = self._end, 0.0
+        end, first_step_at, steps = self._end, 0.0, shot.sampling.num_inference_steps
 
         def check(step: int) -> None:
             nonlocal first_step_at
@@ -50,27 +50,29 @@ class Deadline:
                 first_step_at = now
             elif step >= _STEPS_TO_MEASURE:
                 seconds = (now - first_step_at) / (step - 1)
-                if seconds * (shot.sample_steps - step) > end - now:
+                if seconds * (steps - step) > end - now:
                     raise WorkerError(Code.TIMEOUT, self._too_much(shot, seconds, end - first_step_at + seconds))
 
         return check
 
     def _too_much(self, shot: Shot, seconds: float, budget: float) -> str:
-        fitting = " or ".join(_fitting(shot, _SAFE_PART * budget / (seconds * shot.sample_steps)))
+        steps = shot.sampling.num_inference_steps
+        fitting = " or ".join(_fitting(shot, _SAFE_PART * budget / (seconds * steps)))
         proposal = f"{fitting} would fit; ask for that" if fitting else "ask for fewer steps, frames and pixels"
         return (
-            f"prompts[{shot.index}]: at {seconds:.3g} s a step its {shot.sample_steps} steps take "
-            f"{seconds * shot.sample_steps:.3g} s, and it had {budget:.3g} s left of the {self.limit:g} s of JOB_TIMEOUT; "
-            f"{proposal}, or raise JOB_TIMEOUT and the endpoint's execution timeout"
+            f"prompts[{shot.index}]: at {seconds:.3g} s a step its {steps} steps take {seconds * steps:.3g} s, and it had "
+            f"{budget:.3g} s left of the {self.limit:g} s of JOB_TIMEOUT; {proposal}, or raise JOB_TIMEOUT and the endpoint's "
+            "execution timeout"
         )
 
 
 def _fitting(shot: Shot, part: float) -> Iterator[str]:
-    """What would take at most `part` of the time. A step's time grows at least in proportion to frames and to pixels."""
-    if steps := int(shot.sample_steps * part):
+    """Requests that take at most `part` of the time. A step's time grows at least in proportion to frames and to pixels."""
+    video = shot.sampling
+    if steps := int(video.num_inference_steps * part):
         yield f"{steps} steps"
-    if (frames := int(shot.num_frames * part - 1) // 4 * 4 + 1) > 1:
+    if (frames := int(video.num_frames * part - 1) // 4 * 4 + 1) > 1:
         yield f"{frames} frames"
-    width, height = shot.recipe.effective_size(int(shot.width * part**0.5), int(shot.height * part**0.5))
+    width, height = shot.recipe.effective_size(int(video.width * part**0.5), int(video.height * part**0.5))
     if min(width, height) >= 64:
         yield f"{width}x{height} pixels"

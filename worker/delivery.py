@@ -1,6 +1,6 @@
-"""How the files of one job reach their place, whatever happens: tried again for minutes, then kept; and found again.
+"""Deliver the files of one job: retry uploads for minutes, keep what cannot be uploaded, and find what was stored before.
 
-A job can come twice: delivered again, or again after a worker died. Every object carries a sum of what it was made from, and
+A job can come twice: delivered twice, or again after a worker died. Every object carries a sum of what it was made from, and
 the result is stored beside it, so that what exists is not made a second time.
 """
 
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args
 
-from worker.errors import Code, Problem, WorkerError
+from worker.errors import Code, Problem, Stopped, WorkerError
 from worker.logs import log
 from worker.net.addresses import NotPublic
-from worker.net.download import Stopped
 from worker.pictures import Kind
 from worker.recovery import Kept, Recovery
 from worker.storage import NotStored, Storage, Stored
@@ -30,45 +29,45 @@ T = TypeVar("T")
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _REFUSALS = 4
-"""A place that says no is asked four times: a store that has just come back can refuse what it takes a moment later."""
+"""How many refusals are final: a store that has just restarted can refuse what it takes a moment later."""
 _RESULT = "result.json"
 
 
 def _pictures_of(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """What lies beside a video of a result."""
+    """The pictures of a result's video."""
     return [item[kind] for kind in get_args(Kind) if item.get(kind)]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a job the same when it comes again: its id and its input."""
+    """Identifies a job that is delivered again: by its id and its input."""
 
     sum: str
-    """Of both, as hexadecimal digits."""
+    """The sha256 of both, in hexadecimal digits."""
     recurs: bool
-    """Whether the job can come again at all; a local run that names no id is always a new one."""
+    """Whether the job can be delivered again. A local run without an id is always a new job."""
 
     @classmethod
     def of(cls, job_id: str | None, raw_input: Any) -> Identity:
-        """`job_id`: None where the job has none of its own."""
+        """`job_id`: None for a job without an id."""
         body = json.dumps([job_id or secrets.token_hex(), raw_input], sort_keys=True, default=str)
         return cls(hashlib.sha256(body.encode()).hexdigest(), job_id is not None)
 
     def seed(self, index: int) -> int:
-        """A random seed for the prompt `index`: the same one when the job comes again. 0 to 2**31 - 1."""
+        """A random seed for the prompt `index`, 0 to 2**31 - 1. It is the same when the job is delivered again."""
         return int(hashlib.sha256(f"{self.sum} {index}".encode()).hexdigest(), 16) % 2**31
 
 
-def patiently(
+def retry_until(
     attempt: Callable[[], T],
     give_up_at: float,
     stop: threading.Event,
     refusals: int = _REFUSALS,
     longest_pause: float = _LONGEST_PAUSE,
 ) -> T:
-    """What `attempt` gives, tried with growing pauses until `give_up_at` (`time.monotonic`), and after fewer refusals.
+    """Call `attempt` until it succeeds, with growing pauses, and return its value.
 
-    Raises NotStored, Stopped.
+    Raises NotStored once `give_up_at` (`time.monotonic`) is reached or `refusals` attempts were refused, and Stopped.
     """
     pause = min(_FIRST_PAUSE, longest_pause)
     while True:
@@ -85,10 +84,10 @@ def patiently(
 
 
 class Delivery:
-    """The place of one job's files. Blocking; may be used from several threads."""
+    """The place for one job's files. Its calls block; several threads may use it."""
 
     def __init__(self, storage: Storage, own: bool, recovery: Recovery, folder: str, identity: Identity) -> None:
-        """`own`: `storage` is the worker's, not one that the job brought. `folder`: the first part of every key."""
+        """`own`: `storage` is the worker's, not the job's own. `folder`: the first part of every key."""
         self._storage = storage
         self._own = own
         self._recovery = recovery
@@ -97,7 +96,7 @@ class Delivery:
         self._made_from = identity.sum if identity.recurs else ""
 
     def check(self) -> None:
-        """Whether a place that the job brought takes its files; the worker's own was checked at start. Raises WorkerError."""
+        """Check that a bucket of the job's own takes files; the worker's was checked at start. Raises WorkerError."""
         if self._own:
             return
         try:
@@ -106,9 +105,9 @@ class Delivery:
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config.endpointUrl", str(error))]) from error
 
     def put(self, file: Path, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
-        """Store `file` under its name, trying until `give_up_at` (`time.monotonic`).
+        """Store `file` under its name, and retry until `give_up_at` (`time.monotonic`).
 
-        Raises WorkerError with UPLOAD_FAILED, the file being in RECOVERY_DIR then, and Stopped.
+        Raises WorkerError with UPLOAD_FAILED, after the file was kept in RECOVERY_DIR, and Stopped.
         """
         key = self._key(file.name)
         try:
@@ -116,33 +115,37 @@ class Delivery:
         except NotStored as error:
             kept = self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own))
             raise self._kept_error(error) if kept else error from error
-        self._recovery.forget(key)  # what was kept when an earlier try failed
+        self._recovery.delete(key)  # kept when an earlier try failed
         return stored
 
-    def find(self, name: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored | None:
-        """The finished file of that name, if an earlier delivery of this job made it; a kept one is stored now, see `put`."""
-        if not self._recurs:
-            return None
+    def find(self, name: str) -> Stored | None:
+        """The stored file of that name, if an earlier delivery of this job made it."""
+        return self._storage.find(self._key(name), self._made_from) if self._recurs else None
+
+    def is_kept(self, name: str) -> bool:
+        """Whether an earlier delivery of this job made the file and could only keep it in RECOVERY_DIR."""
+        return self._recurs and self._recovery.find(self._key(name), self._made_from) is not None
+
+    def store_kept(self, name: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
+        """Store a kept file, as `put` does. Raises WorkerError with UPLOAD_FAILED, and Stopped."""
         key = self._key(name)
-        if found := self._storage.find(key, self._made_from):
-            return found
-        file = self._recovery.find(key, self._made_from)
-        if file is None:
-            return None
         try:
+            file = self._recovery.find(key, self._made_from)
+            if file is None:
+                raise FileNotFoundError(key)
             stored = self._store(file, key, content_type, give_up_at, stop)
         except NotStored as error:
             raise self._kept_error(error) from error
-        except OSError:  # another worker has just brought it there
-            return self._storage.find(key, self._made_from)
-        self._recovery.forget(key)
+        except OSError as error:  # another worker has uploaded and deleted it meanwhile
+            if found := self._storage.find(key, self._made_from):
+                return found
+            raise WorkerError(Code.UPLOAD_FAILED, f"the kept file of `{key}` is gone; send the job again") from error
+        self._recovery.delete(key)
         return stored
 
-    def recall(self) -> dict[str, Any] | None:
+    def load_previous_result(self) -> dict[str, Any] | None:
         """The result of an earlier delivery of this job, with new URLs, if all its files are still there."""
-        if not self._recurs:
-            return None
-        body = self._storage.read(self._key(_RESULT), self._made_from)
+        body = self._storage.read(self._key(_RESULT), self._made_from) if self._recurs else None
         if body is None:
             return None
         result: dict[str, Any] = json.loads(body)
@@ -152,15 +155,15 @@ class Delivery:
                 return None
             item |= {"url": stored.url, "expires_at": stored.expires_at}
             for picture in _pictures_of(item):
-                # Not asked for: a bucket that does not answer now must not take a poster from a result.
+                # Without a look into the bucket: one that does not answer now must not cost the result its poster.
                 again = self._storage.address(self._key(PurePosixPath(picture["key"]).name), picture["bytes"])
                 picture |= {"url": again.url, "expires_at": again.expires_at}
         return result
 
-    def remember(self, result: dict[str, Any], folder: Path) -> None:
-        """Store the result, without its URLs, beside its files; it is written in `folder` first.
+    def save_result(self, result: dict[str, Any], folder: Path) -> None:
+        """Store the result, without its URLs, beside its files. `folder` takes the file that is uploaded.
 
-        One that cannot be stored is not missed: see `find`.
+        A failure is only logged: the job is done, and if it is delivered again, `find` finds its files.
         """
         if not self._recurs:
             return
@@ -169,11 +172,12 @@ class Delivery:
             for entry in (item, *_pictures_of(item)):
                 entry |= {"url": None, "expires_at": None}
         file = folder / _RESULT
-        file.write_text(json.dumps(without_urls, ensure_ascii=False))
         try:
+            file.write_text(json.dumps(without_urls, ensure_ascii=False))
             self._storage.put(file, self._key(_RESULT), "application/json", self._made_from)
-        except NotStored:
-            log.warning("the result was not stored beside its files", extra={"fields": {"job": self._folder}})
+        except (NotStored, OSError) as error:
+            text = f"the result was not stored beside its files ({type(error).__name__})"
+            log.warning(text, extra={"fields": {"job": self._folder}})
 
     def _key(self, name: str) -> str:
         return f"{self._folder}/{name}"
@@ -182,8 +186,8 @@ class Delivery:
         def attempt() -> Stored:
             return self._storage.put(file, key, content_type, self._made_from)
 
-        return patiently(attempt, give_up_at, stop)
+        return retry_until(attempt, give_up_at, stop)
 
     def _kept_error(self, error: NotStored) -> WorkerError:
-        when = "the next worker that starts stores it there" if self._own else "the same job, delivered again, stores it there"
+        when = "the next worker that starts uploads it" if self._own else "the same job, delivered again, uploads it"
         return WorkerError(Code.UPLOAD_FAILED, f"{error.message}; the file is kept, and {when}")

@@ -1,4 +1,4 @@
-"""The errors a job can end with. Each is one string that starts with its code; nothing of the machine is in it."""
+"""The errors that a job can end with. Each is one string that starts with its code and says nothing about the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Code(StrEnum):
-    """Every code. Where a request has several problems, the first of these is the code of its error."""
+    """Every code. A request with several problems fails with the first of their codes in this order."""
 
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     MODEL_NOT_SERVED = "MODEL_NOT_SERVED"
@@ -35,30 +35,30 @@ class Code(StrEnum):
 
 
 MEANING: dict[Code, str] = {
-    Code.MODEL_NOT_FOUND: "no such model id",
-    Code.MODEL_NOT_SERVED: "a known id, but this worker serves another",
-    Code.INVALID_INPUT: "the request breaks the schema",
-    Code.LORA_FILE_REQUIRED: "no LoRA in the request",
-    Code.SINGLE_LORA_ONLY: "more than one on a model that takes one",
-    Code.MOE_FORMAT_REQUIRED: "`transformer` missing on a high/low model",
-    Code.MOE_FORMAT_NOT_SUPPORTED: "`transformer` on a model with one transformer",
-    Code.SINGLE_MOE_CONFIG_ONLY: "a side twice, or more than two items",
-    Code.LORA_NOT_FOUND: "no such file below LORA_DIR",
-    Code.LORA_DOWNLOAD_FAILED: "the URL gave no file",
-    Code.LORA_INVALID: "not safetensors, a web page, cut short",
-    Code.LORA_INCOMPATIBLE: "keys or shapes of another model",
-    Code.CONTROL_IMAGE_REQUIRED: "an image-to-video model without `ctrl_img`",
+    Code.MODEL_NOT_FOUND: "not a model id",
+    Code.MODEL_NOT_SERVED: "a model id that another worker serves",
+    Code.INVALID_INPUT: "the request does not fit the schema",
+    Code.LORA_FILE_REQUIRED: "the request has no LoRA",
+    Code.SINGLE_LORA_ONLY: "more than one LoRA for a model that takes one",
+    Code.MOE_FORMAT_REQUIRED: "`transformer` is missing, and the model has a high and a low side",
+    Code.MOE_FORMAT_NOT_SUPPORTED: "`transformer` is given, and the model has one transformer",
+    Code.SINGLE_MOE_CONFIG_ONLY: "one side is given twice, or there are more than two items",
+    Code.LORA_NOT_FOUND: "LORA_DIR has no such file",
+    Code.LORA_DOWNLOAD_FAILED: "the file could not be downloaded",
+    Code.LORA_INVALID: "not a safetensors file, a web page, or cut short",
+    Code.LORA_INCOMPATIBLE: "keys or shapes do not fit this model",
+    Code.CONTROL_IMAGE_REQUIRED: "the model needs `ctrl_img`",
     Code.CONTROL_IMAGE_INVALID: "`ctrl_img` cannot be fetched or decoded",
-    Code.AI_TOOLKIT_REQUIRED: "at start: no usable ai-toolkit checkout",
+    Code.AI_TOOLKIT_REQUIRED: "at start: there is no usable ai-toolkit checkout",
     Code.CHECKPOINT_NOT_FOUND: "at start: weights are missing",
-    Code.STORAGE_NOT_CONFIGURED: "at start: a cloud worker without a bucket",
-    Code.UPLOAD_FAILED: "the bucket did not take the result, which is kept; or at start: takes nothing",
+    Code.STORAGE_NOT_CONFIGURED: "at start: a worker in the cloud has no bucket",
+    Code.UPLOAD_FAILED: "the upload failed and the file is kept; at start: the bucket rejects writes",
     Code.OUT_OF_MEMORY: "the job is too large for the device",
-    Code.TIMEOUT: "the job passed JOB_TIMEOUT, or is too slow to make it",
+    Code.TIMEOUT: "the job took longer than JOB_TIMEOUT, or would",
     Code.CANCELLED: "the job was stopped",
-    Code.INTERNAL: "a fault of the worker; its log has the traceback",
+    Code.INTERNAL: "internal error; the worker's log has the traceback",
 }
-"""What each code stands for, for the documentation."""
+"""The meaning of each code, for the documentation."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,12 @@ class Problem:
 
 
 def is_refusal(status: int) -> bool:
-    """Whether an HTTP status says no, rather than that it cannot be done now."""
+    """Whether an HTTP status rejects the request for good; otherwise a retry may succeed."""
     return 400 <= status < 500 and status not in (408, 425, 429)
+
+
+class Stopped(Exception):
+    """The job was cancelled or ran out of time, and its threads must stop."""
 
 
 class WorkerError(Exception):
@@ -84,6 +88,8 @@ class WorkerError(Exception):
     def __init__(self, code: Code, message: str, problems: Sequence[Problem] = ()) -> None:
         self.code = code
         self.problems = problems
+        self.is_reported = False
+        """Whether the error has its line in the log."""
         # The cloud drops a whole result that is not valid UTF-8, and a client can send lone surrogates.
         self.message = message.encode("utf-8", "replace").decode("utf-8")
         super().__init__(f"{code}: {self.message}")

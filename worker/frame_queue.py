@@ -1,4 +1,4 @@
-"""Frames on their way from the GPU's thread to the encoder's, so that neither waits for the other for long."""
+"""A bounded queue of frames between the GPU's thread and the encoder's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from worker.net.download import Stopped
+from worker.errors import Stopped
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3] RGB."""
@@ -18,54 +18,59 @@ Frames = npt.NDArray[np.uint8]
 MAX_BYTES = 500_000_000
 """What may wait for the encoder: 400 frames of 832x480, or 160 of 1024x1024."""
 
+_POLL_SECONDS = 0.2
+"""How often a writer that waits for room looks at its stop event."""
+
 
 class Abandoned(Exception):
-    """Nobody takes the frames any more: the reader has failed."""
+    """The reader has failed, and takes no more frames."""
 
 
-class Handover:
-    """One video's frames, in order. One thread puts them in and ends it, another takes them out."""
+class FrameQueue:
+    """One video's frames, in order. One thread puts them in and closes the queue, another reads them."""
 
     def __init__(self) -> None:
         self._waiting: deque[Frames] = deque()
         self._bytes = 0
-        self._ended: bool | None = None
-        """None while frames may still come; then whether the video is whole."""
-        self._left = False
+        self._complete: bool | None = None
+        """None while frames may still come; then whether the whole video was put in."""
+        self._abandoned = False
         self._changed = threading.Condition()
         self.seconds_waited = 0.0
         """How long the reader had nothing to do."""
 
-    def put(self, frames: Frames) -> None:
-        """Waits while too much is waiting already. Raises Abandoned."""
+    def put(self, frames: Frames, stop: threading.Event) -> None:
+        """Add frames, and wait while too many are waiting already. Raises Abandoned, and Stopped when `stop` is set."""
         with self._changed:
-            self._changed.wait_for(lambda: self._left or self._bytes <= MAX_BYTES)
-            if self._left:
+            while not self._changed.wait_for(lambda: self._abandoned or self._bytes <= MAX_BYTES, _POLL_SECONDS):
+                if stop.is_set():
+                    raise Stopped
+            if self._abandoned:
                 raise Abandoned
             self._waiting.append(frames)
             self._bytes += frames.nbytes
             self._changed.notify_all()
 
-    def end(self, whole: bool) -> None:
-        """No more frames come: all of the video are in, or the rest was never made."""
+    def close(self, complete: bool) -> None:
+        """No more frames come. `complete`: all frames of the video were put in."""
         with self._changed:
-            self._ended = whole
+            self._complete = complete
             self._changed.notify_all()
 
-    def leave(self) -> None:
-        """The reader takes no more frames."""
+    def abandon(self) -> None:
+        """The reader takes no more frames: `put` raises Abandoned from now on."""
         with self._changed:
-            self._left = True
+            self._abandoned = True
             self._changed.notify_all()
 
-    def until(self, stop: threading.Event) -> Iterator[Frames]:
-        """The frames as they come. Raises Stopped when `stop` is set between two of them, or the video is not whole."""
+    def frames(self, stop: threading.Event) -> Iterator[Frames]:
+        """Yield the frames as they come. Raises Stopped when `stop` is set between two of them, or the video is incomplete."""
         while True:
             with self._changed:
                 started = time.monotonic()
-                self._changed.wait_for(lambda: self._waiting or self._ended is not None)
+                self._changed.wait_for(lambda: self._waiting or self._complete is not None)
                 self.seconds_waited += time.monotonic() - started
-                if self._ended is False or stop.is_set():
+                if self._complete is False or stop.is_set():
                     raise Stopped
                 if not self._waiting:
                     return

@@ -1,6 +1,6 @@
 """Logging: one JSON object a line on stderr, with the job's id where there is one.
 
-A line says what was done and how long it took. Results, tokens and signed URLs are never logged; a filter takes them out of
+A line says what was done and how long it took. Results, tokens and signed URLs are never logged; a filter removes them from
 what libraries write.
 """
 
@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from tqdm import tqdm
 log = logging.getLogger("worker")
 
 _SHORTEST_SECRET = 6
-"""A shorter text is found in every other line."""
+"""Characters. A shorter text would match in every other line."""
 
 _LOOKS_SECRET = [
     (re.compile(r"(?<=//)[^/\s@\"'\\]+@"), "…@"),  # user:password@ of a URL
@@ -32,8 +33,9 @@ _LOOKS_SECRET = [
     (re.compile(r"\b(Bearer|Basic|AWS4-HMAC-SHA256)\s+[\w+/=.~-]{8,}"), r"\1 …"),
 ]
 
-_hidden: list[str] = []
-"""Secrets of the worker, and of the jobs that are running."""
+_hidden: tuple[str, ...] = ()
+"""Secrets of the worker and of the running jobs. Replaced, never changed: other threads iterate over it."""
+_hiding = threading.Lock()
 
 
 def redact(text: str) -> str:
@@ -46,25 +48,31 @@ def redact(text: str) -> str:
 
 
 def hide(secrets: Iterable[str]) -> list[str]:
-    """From now on these texts are in no line of the log. Returns those that are long enough for it."""
+    """Keep these texts out of the log from now on. Returns those that are long enough to be hidden."""
+    global _hidden
     mine = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
-    _hidden.extend(mine)
+    with _hiding:
+        _hidden = (*_hidden, *mine)
     return mine
 
 
 @contextmanager
 def hidden(secrets: Iterable[str]) -> Iterator[None]:
-    """While the block runs, these texts are in no line of the log."""
+    """Keep these texts out of the log while the block runs."""
+    global _hidden
     mine = hide(secrets)
     try:
         yield
     finally:
-        for secret in mine:
-            _hidden.remove(secret)
+        with _hiding:
+            left = list(_hidden)
+            for secret in mine:  # another job may hide the same text: each removes its own
+                left.remove(secret)
+            _hidden = tuple(left)
 
 
 class Redacting(logging.Filter):
-    """Takes secrets out of a record before any handler sees it: out of its message, its fields and its traceback."""
+    """Removes secrets from a record before any handler sees it: from its message, its fields and its traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
@@ -93,10 +101,12 @@ class _JsonLines(logging.Formatter):
 
 
 class _AroundProgressBars(logging.StreamHandler[TextIO]):
-    """Lines go above a progress bar in the terminal, not into it."""
+    """Writes lines above a progress bar in the terminal, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        # A line that cannot be written, as when stderr is closed, is lost. logging's own `handleError` would write to stderr.
+        with suppress(Exception):
+            tqdm.write(self.format(record), file=self.stream)
 
 
 def configure() -> None:

@@ -30,9 +30,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipelines.errors import LoraInvalid
 from pipelines.lora.file import Identity, LoraFile, identity_of
+from worker.errors import Stopped
 from worker.files import atomic_write
 from worker.logs import log
-from worker.net.download import Answer, ServerDown, Stopped
+from worker.net.download import Answer, ServerDown
 
 _CURRENT_SECONDS = 60
 """For how long a file is current whose server cannot say whether it is: jobs that come together share one download."""

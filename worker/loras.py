@@ -37,11 +37,13 @@ _OF_A_SIGNATURE = re.compile(
 def fetch_lora(
     lora: Lora, index: int, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
 ) -> LoraFile:
-    """The file of `loras[index]`, with its header. One from a URL stays in the cache until `held` is closed.
+    """The file of `loras[index]`, with its header. A downloaded file stays in the cache until `held` is closed.
 
+    `hf_token`: the request's; without one, the worker's own is used.
     Raises Stopped, WorkerError: LORA_NOT_FOUND, LORA_DOWNLOAD_FAILED, LORA_INVALID.
     """
     where = f"loras[{index}].path"
+    hf_token = hf_token or (settings.hf_token.get_secret_value() if settings.hf_token else None)
     try:
         if is_url(lora.path):
             return _download(lora.path, where, hf_token, settings, stop, held)

@@ -15,7 +15,7 @@ from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
-from worker.request import Shot
+from worker.request import FIELD_OF, Shot
 from worker.run import Run
 from worker.storage import Stored
 
@@ -44,7 +44,7 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
         if isinstance(outcome, WorkerError):
             errors.append({"prompt_index": index, "code": outcome.code.value, "message": outcome.message})
         else:
-            still = outcome.shot.num_frames == 1
+            still = outcome.shot.sampling.num_frames == 1
             if still:
                 outputs["images"].append(_item(outcome, "png"))
             else:
@@ -71,11 +71,11 @@ def _item(output: Output, format: str) -> dict[str, Any]:
         "expires_at": stored.expires_at,
         "key": stored.key,
         "format": format,
-        "width": shot.width,
-        "height": shot.height,
-        "num_frames": shot.num_frames,
+        "width": shot.sampling.width,
+        "height": shot.sampling.height,
+        "num_frames": shot.sampling.num_frames,
         "fps": shot.fps,
-        "seed": shot.seed,
+        "seed": shot.sampling.seed,
         "bytes": stored.bytes,
     }
 
@@ -113,15 +113,8 @@ def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image_sum: str 
     """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model."""
     return {
         "prompt_index": shot.index,
-        "prompt": shot.prompt,
-        "neg": shot.neg,
-        "width": shot.width,
-        "height": shot.height,
-        "num_frames": shot.num_frames,
+        **{name: getattr(shot.sampling, term) for term, name in FIELD_OF.items()},
         "fps": shot.fps,
-        "sample_steps": shot.sample_steps,
-        "guidance_scale": shot.guidance_scale,
-        "seed": shot.seed,
         "control_image_sha256": control_image_sum,
         **numbers,
         "scheduler_because": shot.recipe.why,
@@ -161,15 +154,15 @@ def _differences(run: Run, shot: Shot, theirs: Recipe, numbers_of: NumbersOf) ->
             yield f"{name} {others[name]} instead of {ours[name]}"
     prompt = run.request.prompts[shot.index]
     width, height = theirs.effective_size(prompt.width, prompt.height)
-    if (width, height) != (shot.width, shot.height):
-        yield f"size {width}x{height} instead of {shot.width}x{shot.height}"
+    if (width, height) != (shot.sampling.width, shot.sampling.height):
+        yield f"size {width}x{height} instead of {shot.sampling.width}x{shot.sampling.height}"
 
 
 def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:
     """A LoRA that was trained with a trigger word does little without it."""
     warnings = []
     for word in sorted({file.trigger_word for file in files if file.trigger_word}):
-        without = [f"prompts[{shot.index}]" for shot in shots if word.lower() not in shot.prompt.lower()]
+        without = [f"prompts[{shot.index}]" for shot in shots if word.lower() not in shot.sampling.prompt.lower()]
         if without:
             warnings.append(
                 f"{', '.join(without)}: the LoRA's trigger word `{word}` is not in the prompt; write it, or [trigger] and set "

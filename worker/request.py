@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,9 +27,12 @@ from pipelines.catalog import (
     ModelSpec,
     Sampler,
 )
-from pipelines.recipes import Recipe
+from pipelines.recipes import Recipe, Sampling
 from worker.errors import Code, Problem, WorkerError
 from worker.findings import path_of, problems_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 OutputFormat = Literal["mp4", "webp", "gif", "png"]
 
@@ -176,57 +179,61 @@ class Request(_Strict):
 
 @dataclass(frozen=True)
 class Shot:
-    """A prompt with everything decided: what will really be made, and how."""
+    """A prompt with everything decided: the video that will be made, and how."""
 
     index: int
     recipe: Recipe
-    prompt: str
-    neg: str
-    width: int
-    height: int
-    num_frames: int
+    sampling: Sampling
+    """Fitted to the recipe: its size and frame count are those of the video."""
     fps: int
-    sample_steps: int
-    guidance_scale: float
-    seed: int
     warnings: tuple[str, ...]
 
 
-def shots_of(request: Request, recipe_for: Callable[[Sampler | None], Recipe], draw_seed: Callable[[int], int]) -> list[Shot]:
-    """Resolve trigger words, sizes, frame counts and seeds; `draw_seed` gives the random one of a prompt by its index."""
-    prompts = enumerate(request.prompts)
-    return [_shot(request, recipe_for(prompt.sampler), index, prompt, draw_seed) for index, prompt in prompts]
+FIELD_OF = {field.name: field.name for field in fields(Sampling) if field.name != "control_image"} | {
+    "negative_prompt": "neg",
+    "num_inference_steps": "sample_steps",
+}
+"""A field of Sampling, in diffusers' terms, to the prompt's field."""
 
 
-def _shot(request: Request, recipe: Recipe, index: int, prompt: Prompt, draw_seed: Callable[[int], int]) -> Shot:
+def shots_of(
+    request: Request,
+    recipe_for: Callable[[Sampler | None], Recipe],
+    draw_seed: Callable[[int], int],
+    images: Mapping[str, Image.Image],
+) -> list[Shot]:
+    """Decide on trigger words, sizes, frame counts and seeds.
+
+    `draw_seed` gives the random seed of a prompt by its index. `images`: the control images by their source.
+    """
+    sources = [prompt.control_image[1] if prompt.control_image else "" for prompt in request.prompts]
+    return [
+        _shot(request, index, recipe_for(prompt.sampler), draw_seed, images.get(sources[index]))
+        for index, prompt in enumerate(request.prompts)
+    ]
+
+
+def _shot(
+    request: Request, index: int, recipe: Recipe, draw_seed: Callable[[int], int], control_image: Image.Image | None
+) -> Shot:
+    prompt = request.prompts[index]
+    asked = Sampling(**{term: getattr(prompt, name) for term, name in FIELD_OF.items()}, control_image=control_image)
+    made = recipe.fit(asked)
     warnings = []
-    width, height = recipe.effective_size(prompt.width, prompt.height)
-    if (width, height) != (prompt.width, prompt.height):
+    if (made.width, made.height) != (asked.width, asked.height):
         warnings.append(
-            f"prompts[{index}]: {prompt.width}x{prompt.height} became {width}x{height}, "
+            f"prompts[{index}]: {asked.width}x{asked.height} became {made.width}x{made.height}, "
             f"since {request.model} makes multiples of {recipe.size_divisor}"
         )
-    num_frames = recipe.effective_frames(prompt.num_frames)
-    if num_frames != prompt.num_frames:
-        warnings.append(f"prompts[{index}]: {prompt.num_frames} frames became {num_frames}, since Wan makes 4n+1 frames")
+    if made.num_frames != asked.num_frames:
+        warnings.append(f"prompts[{index}]: {asked.num_frames} frames became {made.num_frames}, since Wan makes 4n+1 frames")
     trigger_word = prompt.trigger_word or request.trigger_word
     if "[trigger]" in prompt.prompt and not trigger_word:
         warnings.append(f"prompts[{index}]: the prompt has [trigger], but there is no trigger_word to put in its place")
+    text = prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
-    return Shot(
-        index=index,
-        recipe=recipe,
-        prompt=prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt,
-        neg=prompt.neg,
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        fps=prompt.fps,
-        sample_steps=prompt.sample_steps,
-        guidance_scale=prompt.guidance_scale,
-        seed=draw_seed(index) if seed == -1 else seed,
-        warnings=tuple(warnings),
-    )
+    made = replace(made, prompt=text, seed=draw_seed(index) if seed == -1 else seed)
+    return Shot(index, recipe, made, prompt.fps, tuple(warnings))
 
 
 def parse(raw: Any, served: ModelSpec) -> Request:
@@ -269,7 +276,7 @@ def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Probl
         yield Problem(Code.MODEL_NOT_SERVED, "model", text)
     else:
         named = f"{model!r} is" if re.fullmatch(r"[\w.-]{1,32}", model, re.ASCII) else "this is"
-        text = f"{named} no model id; the known ones are {', '.join(MODELS)}"
+        text = f"{named} not a model id; the known ones are {', '.join(MODELS)}"
         yield Problem(Code.MODEL_NOT_FOUND, "model", text)
 
 
@@ -358,7 +365,7 @@ def _unicode_problems(raw: Any) -> Iterator[Problem]:
             while way:
                 way, key = way
                 location.insert(0, key)
-            text = "contains a lone surrogate, which is no character; send valid Unicode"
+            text = "contains invalid Unicode (an unpaired surrogate); send valid Unicode"
             yield Problem(Code.INVALID_INPUT, path_of(tuple(location)), text)
         elif isinstance(value, dict):
             waiting += [((way, key), item if _is_unicode(key) else key) for key, item in value.items()]

@@ -1,4 +1,4 @@
-"""What belongs to one job while it runs, and how its blocking work runs in threads that leave when they must."""
+"""What a running job knows, and how its blocking work runs in threads that stop when the job does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 from pipelines.catalog import LoraMode, Match
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
-from worker.net.download import Stopped
+from worker.errors import Stopped
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot
 from worker.video import IMAGE, VIDEO, Encoding
 
 T = TypeVar("T")
+
+_SECONDS_TO_UPLOAD = 15.0
+"""How long an upload of finished work is tried when the job has no time left."""
 
 
 @dataclass(eq=False)
@@ -37,13 +40,15 @@ class Run:
     folder: Path
     progress: Progress
     deadline: Deadline
+    upload_timeout: float
+    """Seconds."""
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled or out of time; the threads that make its files look at it and leave."""
+    """Set when the job is cancelled or out of time; the threads that make its files then stop."""
     stop_delivery: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled; what is finished when the time is over is still delivered."""
+    """Set when the job is cancelled. What is finished when the time is over is still delivered."""
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What the job keeps hold of until it ends, such as its LoRAs in the cache."""
-    is_past_the_gpu: bool = False
+    """What the job holds until it ends, such as its LoRAs in the cache."""
+    needs_the_gpu: bool = True
     shots: list[Shot] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the frames of all prompts alike."""
@@ -57,22 +62,18 @@ class Run:
 
     def encoding(self, shot: Shot) -> Encoding:
         """How the prompt's file is written: one frame is an image whatever the format."""
-        return IMAGE if shot.num_frames == 1 else VIDEO[self.request.output_format]
+        return IMAGE if shot.sampling.num_frames == 1 else VIDEO[self.request.output_format]
 
     def pictures(self, shot: Shot) -> list[Picture]:
-        """What is made beside the prompt's video; an image needs no picture of itself."""
-        if shot.num_frames == 1:
+        """The pictures that go with the prompt's video. An image needs none."""
+        video = shot.sampling
+        if video.num_frames == 1:
             return []
-        sheet = [contact_sheet(shot.width, shot.height, shot.num_frames)] if self.request.contact_sheet else []
-        return [poster(shot.width, shot.height), *sheet]
-
-    def control_image(self, shot: Shot) -> str:
-        """The source of the prompt's control image, as in the request; "" when there is none."""
-        _, source = self.request.prompts[shot.index].control_image or ("", "")
-        return source
+        sheet = [contact_sheet(video.width, video.height, video.num_frames)] if self.request.contact_sheet else []
+        return [poster(video.width, video.height), *sheet]
 
     def warn_of_picture(self, shot: Shot, picture: Picture, why: str) -> None:
-        """The result says why a picture is `null` in it."""
+        """Say in the result why a picture is `null`."""
         self.warnings.append(f"prompts[{shot.index}]: no {picture.kind}: {why}")
 
     def check(self) -> None:
@@ -80,16 +81,30 @@ class Run:
         if self.stop.is_set():
             raise Stopped
 
+    def give_up_at(self) -> float:
+        """Until when an upload is retried (`time.monotonic`): for UPLOAD_TIMEOUT, but no longer than the job may take."""
+        left = self.deadline.left()
+        return time.monotonic() + min(self.upload_timeout, float("inf") if left is None else max(left, _SECONDS_TO_UPLOAD))
+
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Stop the block when the job's time is over. Raises WorkerError with TIMEOUT."""
+        try:
+            async with asyncio.timeout(self.deadline.left()):
+                yield
+        except TimeoutError:
+            raise self.deadline.error() from None
+
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work in a thread that looks at `stop`; see the function below."""
         return await in_thread(self.stop, function, *arguments)
 
 
 async def in_thread(stop: threading.Event, function: Callable[..., T], *arguments: Any, executor: Executor | None = None) -> T:
-    """Run blocking work in a thread of its own, or of `executor`. A cancellation sets `stop` and waits until it has left.
+    """Run blocking work in a thread of its own, or in one of `executor`. A cancellation sets `stop` and waits for the thread.
 
-    Otherwise the thread of a cancelled job would go on beside the next job, on the same GPU. Not asyncio's pool: a few uploads
-    that wait for their bucket would fill it, and keep the GPU from its work.
+    Without the wait, the thread of a cancelled job would go on beside the next job, on the same GPU. asyncio's own pool would
+    not do: a few uploads that wait for their bucket would fill it and keep the GPU from its work.
     """
     pool = executor or ThreadPoolExecutor(1)
     work: asyncio.Future[T] = asyncio.wrap_future(pool.submit(function, *arguments))

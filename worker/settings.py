@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_model(cls, value: str) -> str:
         if value not in MODELS:
-            raise ValueError(f"{value!r} is no model id; set it to one of {', '.join(MODELS)}")
+            raise ValueError(f"{value!r} is not a model id; set it to one of {', '.join(MODELS)}")
         return value
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ def _read(terminal: int) -> bytes:
     ("change", "says"),
     [
         ({"MODEL_ID": ""}, "MODEL_ID is not set"),
-        ({"MODEL_ID": "flux"}, "MODEL_ID: 'flux' is no model id"),
+        ({"MODEL_ID": "flux"}, "MODEL_ID: 'flux' is not a model id"),
         ({"PRESIGNED_URL_TTL": "700000"}, "PRESIGNED_URL_TTL: "),
         ({"OFFLOAD_MODE": "some"}, "OFFLOAD_MODE: "),
         ({"OFFLOAD_MODE": "model"}, "OFFLOAD_MODE=model needs DEVICE=cuda"),
@@ -125,7 +125,7 @@ def test_a_cloud_worker_whose_gpu_died_gives_its_error_and_leaves_with_status_1(
         command = [sys.executable, "-c", "\n".join(lines)]
         with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
             cloud.submit("unlucky", request_for("wan21_1b", tiny))
-            assert cloud.wait_for("unlucky")["error"].startswith("INTERNAL: the GPU failed, and this worker leaves")
+            assert cloud.wait_for("unlucky")["error"].startswith("INTERNAL: the GPU failed and this worker is shutting down")
             assert worker.wait(timeout=60) == 1
     cloud.close()
 

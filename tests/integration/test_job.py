@@ -1,4 +1,4 @@
-"""JobRunner in this process: what a job keeps when a part of it fails, and what it leaves behind."""
+"""Service in this process: what a job keeps when a part of it fails, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipelines import WanModel
 from pipelines.errors import OutOfMemory
 from tests.integration.test_local_api import file_of, frames_of, request_for
 from worker.files import scratch
-from worker.job import JobRunner
 from worker.recovery import Recovery
+from worker.service import Service
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start
 from worker.storage import LocalFolder, NotStored, Stored
 from worker.video import encode
 
-Runner = Callable[..., JobRunner]
+Runner = Callable[..., Service]
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
+def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
     folder = tmp_path_factory.mktemp("worker")
     return cold_start(
         Settings(
@@ -46,16 +46,16 @@ def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
 
 
 @pytest.fixture
-def runner(loaded: JobRunner) -> Runner:
+def runner(loaded: Service) -> Runner:
     """The loaded model with other settings, or another place for its files."""
 
-    def make(storage: Any = None, **settings: Any) -> JobRunner:
-        return JobRunner(loaded._settings.model_copy(update=settings), loaded._model, storage or loaded._storage)
+    def make(storage: Any = None, **settings: Any) -> Service:
+        return Service(loaded._settings.model_copy(update=settings), loaded._gpu.model, storage or loaded._storage)
 
     return make
 
 
-KEPT = "; the file is kept, and the next worker that starts stores it there"
+KEPT = "; the file is kept, and the next worker that starts uploads it"
 
 
 class FussyStorage:
@@ -90,7 +90,7 @@ def job(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
     return {"id": uuid.uuid4().hex, "input": request | {"prompts": [request["prompts"][0] | prompt for prompt in prompts]}}
 
 
-def run(runner: JobRunner, job: dict[str, Any]) -> dict[str, Any]:
+def run(runner: Service, job: dict[str, Any]) -> dict[str, Any]:
     return asyncio.run(runner.run(job))
 
 
@@ -126,13 +126,13 @@ def test_a_cancelled_job_has_left_the_gpu_when_its_task_ends(runner: Runner, tin
     async def cancel_and_go_on() -> dict[str, Any]:
         worker = runner()
         task = asyncio.create_task(worker.run(job(tiny, {"width": 512, "height": 512, "num_frames": 81, "sample_steps": 150})))
-        while not worker._gpu.locked():
+        while not worker._gpu.is_held:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not worker._gpu.locked()
+        assert not worker._gpu.is_held
         return await worker.run(job(tiny, {}))
 
     assert "outputs" in asyncio.run(cancel_and_go_on())
@@ -163,7 +163,7 @@ def test_a_fault_of_the_worker_is_internal_and_says_nothing_of_it(runner: Runner
             raise ZeroDivisionError(f"secret {file}")
 
     answer = run(runner(Broken(set())), job(tiny, {}) | {"id": "test"})
-    assert answer["error"] == "INTERNAL: a fault of the worker; its log says more under test"
+    assert answer["error"] == "INTERNAL: internal error; search the worker's log for job test"
 
 
 def test_a_job_that_comes_twice_gets_the_same_result_and_the_gpu_is_not_touched(
@@ -200,7 +200,7 @@ def test_another_job_under_the_same_id_is_made(runner: Runner, tiny: Path) -> No
 def test_a_prompt_that_cannot_make_it_is_given_up_after_its_first_steps_and_the_others_are_made(
     runner: Runner, tiny: Path
 ) -> None:
-    too_much = {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 150}
+    too_much = {"width": 384, "height": 384, "num_frames": 49, "sample_steps": 150}
     started = time.monotonic()
     result = run(runner(job_timeout=12), job(tiny, too_much, {}))
     assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [1]
@@ -210,17 +210,16 @@ def test_a_prompt_that_cannot_make_it_is_given_up_after_its_first_steps_and_the_
     assert time.monotonic() - started < 12
 
 
-def test_out_of_memory_names_the_setting_to_change(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_has_its_code_and_the_pipelines_own_words(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = runner()
 
     def generate(*_: object) -> None:
-        raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size")
+        raise OutOfMemory("the device ran out of memory; use a larger one")
 
-    monkeypatch.setattr(worker._model, "generate", generate)
-    assert run(worker, job(tiny, {}))["error"] == (
-        "OUT_OF_MEMORY: the device ran out of memory; ask for fewer frames or a smaller size, or run the worker with "
-        "OFFLOAD_MODE=text_encoder"
-    )
+    monkeypatch.setattr(worker._gpu.model, "generate", generate)
+    assert run(worker, job(tiny, {}))["error"] == "OUT_OF_MEMORY: the device ran out of memory; use a larger one"
 
 
 def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
@@ -231,14 +230,14 @@ def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
     def denoise(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(worker._model, "_denoise", denoise)
-    monkeypatch.setattr(worker._model, "device_answers", lambda: False)
+    monkeypatch.setattr(worker._gpu.model, "_denoise", denoise)
+    monkeypatch.setattr(worker._gpu.model, "device_answers", lambda: False)
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append("to end"))
     try:
         answer = run(worker, job(tiny, {}, {}))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert answer == {"error": "INTERNAL: the GPU failed, and this worker leaves; send the job again"}
+    assert answer == {"error": "INTERNAL: the GPU failed and this worker is shutting down; send the job again"}
     assert asked == ["to end"]
 
 
@@ -253,14 +252,14 @@ def test_the_gpu_makes_the_next_video_while_the_last_one_is_written(
         events.append("written")
 
     worker = runner()
-    monkeypatch.setattr("worker.job.encode", slow_encode)
-    original = worker._model.generate
+    monkeypatch.setattr("worker.shot.encode", slow_encode)
+    original = worker._gpu.model.generate
 
     def generate(*arguments: Any) -> Any:
         yield from original(*arguments)
         events.append("made")
 
-    monkeypatch.setattr(worker._model, "generate", generate)
+    monkeypatch.setattr(worker._gpu.model, "generate", generate)
     result = run(worker, job(tiny, {}, {}))
     assert len(result["outputs"]["videos"]) == 2
     assert events == ["made", "made", "written", "written"]
@@ -272,7 +271,7 @@ def test_a_video_that_cannot_be_written_costs_no_other(runner: Runner, tiny: Pat
             raise OSError("no space left on device")
         encode(frames, target, *arguments)
 
-    monkeypatch.setattr("worker.job.encode", encode_some)
+    monkeypatch.setattr("worker.shot.encode", encode_some)
     result = run(runner(), job(tiny, {}, {}))
     assert [error["prompt_index"] for error in result["errors"]] == [0]
     assert [video["prompt_index"] for video in result["outputs"]["videos"]] == [1]
@@ -280,8 +279,8 @@ def test_a_video_that_cannot_be_written_costs_no_other(runner: Runner, tiny: Pat
 
 def test_the_same_job_twice_at_once_is_made_once(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, made = runner(), []
-    original = worker._model.generate
-    monkeypatch.setattr(worker._model, "generate", lambda *arguments: made.append(1) or original(*arguments))
+    original = worker._gpu.model.generate
+    monkeypatch.setattr(worker._gpu.model, "generate", lambda *arguments: made.append(1) or original(*arguments))
 
     async def twice() -> list[dict[str, Any]]:
         same = job(tiny, {"seed": -1})
@@ -345,7 +344,7 @@ def test_a_poster_that_no_place_takes_is_a_warning_and_the_next_worker_stores_it
     assert (video["poster"], video["contact_sheet"]) == (None, None)
     for kind, name in (("poster", "0.poster.jpg"), ("contact_sheet", "0.sheet.jpg")):
         assert f"prompts[0]: no {kind}: no place for `{asked['id']}/{name}`{KEPT}" in result["warnings"]
-    Recovery(tmp_path / "recovery").send_all(LocalFolder(tmp_path))
+    Recovery(tmp_path / "recovery").upload_all(LocalFolder(tmp_path))
     assert Image.open(tmp_path / asked["id"] / "0.sheet.jpg").size == (132, 132)
     assert list((tmp_path / "recovery").iterdir()) == []
 
@@ -358,7 +357,7 @@ def test_a_poster_that_cannot_be_made_is_a_warning(runner: Runner, tiny: Path, m
     result = run(runner(), job(tiny, {}) | {"id": "no-poster"})
     assert frames_of(result["outputs"]["videos"][0]).shape == (5, 64, 64, 3)
     assert result["outputs"]["videos"][0]["poster"] is None
-    assert "prompts[0]: no poster: a fault of the worker; its log says more under no-poster" in result["warnings"]
+    assert "prompts[0]: no poster: internal error; search the worker's log for job no-poster" in result["warnings"]
 
 
 def test_a_video_that_no_place_takes_is_kept_with_its_pictures(runner: Runner, tiny: Path, tmp_path: Path) -> None:
@@ -394,6 +393,6 @@ def test_a_job_whose_worker_died_before_the_result_has_the_pictures_that_were_st
     monkeypatch.delattr(WanModel, "generate")
     result = run(runner(LocalFolder(tmp_path)), twice)
     (video,), (before,) = result["outputs"]["videos"], first["outputs"]["videos"]
-    told = "prompts[0]: no poster: it was not found beside the video, which an earlier worker made"
+    told = "prompts[0]: no poster: an earlier worker made the video, and the picture was not found beside it"
     assert (told in result["warnings"]) == (lost != "nothing")
     assert video == before | ({} if lost == "nothing" else {"poster": None})

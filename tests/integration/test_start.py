@@ -65,7 +65,7 @@ def test_the_handler_starts_as_usual_with_versions_it_does_not_know(tiny: Path, 
 def test_exact_leaves_out_what_changes_a_bit_and_says_so(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     choices = {"model_id": "wan21_1b", "checkpoint_dir": tiny, "device": "cpu", "attention": "flash3", "compile": True}
     runner = cold_start(Settings(**choices, exact=True))
-    assert (runner._model.facts["attention"], runner._model.facts["compiled"]) == ("native", False)
-    assert "EXACT=1: ATTENTION and COMPILE are left out" in caplog.text
+    assert (runner._gpu.model.facts["attention"], runner._gpu.model.facts["compiled"]) == ("native", False)
+    assert "EXACT=1: ATTENTION and COMPILE are ignored" in caplog.text
     with pytest.raises(SettingsError, match="ATTENTION=flash3 does not work here"):
         cold_start(Settings(**choices))

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.catalog import MODELS
-from pipelines.recipes import documented
+from pipelines.recipes import Sampling, documented
 from worker import deadline
 from worker.deadline import Deadline
 from worker.errors import WorkerError
@@ -12,15 +12,8 @@ from worker.request import Shot
 SHOT = Shot(
     index=1,
     recipe=documented(MODELS["wan21_1b"]),
-    prompt="a",
-    neg="",
-    width=832,
-    height=480,
-    num_frames=41,
+    sampling=Sampling("a", width=832, height=480, num_frames=41, num_inference_steps=20),
     fps=16,
-    sample_steps=20,
-    guidance_scale=4.0,
-    seed=1,
     warnings=(),
 )
 
@@ -44,7 +37,7 @@ def failure(clock, limit: float, seconds_per_step: float, shot: Shot = SHOT, fir
     """(the step at which the job is given up, what it says)."""
     check = Deadline(limit).watch(shot)
     clock.now += first_step
-    for step in range(shot.sample_steps + 1):
+    for step in range(shot.sampling.num_inference_steps + 1):
         try:
             check(step)
         except WorkerError as error:
@@ -72,14 +65,14 @@ def test_a_slow_first_step_is_not_taken_for_the_speed(clock):
 def test_what_is_proposed_fits(clock):
     _, text = failure(clock, limit=100, seconds_per_step=10)
     assert "; 9 steps or 17 frames or 544x320 pixels would fit; ask for that, or raise JOB_TIMEOUT" in text
-    for change in ({"sample_steps": 9}, {"num_frames": 17}, {"width": 544, "height": 320}):
-        smaller = replace(SHOT, **change)
-        work = smaller.num_frames * smaller.width * smaller.height / (SHOT.num_frames * SHOT.width * SHOT.height)
-        assert failure(clock, 100, 10 * work, smaller) == (-1, "")
+    for change in ({"num_inference_steps": 9}, {"num_frames": 17}, {"width": 544, "height": 320}):
+        full, smaller = SHOT.sampling, replace(SHOT.sampling, **change)
+        work = smaller.num_frames * smaller.width * smaller.height / (full.num_frames * full.width * full.height)
+        assert failure(clock, 100, 10 * work, replace(SHOT, sampling=smaller)) == (-1, "")
 
 
 def test_what_cannot_fit_is_not_proposed(clock):
-    tiny = replace(SHOT, width=64, height=64, num_frames=5, sample_steps=4)
+    tiny = replace(SHOT, sampling=replace(SHOT.sampling, width=64, height=64, num_frames=5, num_inference_steps=4))
     assert "; ask for fewer steps, frames and pixels, or raise JOB_TIMEOUT" in failure(clock, 10, 40, tiny)[1]
 
 

@@ -7,8 +7,7 @@ import requests
 
 from worker import delivery
 from worker.delivery import Delivery, Identity
-from worker.errors import Code, WorkerError
-from worker.net.download import Stopped
+from worker.errors import Code, Stopped, WorkerError
 from worker.recovery import Recovery
 from worker.settings import Settings
 from worker.storage import LocalFolder, NotStored, storage_of
@@ -56,7 +55,9 @@ def put(delivery, file, give_up_at=None):
 
 
 def find(delivery, name="0.mp4"):
-    return delivery.find(name, "video/mp4", time.monotonic(), threading.Event())
+    if delivery.is_kept(name) and not delivery.find(name):
+        return delivery.store_kept(name, "video/mp4", time.monotonic(), threading.Event())
+    return delivery.find(name)
 
 
 def test_a_place_that_comes_back_gets_the_file(tmp_path, recovery, file):
@@ -72,7 +73,7 @@ def test_a_place_that_stays_away_leaves_the_file_in_recovery_and_the_next_worker
         put(Delivery(place, True, recovery, "job", JOB), file, give_up_at=time.monotonic() + 0.05)
     assert caught.value.code is Code.UPLOAD_FAILED
     file.unlink()
-    recovery.send_all(LocalFolder(tmp_path / "out"))
+    recovery.upload_all(LocalFolder(tmp_path / "out"))
     assert (tmp_path / "out/job/0.mp4").read_bytes() == b"a finished video"
     assert list((tmp_path / "recovery").iterdir()) == []
 
@@ -92,9 +93,9 @@ def test_a_stopped_job_stops_trying(tmp_path, recovery, file):
 
 
 def test_a_file_for_a_place_that_the_job_brought_is_not_delivered_anywhere_else(tmp_path, recovery, file):
-    with pytest.raises(WorkerError, match="the same job, delivered again, stores it there"):
+    with pytest.raises(WorkerError, match="the same job, delivered again, uploads it"):
         put(Delivery(Fussy(tmp_path / "theirs", 1000, refused=True), False, recovery, "job", JOB), file)
-    recovery.send_all(LocalFolder(tmp_path / "ours"))
+    recovery.upload_all(LocalFolder(tmp_path / "ours"))
     assert not (tmp_path / "ours").exists()
     found = find(Delivery(LocalFolder(tmp_path / "theirs"), False, recovery, "job", JOB))
     assert found.bytes == (tmp_path / "theirs/job/0.mp4").stat().st_size == 16
@@ -120,8 +121,8 @@ def test_what_the_same_job_made_is_found_and_what_another_made_is_not(tmp_path, 
 def test_a_job_without_an_id_is_never_the_same(tmp_path, recovery, file):
     nameless = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "local_test", Identity.of(None, {}))
     put(nameless, file)
-    nameless.remember(RESULT, tmp_path)
-    assert find(nameless) is None and nameless.recall() is None
+    nameless.save_result(RESULT, tmp_path)
+    assert find(nameless) is None and nameless.load_previous_result() is None
     assert [path.name for path in (tmp_path / "out/local_test").iterdir()] == ["0.mp4"]
 
 
@@ -140,10 +141,10 @@ def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
     picture = file.with_name("0.poster.jpg")
     picture.write_bytes(b"a poster")
     put(mine, picture)
-    mine.remember(RESULT | {"outputs": outputs}, file.parent)
+    mine.save_result(RESULT | {"outputs": outputs}, file.parent)
     body = s3.client().get_object(Bucket=s3.bucket, Key="p/job/result.json")["Body"].read().decode()
     assert "S3cr3t" not in body and "X-Amz" not in body
-    recalled = Delivery(storage_of(settings), True, recovery, "job", JOB).recall()
+    recalled = Delivery(storage_of(settings), True, recovery, "job", JOB).load_previous_result()
     (video,) = recalled["outputs"]["videos"]
     assert requests.get(video["url"], timeout=10).content == b"a finished video"
     assert requests.get(video["poster"]["url"], timeout=10).content == b"a poster"
@@ -154,14 +155,14 @@ def test_a_result_is_recalled_with_new_urls(s3, recovery, file):
 def test_a_result_whose_file_is_gone_is_not_recalled(tmp_path, recovery, file):
     mine = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "job", JOB)
     put(mine, file)
-    mine.remember(RESULT, tmp_path)
-    assert mine.recall()
+    mine.save_result(RESULT, tmp_path)
+    assert mine.load_previous_result()
     (tmp_path / "out/job/0.mp4").unlink()
-    assert mine.recall() is None
+    assert mine.load_previous_result() is None
 
 
 def test_a_result_that_cannot_be_stored_is_not_missed(tmp_path, recovery):
-    Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).remember(RESULT, tmp_path)
+    Delivery(Fussy(tmp_path, 9), True, recovery, "job", JOB).save_result(RESULT, tmp_path)
 
 
 def test_a_half_written_file_in_recovery_does_not_count(tmp_path, recovery):
@@ -169,7 +170,7 @@ def test_a_half_written_file_in_recovery_does_not_count(tmp_path, recovery):
     (tmp_path / "recovery/x.bin").write_bytes(b"half")
     (tmp_path / "recovery/y.json").write_text('{"key": "job/0.m')
     (tmp_path / "recovery/z.json").write_text(json.dumps({"key": 1}))
-    recovery.send_all(LocalFolder(tmp_path / "out"))
+    recovery.upload_all(LocalFolder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -5,33 +5,33 @@ import numpy as np
 import pytest
 
 from worker import frame_queue
-from worker.frame_queue import Abandoned, Handover
-from worker.net.download import Stopped
+from worker.errors import Stopped
+from worker.frame_queue import Abandoned, FrameQueue
 
 
 def chunk(value: int = 0) -> np.ndarray:
     return np.full((4, 2, 2, 3), value, np.uint8)
 
 
-def taken(frames: Handover, stop: threading.Event | None = None) -> list[int]:
-    return [int(piece[0, 0, 0, 0]) for piece in frames.until(stop or threading.Event())]
+def taken(frames: FrameQueue, stop: threading.Event | None = None) -> list[int]:
+    return [int(piece[0, 0, 0, 0]) for piece in frames.frames(stop or threading.Event())]
 
 
 def test_frames_come_out_in_order_and_then_it_is_over():
-    frames = Handover()
+    frames = FrameQueue()
     for number in range(3):
-        frames.put(chunk(number))
-    frames.end(whole=True)
+        frames.put(chunk(number), threading.Event())
+    frames.close(complete=True)
     assert taken(frames) == [0, 1, 2]
 
 
 def test_the_reader_waits_for_frames_and_knows_for_how_long():
-    frames = Handover()
+    frames = FrameQueue()
 
     def write() -> None:
         time.sleep(0.2)
-        frames.put(chunk(7))
-        frames.end(whole=True)
+        frames.put(chunk(7), threading.Event())
+        frames.close(complete=True)
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -41,38 +41,38 @@ def test_the_reader_waits_for_frames_and_knows_for_how_long():
 
 
 def test_a_video_that_is_not_whole_is_not_taken_for_one():
-    frames = Handover()
-    frames.put(chunk())
-    frames.end(whole=False)
+    frames = FrameQueue()
+    frames.put(chunk(), threading.Event())
+    frames.close(complete=False)
     with pytest.raises(Stopped):
         taken(frames)
 
 
 def test_a_stopped_job_takes_no_more_frames():
-    frames, stop = Handover(), threading.Event()
-    frames.put(chunk())
-    frames.end(whole=True)
+    frames, stop = FrameQueue(), threading.Event()
+    frames.put(chunk(), threading.Event())
+    frames.close(complete=True)
     stop.set()
     with pytest.raises(Stopped):
         taken(frames, stop)
 
 
 def test_the_gpu_stops_when_nobody_takes_its_frames():
-    frames = Handover()
-    frames.leave()
+    frames = FrameQueue()
+    frames.abandon()
     with pytest.raises(Abandoned):
-        frames.put(chunk())
+        frames.put(chunk(), threading.Event())
 
 
 def test_the_writer_waits_while_too_much_is_waiting(monkeypatch):
     monkeypatch.setattr(frame_queue, "MAX_BYTES", chunk().nbytes)
-    frames, put = Handover(), []
+    frames, put = FrameQueue(), []
 
     def write() -> None:
         for number in range(4):
-            frames.put(chunk(number))
+            frames.put(chunk(number), threading.Event())
             put.append(number)
-        frames.end(whole=True)
+        frames.close(complete=True)
 
     writer = threading.Thread(target=write)
     writer.start()

@@ -19,8 +19,9 @@ from safetensors.numpy import save
 from pipelines.errors import LoraInvalid
 from tests.worker_process import ROOT
 from worker import lora_cache
+from worker.errors import Stopped
 from worker.lora_cache import LoraCache, Source
-from worker.net.download import Answer, DownloadError, ServerDown, Stopped
+from worker.net.download import Answer, DownloadError, ServerDown
 
 PAUSE = 0.05
 LONG_AGO = time.time() - 30 * 24 * 3600

@@ -39,7 +39,7 @@ def shots(raw: Any, model=SINGLE) -> list[Shot]:
     """As the request's `match` says; `preview` by the newest trainer."""
     request = parse(raw, model)
     recipe_for = partial(preview, model, "flowmatch", "it is new") if request.match == "preview" else partial(documented, model)
-    return shots_of(request, recipe_for, Identity.of(None, raw).seed)
+    return shots_of(request, recipe_for, Identity.of(None, raw).seed, {})
 
 
 def shot_of(prompt: dict[str, Any], model=SINGLE, **fields: Any) -> Shot:
@@ -56,8 +56,9 @@ def control_image_of(prompt: dict[str, Any]) -> tuple[str, str] | None:
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_the_smallest_request_of_every_model_is_accepted_with_the_documented_defaults(model):
     [shot] = shots(an_input(model), model)
-    assert (shot.width, shot.height, shot.num_frames, shot.fps) == (1024, 1024, 41, 16)
-    assert (shot.sample_steps, shot.guidance_scale, shot.neg, shot.seed) == (25, 4.0, "", 42)
+    video = shot.sampling
+    assert (video.width, video.height, video.num_frames, shot.fps) == (1024, 1024, 41, 16)
+    assert (video.num_inference_steps, video.guidance_scale, video.negative_prompt, video.seed) == (25, 4.0, "", 42)
     assert (shot.recipe, shot.warnings) == (documented(model), ())
 
 
@@ -535,10 +536,10 @@ MATCHES = pytest.mark.parametrize("match", ["documented", "preview"])
 def test_sizes_are_floored_to_the_divisor_and_told_when_they_change(model, match, width, height):
     shot = shot_of({"width": width, "height": height}, model, match=match)
     divisor = model.trainer_size_divisor if match == "preview" else model.size_divisor
-    for asked, made in ((width, shot.width), (height, shot.height)):
+    for asked, made in ((width, shot.sampling.width), (height, shot.sampling.height)):
         assert made % divisor == 0
         assert asked - divisor < made <= asked
-    assert bool(shot.warnings) == ((shot.width, shot.height) != (width, height))
+    assert bool(shot.warnings) == ((shot.sampling.width, shot.sampling.height) != (width, height))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -546,7 +547,7 @@ def test_sizes_are_floored_to_the_divisor_and_told_when_they_change(model, match
 def test_previews_have_sizes_in_multiples_of_16_and_of_32_with_the_5b_model(model, width, height):
     shot = shot_of({"width": width, "height": height}, model, match="preview")
     divisor = 32 if model is EITHER else 16
-    assert (shot.width, shot.height) == (width // divisor * divisor, height // divisor * divisor)
+    assert (shot.sampling.width, shot.sampling.height) == (width // divisor * divisor, height // divisor * divisor)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -554,18 +555,18 @@ def test_previews_have_sizes_in_multiples_of_16_and_of_32_with_the_5b_model(mode
 @given(asked=st.integers(1, 1000))
 def test_frame_counts_become_4n_plus_1_by_the_rule_of_the_model(model, match, asked):
     shot = shot_of({"num_frames": asked}, model, match=match)
-    assert shot.num_frames % 4 == 1
-    assert abs(shot.num_frames - asked) <= 3
-    assert shot.num_frames == asked or asked % 4 != 1
-    assert bool(shot.warnings) == (shot.num_frames != asked)
+    assert shot.sampling.num_frames % 4 == 1
+    assert abs(shot.sampling.num_frames - asked) <= 3
+    assert shot.sampling.num_frames == asked or asked % 4 != 1
+    assert bool(shot.warnings) == (shot.sampling.num_frames != asked)
     if model.drops_incomplete_frames:
-        assert shot.num_frames <= asked
+        assert shot.sampling.num_frames <= asked
 
 
 @pytest.mark.parametrize(("model", "made"), [(SINGLE, 41), (MOE, 41), (EITHER, 37), (MODELS["wan22_14b_i2v"], 37)])
 def test_40_frames_become_41_with_diffusers_and_37_with_the_toolkit(model, made):
     shot = shot_of({"num_frames": 40}, model)
-    assert shot.num_frames == made
+    assert shot.sampling.num_frames == made
     assert shot.warnings == (f"prompts[0]: 40 frames became {made}, since Wan makes 4n+1 frames",)
 
 
@@ -575,7 +576,7 @@ def test_40_frames_become_41_with_diffusers_and_37_with_the_toolkit(model, made)
 )
 def test_14b_t2v_floors_sizes_to_32_in_documented_and_to_16_in_preview_and_tells_it(match, made, divisor):
     shot = shot_of({"width": 850, "height": 500}, MOE, match=match)
-    assert (shot.width, shot.height) == made
+    assert (shot.sampling.width, shot.sampling.height) == made
     assert shot.warnings == (
         f"prompts[0]: 850x500 became {made[0]}x{made[1]}, since wan22_14b_t2v makes multiples of {divisor}",
     )
@@ -592,17 +593,17 @@ def test_every_prompt_is_made_by_the_recipe_for_its_sampler(match):
 @given(count=st.integers(1, 20))
 def test_seeds_default_to_42_plus_the_index_of_the_prompt(count):
     raw = an_input(prompts=[{"prompt": "a"} for _ in range(count)])
-    assert [shot.seed for shot in shots(raw)] == [42 + index for index in range(count)]
+    assert [shot.sampling.seed for shot in shots(raw)] == [42 + index for index in range(count)]
 
 
 @given(seed=st.integers(0, MAX_SEED))
 def test_a_seed_that_is_given_is_kept(seed):
-    assert shot_of({"seed": seed}).seed == seed
+    assert shot_of({"seed": seed}).sampling.seed == seed
 
 
 def test_seed_minus_one_draws_a_new_seed_for_every_prompt_and_every_job():
     raw = an_input(prompts=[{"prompt": "a", "seed": -1}] * 20)
-    drawn = [shot.seed for _ in range(2) for shot in shots(raw)]
+    drawn = [shot.sampling.seed for _ in range(2) for shot in shots(raw)]
     assert len(set(drawn)) > 30
     assert all(0 <= seed < 2**31 for seed in drawn)
 
@@ -625,18 +626,18 @@ def test_a_job_that_comes_again_draws_the_same_seeds():
 )
 def test_the_trigger_word_replaces_every_trigger_and_that_of_the_prompt_goes_first(of_prompt, of_request, made):
     shot = shot_of({"prompt": "a [trigger] boat, [trigger]", "trigger_word": of_prompt}, trigger_word=of_request)
-    assert (shot.prompt, shot.warnings) == (made, ())
+    assert (shot.sampling.prompt, shot.warnings) == (made, ())
 
 
 def test_a_trigger_without_a_trigger_word_is_kept_and_told():
     shot = shot_of({"prompt": "a [trigger] boat"})
-    assert shot.prompt == "a [trigger] boat"
+    assert shot.sampling.prompt == "a [trigger] boat"
     assert "trigger_word" in shot.warnings[0]
 
 
 def test_shots_come_in_the_order_of_the_prompts():
     raw = an_input(prompts=[{"prompt": text} for text in "abc"])
-    assert [(shot.index, shot.prompt) for shot in shots(raw)] == [(0, "a"), (1, "b"), (2, "c")]
+    assert [(shot.index, shot.sampling.prompt) for shot in shots(raw)] == [(0, "a"), (1, "b"), (2, "c")]
 
 
 # Anything else that JSON can carry
@@ -669,7 +670,7 @@ def check(outcome: list[Shot] | WorkerError) -> None:
         assert str(outcome).encode("utf-8").startswith(outcome.code.encode())
         assert all(problem.code in Code and problem.text for problem in outcome.problems)
     else:
-        assert all(shot.num_frames % 4 == 1 and 0 <= shot.seed <= MAX_SEED for shot in outcome)
+        assert all(shot.sampling.num_frames % 4 == 1 and 0 <= shot.sampling.seed <= MAX_SEED for shot in outcome)
         assert len(outcome) > 0
 
 

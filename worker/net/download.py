@@ -15,9 +15,10 @@ from typing import IO
 
 import requests
 
-from worker.net.web import Clock, DownloadError, Stopped, TryAgain, opened, read, too_large
+from worker.errors import Stopped
+from worker.net.web import Clock, DownloadError, TryAgain, opened, read, too_large
 
-__all__ = ["Answer", "DownloadError", "ServerDown", "Stopped", "fetch_bytes", "fetch_into"]
+__all__ = ["Answer", "DownloadError", "ServerDown", "fetch_bytes", "fetch_into"]
 
 _TRIES, _MOST_TRIES = 3, 20
 """In a row without progress, and in all."""

@@ -24,6 +24,7 @@ from requests.cookies import RequestsCookieJar, extract_cookies_to_jar
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import DecodeError, HTTPError
 
+from worker.errors import Stopped
 from worker.net.addresses import NotPublic, public_pools
 
 _CONNECT_SECONDS = 10.0
@@ -51,10 +52,6 @@ class DownloadError(Exception):
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
-
-
-class Stopped(Exception):
-    """The job was cancelled, or ran out of time, and its threads must leave."""
 
 
 class TryAgain(Exception):

@@ -10,31 +10,33 @@ from pipelines import load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
-from worker.delivery import patiently
-from worker.errors import WorkerError
-from worker.job import CODE_OF, JobRunner
+from worker.delivery import retry_until
+from worker.errors import Code, WorkerError
+from worker.faults import worker_error
 from worker.logs import log, stage
 from worker.recovery import Recovery
+from worker.service import Service
 from worker.settings import Settings, SettingsError
 from worker.startup.missing_weights import fetch_missing
 from worker.storage import Storage, storage_of
 
 _SECONDS_FOR_THE_BUCKET = 20.0
-"""To answer at start: a store that is just restarted is no reason to give up the worker."""
+"""How long the bucket may take to answer at start: a store that has just restarted should not end the worker."""
 _REFUSALS_AT_START = 3
 
 
-def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> JobRunner:
-    """Check where results go, and load the model of `settings`. `took`: seconds of what came before, for the log.
+def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> Service:
+    """Check the place for results, then load the model of `settings`.
 
-    `checkpoints`: what was found in the places of `settings`, where they were looked into before.
+    `took`: seconds of earlier steps of the start, for the log. `checkpoints`: the weights found in the places of `settings`,
+    if somebody has looked already.
 
     Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
     """
     if settings.in_cloud and settings.allow_private_downloads:
         log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
     if settings.exact and (settings.attention != "native" or settings.compile):
-        log.warning("EXACT=1: ATTENTION and COMPILE are left out")
+        log.warning("EXACT=1: ATTENTION and COMPILE are ignored")
     took = {} if took is None else took
     checkpoints = checkpoints or Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
     storage = storage_of(settings)
@@ -43,8 +45,8 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     if settings.allow_download and checkpoints.missing_parts:
         with timed(took, "download"):
             checkpoints = fetch_missing(settings, checkpoints)
-    # What an earlier worker could not deliver; in the background, since the model takes longer to load.
-    threading.Thread(target=Recovery(settings.recovery_dir).send_all, args=(storage,), daemon=True).start()
+    # Upload what an earlier worker could not; in the background, since the model takes longer to load.
+    threading.Thread(target=Recovery(settings.recovery_dir).upload_all, args=(storage,), daemon=True).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
             model = load_pipeline(
@@ -63,11 +65,11 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
-        raise WorkerError(CODE_OF[type(error)], str(error)) from error
-    return JobRunner(settings, model, storage)
+        raise worker_error(error) or WorkerError(Code.INTERNAL, str(error)) from error
+    return Service(settings, model, storage)
 
 
 def _check_storage(storage: Storage) -> None:
-    """Raises WorkerError with UPLOAD_FAILED: soon when the place refuses, after a while when it is away."""
+    """Raises WorkerError with UPLOAD_FAILED: at once when the place refuses, after a while when it does not answer."""
     give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
-    patiently(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)
+    retry_until(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)

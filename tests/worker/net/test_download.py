@@ -11,9 +11,10 @@ import zlib
 import pytest
 
 from tests.worker import web_server
+from worker.errors import Stopped
 from worker.net import download
 from worker.net import web as worker_web
-from worker.net.download import DownloadError, ServerDown, Stopped, fetch_bytes, fetch_into
+from worker.net.download import DownloadError, ServerDown, fetch_bytes, fetch_into
 
 LIMIT = 1_000_000
 BODY = bytes(range(256)) * 40

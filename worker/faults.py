@@ -1,0 +1,56 @@
+"""Every exception that can end a job or a start, as the WorkerError that the client or the operator gets."""
+
+from __future__ import annotations
+
+from pipelines.errors import (
+    CheckpointNotFound,
+    DeviceLost,
+    LoraError,
+    LoraIncompatible,
+    LoraInvalid,
+    OutOfMemory,
+    ToolkitRequired,
+)
+from worker.errors import Code, Problem, Stopped, WorkerError
+from worker.logs import log
+
+_CODE_OF: dict[type[Exception], Code] = {
+    CheckpointNotFound: Code.CHECKPOINT_NOT_FOUND,
+    ToolkitRequired: Code.AI_TOOLKIT_REQUIRED,
+    LoraInvalid: Code.LORA_INVALID,
+    LoraIncompatible: Code.LORA_INCOMPATIBLE,
+    OutOfMemory: Code.OUT_OF_MEMORY,
+}
+
+
+def report(error: Exception, job_id: str) -> WorkerError:
+    """Log `error` and return what the client gets. An error that was reported before is not logged again."""
+    known = worker_error(error)
+    if known is None:
+        log.error("internal error", exc_info=error, extra={"fields": {"job": job_id}})
+        lost = isinstance(error, DeviceLost)
+        text = "the GPU failed and this worker is shutting down; send the job again" if lost else _search_log(job_id)
+        known = WorkerError(Code.INTERNAL, text)
+    elif not known.is_reported:
+        log.warning("%s", known, extra={"fields": {"job": job_id}})
+    known.is_reported = True
+    return known
+
+
+def worker_error(error: Exception) -> WorkerError | None:
+    """The documented error that `error` stands for; None for an error that nobody foresaw and for a lost device."""
+    if isinstance(error, WorkerError):
+        return error
+    if isinstance(error, Stopped):
+        return WorkerError(Code.CANCELLED, "the job was stopped")
+    code = _CODE_OF.get(type(error))
+    return WorkerError(code, str(error)) if code else None
+
+
+def lora_error(error: LoraError, index: int) -> WorkerError:
+    """The error of `loras[index]`."""
+    return WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))])
+
+
+def _search_log(job_id: str) -> str:
+    return f"internal error; search the worker's log for job {job_id}"

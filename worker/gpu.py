@@ -1,0 +1,87 @@
+"""The GPU and the model that is loaded on it: one job at a time, one thread for all its work, and whether it still computes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from typing import Any
+
+from pipelines import WanModel
+from pipelines.errors import DeviceLost, LoraError
+from pipelines.lora.file import Adapter
+from worker.faults import lora_error
+from worker.frame_queue import FrameQueue
+from worker.logs import stage
+from worker.request import Shot
+from worker.run import Run, in_thread
+
+
+class Gpu:
+    """Runs the model for one job at a time."""
+
+    def __init__(self, model: WanModel) -> None:
+        self.model = model
+        self.is_lost = False
+        """Set when the device no longer computes: the worker must be replaced."""
+        self._lock = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "gpu")
+        """One thread for all GPU work: CUDA and compiled code set up state once per thread."""
+
+    @property
+    def is_held(self) -> bool:
+        return self._lock.locked()
+
+    @asynccontextmanager
+    async def held_by(self, run: Run) -> AsyncIterator[None]:
+        """Wait until no other job holds the GPU, and hold it during the block."""
+        run.progress.stage("wait")
+        async with AsyncExitStack() as held:
+            with stage("wait", run.timings, job=run.id):
+                await held.enter_async_context(self._lock)
+            try:
+                yield
+            finally:
+                run.needs_the_gpu = False
+
+    async def apply_loras(self, run: Run, adapters: Sequence[Adapter]) -> None:
+        """Make the model carry exactly these LoRAs. Raises WorkerError, OutOfMemory, DeviceLost, Stopped."""
+        run.progress.stage("load")
+        with stage("load", run.timings, job=run.id):
+            await self._run(run, self._apply_loras, adapters, run.mode)
+
+    async def generate(self, run: Run, shot: Shot, frames: FrameQueue) -> None:
+        """Put the frames of one video into `frames`. Raises WorkerError, OutOfMemory, DeviceLost, Stopped, Abandoned."""
+        await self._run(run, self._generate, run, shot, frames)
+
+    async def _run(self, run: Run, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            await in_thread(run.stop, function, *arguments, executor=self._thread)
+        except DeviceLost:
+            self.is_lost = True
+            raise
+
+    def _apply_loras(self, adapters: Sequence[Adapter], mode: Any) -> None:
+        try:
+            self.model.apply_loras(adapters, mode)
+        except LoraError as error:
+            raise lora_error(error, error.position or 0) from error
+
+    def _generate(self, run: Run, shot: Shot, frames: FrameQueue) -> None:
+        check_speed = run.deadline.watch(shot)
+
+        def on_step(step: int) -> None:
+            run.check()
+            run.progress.step(shot.index, step)
+            check_speed(step)
+
+        on_step(0)
+        with (
+            stage("generate", run.timings, job=run.id, prompt_index=shot.index),
+            closing(self.model.generate(shot.sampling, shot.recipe, on_step)) as chunks,
+        ):
+            for chunk in chunks:
+                run.check()
+                run.progress.stage("encode", shot.index, shot.sampling.num_inference_steps)
+                frames.put(chunk, run.stop)

@@ -1,0 +1,140 @@
+"""The process: takes jobs, makes a job that is delivered twice only once, and shuts down when the device is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from pipelines import WanModel
+from worker import logs
+from worker.deadline import Deadline
+from worker.delivery import Delivery, Identity
+from worker.errors import Code, Problem, WorkerError
+from worker.faults import report
+from worker.files import scratch
+from worker.gpu import Gpu
+from worker.job import Job, Result
+from worker.logs import log, stage
+from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.recovery import Recovery
+from worker.request import parse
+from worker.run import Run
+from worker.settings import Settings
+from worker.storage import Storage, storage_of_job
+
+_ID_OF_A_LOCAL_RUN = "local_test"
+"""The SDK's id for every job of `python handler.py` that has none."""
+_SECONDS_AHEAD = 10.0
+"""The next job is taken this long before the GPU is free. A download of a large LoRA takes longer; most jobs need none."""
+
+
+class Service:
+    """Serves jobs with one loaded model. Jobs may overlap; the GPU does one at a time."""
+
+    def __init__(self, settings: Settings, model: WanModel, storage: Storage) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._gpu = Gpu(model)
+        self._recovery = Recovery(settings.recovery_dir)
+        self._scratch = scratch().name
+        self._runs: list[Run] = []
+        self._duplicate_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By the identity's sum: a job that is delivered again while it runs waits for its own result."""
+
+    @property
+    def device_is_lost(self) -> bool:
+        """Whether the device no longer computes: the worker must be replaced."""
+        return self._gpu.is_lost
+
+    async def run(self, raw_job: dict[str, Any]) -> Result:
+        """The handler. Takes `{"id", "input", "s3Config"?}` and returns the documented result, or `{"error": "CODE: …"}`.
+
+        A job of the local API has `send` too, which gets the progress updates. Raises nothing but a cancellation.
+        """
+        job_id = _safe_id(raw_job.get("id"))
+        with logs.hidden(_secrets_of(raw_job)):
+            try:
+                with stage("job", job=job_id), self._started(raw_job, job_id) as run:
+                    async with self._sender(raw_job) as send, run.progress.sent_by(send), self._alone(run):
+                        return await Job(run, self._gpu, self._settings).result()
+            except Exception as error:
+                return {"error": str(report(error, job_id))}
+            finally:
+                self._shut_down_if_the_device_is_lost()
+
+    def wants_a_job(self) -> bool:
+        """Whether to take another job now: no job waits for the GPU, and the one that holds it ends soon."""
+        ahead = [run for run in self._runs if run.needs_the_gpu]
+        return not ahead or (len(ahead) == 1 and ahead[0].progress.seconds_left < _SECONDS_AHEAD)
+
+    @contextmanager
+    def _started(self, raw_job: dict[str, Any], job_id: str) -> Iterator[Run]:
+        """A new run: its request is checked, it has a folder for its files, and nothing is fetched yet."""
+        settings, raw_input, s3_config = self._settings, raw_job.get("input"), raw_job.get("s3Config")
+        request = parse(raw_input, self._gpu.model.spec)
+        match = request.match or settings.default_match
+        if match == "preview" and self._gpu.model.facts["offload_mode"] == "sequential":
+            text = "this worker runs with OFFLOAD_MODE=sequential, which cannot merge LoRAs; send documented"
+            raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
+        storage = storage_of_job(s3_config, settings) if s3_config else self._storage
+        identity = Identity.of(None if raw_job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, raw_input)
+        with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
+            run = Run(
+                id=job_id,
+                identity=identity,
+                request=request,
+                match=match,
+                mode="merge" if match == "preview" else settings.lora_mode,
+                delivery=Delivery(storage, not s3_config, self._recovery, job_id, identity),
+                folder=Path(folder),
+                progress=Progress([prompt.sample_steps for prompt in request.prompts]),
+                deadline=Deadline(settings.seconds_per_job),
+                upload_timeout=settings.upload_timeout,
+            )
+            self._runs.append(run)
+            try:
+                with run.held:
+                    yield run
+            finally:
+                self._runs.remove(run)
+
+    @asynccontextmanager
+    async def _alone(self, run: Run) -> AsyncIterator[None]:
+        """Hold the block back while the same job, delivered earlier, is running."""
+        lock = self._duplicate_locks.setdefault(run.identity.sum, asyncio.Lock())
+        run.needs_the_gpu = not lock.locked()
+        async with lock:
+            run.needs_the_gpu = True
+            yield
+
+    def _sender(self, raw_job: dict[str, Any]) -> AbstractAsyncContextManager[Send]:
+        if self._settings.in_cloud:
+            return cloud_sender(raw_job)
+        return nullcontext(raw_job["send"]) if "send" in raw_job else terminal_bar()
+
+    def _shut_down_if_the_device_is_lost(self) -> None:
+        """Ask the process to end once this job's result is sent. A single local run ends by itself."""
+        if self.device_is_lost and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            log.error("the GPU failed; the worker shuts down, to be replaced")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _safe_id(job_id: Any) -> str:
+    """The job's id as a part of a key or a file name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
+
+
+def _secrets_of(raw_job: dict[str, Any]) -> list[str]:
+    """The secrets that an unchecked job may contain."""
+    raw_input, s3_config = raw_job.get("input"), raw_job.get("s3Config")
+    found = [raw_input.get("hf_token")] if isinstance(raw_input, dict) else []
+    found += s3_config.values() if isinstance(s3_config, dict) else []
+    return [value for value in found if isinstance(value, str)]
