@@ -49,7 +49,10 @@ MAX_PATH = 8_192
 """Characters; presigned URLs have up to some thousand."""
 
 MAX_PROBLEMS = 100
-"""As many are told; an answer of megabytes would not arrive."""
+"""How many problems an error lists; an answer of megabytes would not arrive."""
+
+MAX_GIF_PIXELS = 1_000_000_000
+"""Width times height times frames: Pillow holds a byte for each until it writes a GIF. 953 frames of 1024x1024."""
 
 
 class _Strict(BaseModel):
@@ -255,7 +258,19 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
     _raise_if_any(chain(_model_problems(raw, served), of_schema, _lora_problems(raw, spec), _prompt_problems(raw, spec)))
     assert request
+    _raise_if_any(_gif_problems(request))
     return request
+
+
+def _gif_problems(request: Request) -> Iterator[Problem]:
+    for index, prompt in enumerate(request.prompts if request.output_format == "gif" else []):
+        pixels = prompt.width * prompt.height * prompt.num_frames
+        if pixels > MAX_GIF_PIXELS:
+            text = (
+                f"a gif of {prompt.num_frames} frames of {prompt.width}x{prompt.height} has {pixels / 1e6:.0f} million pixels, "
+                f"and {MAX_GIF_PIXELS / 1e6:.0f} million fit into the worker's memory; ask for fewer frames, or for mp4 or webp"
+            )
+            yield Problem(Code.INVALID_INPUT, f"prompts[{index}].num_frames", text)
 
 
 def _raise_if_any(problems: Iterator[Problem]) -> None:

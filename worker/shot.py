@@ -106,7 +106,8 @@ class ShotFiles:
         tag = json.dumps(run.settings | run.prompt_settings[shot.index])
         started = time.monotonic()
         try:
-            encode(camera.watch(frames.frames(run.stop_delivery)), target, self._encoding, shot.fps, tag)
+            chunks = camera.watch(frames.frames(run.stop_delivery))
+            encode(chunks, target, self._encoding, shot.fps, shot.sampling.num_frames, tag)
         finally:
             frames.abandon()
         pictures = self._write_pictures(camera)

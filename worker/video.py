@@ -1,6 +1,6 @@
-"""Frames → a file: mp4, webp, gif, a zip of png, or a single png.
+"""Encode frames into a file: mp4, webp, gif, a zip of png, or a single png.
 
-Frames come as a stream of uint8 arrays [n, height, width, 3] and are encoded as they come.
+The frames are a stream of uint8 arrays [n, height, width, 3], and are encoded as they come.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Encoding:
 
     suffix: str
     content_type: str
-    write: Callable[[Iterator[Frame], Path, int, str], None]
-    """(frames, target, frames per second, comment)"""
+    write: Callable[[Iterator[Frame], Path, int, int, str], None]
+    """(frames, target, frames per second, number of frames, comment)"""
 
 
-def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, comment: str = "") -> None:
-    """Write all frames of the stream to `target`, with a comment where the format has a place for one."""
-    encoding.write(itertools.chain.from_iterable(chunks), target, fps, comment)
+def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, num_frames: int, comment: str = "") -> None:
+    """Write the `num_frames` frames of the stream to `target`, with the comment where the format has a place for one."""
+    encoding.write(itertools.chain.from_iterable(chunks), target, fps, num_frames, comment)
 
 
 _X264 = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}
 
 
-def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
+def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
     """H.264, yuv420p, BT.709, the index in front. crf 18 is visually lossless by x264's own account (17 or 18).
 
     Without macroblock-tree, with which x264 makes another file of the same frames at every run.
@@ -71,19 +71,40 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, comment: str) ->
         container.mux(stream.encode(None))
 
 
-def _write_webp(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
+class _Animation(Image.Image):
+    """A stream of frames as one animated image. Pillow reads it frame by frame, so that only one is in memory."""
+
+    def __init__(self, frames: Iterator[Frame], num_frames: int) -> None:
+        super().__init__()
+        self.n_frames = num_frames
+        self._frames = frames
+        self._number = -1
+        self.seek(0)
+
+    def seek(self, number: int) -> None:
+        """Go to the frame `number`, which must be the next one. Pillow goes back to the first when it has read all."""
+        if number > self._number:
+            frame = Image.fromarray(next(self._frames))
+            self.im, self._mode, self._size = frame.im, frame.mode, frame.size  # as every plugin of Pillow sets them
+            self._number = number
+
+
+def _write_webp(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
     """Animated WebP as the trainer saves its samples: quality 80, whole milliseconds per frame."""
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(target, format="WEBP", append_images=rest, save_all=True, duration=1000 // fps, loop=0, quality=80)
+    animation = _Animation(frames, num_frames)
+    animation.save(target, format="WEBP", save_all=True, duration=1000 // fps, loop=0, quality=80)
 
 
-def _write_gif(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
-    """GIF counts in hundredths of a second, and players take less than two for ten: 50 fps is the fastest."""
-    first, *rest = (Image.fromarray(frame) for frame in frames)
+def _write_gif(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
+    """GIF counts in hundredths of a second, and players take less than two for ten: 50 fps is the fastest.
+
+    Pillow holds one byte a pixel of all frames until it writes them; MAX_GIF_PIXELS of the request bounds that.
+    """
+    first, rest = Image.fromarray(next(frames)), (Image.fromarray(frame) for frame in frames)
     first.save(target, format="GIF", append_images=rest, save_all=True, duration=max(1000 // fps, 20), loop=0)
 
 
-def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
+def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
     """00000.png, 00001.png, …; stored, since PNG is compressed already."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for number, frame in enumerate(frames):
@@ -91,7 +112,7 @@ def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int, comment: str
                 Image.fromarray(frame).save(file, format="PNG", compress_level=3)
 
 
-def _write_png(frames: Iterator[Frame], target: Path, fps: int, comment: str) -> None:
+def _write_png(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
     Image.fromarray(next(frames)).save(target, format="PNG")
 
 

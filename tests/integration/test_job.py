@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from PIL import Image
 from pipelines import WanModel
 from pipelines.errors import OutOfMemory
 from tests.integration.test_local_api import file_of, frames_of, request_for
+from worker import frame_queue, logs
 from worker.files import scratch
 from worker.recovery import Recovery
 from worker.service import Service
 from worker.settings import Settings
+from worker.shot import ShotFiles
 from worker.startup.cold_start import cold_start
 from worker.storage import LocalFolder, NotStored, Stored
 from worker.video import encode
@@ -305,6 +309,119 @@ def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(runner: Runn
         return [*wanted, worker.wants_a_job()]
 
     assert asyncio.run(watch()) == [True, False, True, True]
+
+
+def test_a_job_is_wanted_while_a_duplicate_waits_for_its_twin(runner: Runner, tiny: Path) -> None:
+    async def watch() -> bool:
+        worker = runner()
+        twin = job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 40})
+        tasks = [asyncio.create_task(worker.run(twin)) for _ in range(2)]
+        while not worker._runs or worker._runs[0].progress.seconds_left > 5:
+            await asyncio.sleep(0.01)
+        wanted = worker.wants_a_job()
+        await asyncio.gather(*tasks)
+        return wanted
+
+    assert asyncio.run(watch())
+
+
+def test_a_job_is_wanted_while_another_only_uploads_what_was_kept(runner: Runner, tiny: Path, tmp_path: Path) -> None:
+    uploading, go_on = threading.Event(), threading.Event()
+
+    class SlowStorage(LocalFolder):
+        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+            uploading.set()
+            go_on.wait(20)
+            return super().put(file, key, content_type, made_from)
+
+    twice = job(tiny, {})
+    assert "error" in run(runner(FussyStorage({0}), recovery_dir=tmp_path / "recovery"), twice)
+
+    async def watch() -> tuple[bool, dict[str, Any]]:
+        worker = runner(SlowStorage(tmp_path / "out"), recovery_dir=tmp_path / "recovery")
+        task = asyncio.create_task(worker.run(twice))
+        while not uploading.is_set():
+            await asyncio.sleep(0.01)
+        wanted = worker.wants_a_job()
+        go_on.set()
+        return wanted, await task
+
+    wanted, result = asyncio.run(watch())
+    assert wanted and len(result["outputs"]["videos"]) == 1
+
+
+def test_an_encoder_that_never_starts_leaves_the_gpu_to_the_next_job(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = runner()
+    monkeypatch.setattr(frame_queue, "MAX_BYTES", 1)
+    with monkeypatch.context() as patch:
+
+        async def no_thread(*_: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(ShotFiles, "_encode_and_upload", no_thread)
+        assert run(worker, job(tiny, {"num_frames": 33}))["error"].startswith("INTERNAL")
+    assert "outputs" in run(runner(), job(tiny, {}))
+
+
+def test_a_job_that_is_cancelled_while_its_encoder_hangs_leaves_the_gpu(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, hanging, go_on = runner(), threading.Event(), threading.Event()
+    monkeypatch.setattr(frame_queue, "MAX_BYTES", 1)
+
+    def hang(*_: Any) -> None:
+        hanging.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr("worker.shot.encode", hang)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(worker.run(job(tiny, {"num_frames": 33})))
+        while not hanging.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        task.cancel()
+        for _ in range(100):
+            if not worker._gpu._thread._work_queue.qsize() and not is_busy(worker):
+                break
+            await asyncio.sleep(0.05)
+        assert not is_busy(worker)
+        go_on.set()
+        await asyncio.wait([task])
+        assert not worker._gpu.is_held
+
+    asyncio.run(cancel())
+
+
+def is_busy(worker: Service) -> bool:
+    """Whether the GPU's thread is at work."""
+    probe = worker._gpu._thread.submit(lambda: None)
+    return not wait([probe], timeout=0.2).done
+
+
+def test_a_failed_job_has_one_line_of_its_error_in_the_log(
+    runner: Runner, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(runner(FussyStorage({0})), job(tiny, {}))
+    assert [record.message.partition(":")[0] for record in caplog.records if "away" in record.message] == ["UPLOAD_FAILED"]
+
+
+def test_a_jobs_own_secret_is_hidden_in_the_log_of_its_error(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redacted: list[str] = []
+    monkeypatch.setattr("worker.faults.log.error", lambda *_, exc_info, **__: redacted.append(logs.redact(str(exc_info))))
+
+    class Broken(FussyStorage):
+        def find(self, key: str, made_from: str) -> None:
+            raise ZeroDivisionError("with the-very-secret-token")
+
+    asked = job(tiny, {})
+    asked["input"]["hf_token"] = "the-very-secret-token"
+    assert run(runner(Broken(set())), asked)["error"].startswith("INTERNAL")
+    assert redacted == ["with …"]
 
 
 # Posters and contact sheets.

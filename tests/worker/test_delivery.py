@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 import time
 
@@ -179,3 +180,43 @@ def test_a_recovery_folder_that_takes_nothing_either_leaves_the_plain_error(tmp_
     with pytest.raises(WorkerError, match=r"^UPLOAD_FAILED: no place for `job/0.mp4`$"):
         put(Delivery(Fussy(tmp_path / "out", 9, refused=True), True, Recovery(tmp_path / "recovery"), "job", JOB), file)
     assert file.exists()
+
+
+def test_a_result_that_cannot_be_written_to_the_scratch_disk_is_not_missed(tmp_path, recovery, caplog):
+    delivery = Delivery(LocalFolder(tmp_path / "out"), True, recovery, "job", JOB)
+    delivery.save_result(RESULT, tmp_path / "no such folder")
+    assert "the result was not stored beside its files (FileNotFoundError)" in caplog.text
+
+
+def test_an_upload_counts_though_the_kept_copy_cannot_be_deleted(tmp_path, recovery, file, monkeypatch):
+    delivery = Delivery(Fussy(tmp_path / "out", 1, refused=True), True, recovery, "job", JOB)
+    monkeypatch.setattr(recovery, "find", lambda *_: None)
+    (tmp_path / "recovery").mkdir()
+    recovery._note("job/0.mp4").mkdir()  # a folder where the note would be: it cannot be unlinked
+    assert put(delivery, file).key == "job/0.mp4"
+
+
+def test_kept_files_of_a_jobs_own_bucket_are_deleted_when_the_job_can_no_longer_come(tmp_path, recovery, file):
+    theirs = Delivery(Fussy(tmp_path / "theirs", 1000, refused=True), False, recovery, "job", JOB)
+    with pytest.raises(WorkerError):
+        put(theirs, file)
+    recovery.upload_all(LocalFolder(tmp_path / "ours"))
+    assert theirs.is_kept("0.mp4")
+    eight_days_ago = time.time() - 8 * 24 * 3600
+    for kept in (tmp_path / "recovery").iterdir():
+        os.utime(kept, (eight_days_ago, eight_days_ago))
+    recovery.upload_all(LocalFolder(tmp_path / "ours"))
+    assert list((tmp_path / "recovery").iterdir()) == [] and not (tmp_path / "ours").exists()
+
+
+def test_a_kept_file_that_another_worker_uploads_meanwhile_is_found_there(tmp_path, recovery, file):
+    place = Fussy(tmp_path / "out", 1, refused=True)
+    with pytest.raises(WorkerError):
+        put(Delivery(Fussy(tmp_path / "out", 1000, refused=True), True, recovery, "job", JOB), file)
+    delivery = Delivery(place, True, recovery, "job", JOB)
+    assert delivery.is_kept("0.mp4")
+    recovery.upload_all(LocalFolder(tmp_path / "out"))
+    assert delivery.store_kept("0.mp4", "video/mp4", soon(), threading.Event()).key == "job/0.mp4"
+    (tmp_path / "out/job/0.mp4").unlink()
+    with pytest.raises(WorkerError, match="is gone; send the job again"):
+        delivery.store_kept("0.mp4", "video/mp4", soon(), threading.Event())

@@ -80,3 +80,14 @@ def test_the_writer_waits_while_too_much_is_waiting(monkeypatch):
     assert put == [0, 1]
     assert taken(frames) == [0, 1, 2, 3]
     writer.join()
+
+
+def test_a_stop_ends_the_wait_for_room(monkeypatch):
+    monkeypatch.setattr(frame_queue, "MAX_BYTES", 1)
+    frames, stop = FrameQueue(), threading.Event()
+    frames.put(chunk(), stop)
+    timer = threading.Timer(0.1, stop.set)
+    timer.start()
+    with pytest.raises(Stopped):
+        frames.put(chunk(), stop)
+    timer.join()

@@ -171,3 +171,32 @@ def test_what_libraries_log_and_warn_is_guarded_too(lines):
 def test_a_library_line_with_wrong_arguments_is_still_logged(lines):
     logging.getLogger("some.library").warning("%d of %d", "one")
     assert lines()[0]["message"] == "%d of %d"
+
+
+def test_every_secret_is_hidden_while_another_job_ends():
+    """The list of secrets changes while a line is redacted."""
+    other = hidden(["the other job's"])
+    other.__enter__()
+
+    class Line(str):
+        def replace(self, old: str, new: str, count: int = -1) -> str:
+            if old == "the other job's":
+                other.__exit__(None, None, None)
+            return Line(str.replace(self, old, new, count))
+
+    with hidden(["my own secret"]):
+        assert "secret" not in redact(Line("here is my own secret"))
+
+
+def test_a_job_that_ends_does_not_show_the_secret_that_another_one_has_too():
+    with hidden(["shared secret"]):
+        with hidden(["shared secret"]):
+            pass
+        assert redact("a shared secret") == "a …"
+    assert redact("a shared secret") == "a shared secret"
+
+
+def test_a_closed_stderr_stops_nothing(lines):
+    assert lines() == []
+    logging.getLogger().handlers[0].stream.close()
+    log.info("nobody reads this")

@@ -687,3 +687,10 @@ def test_any_value_in_any_place_of_a_good_request_gives_a_request_or_a_known_err
     place = data.draw(st.sampled_from([raw, raw["loras"][0], raw["prompts"][0]]))
     place[data.draw(st.sampled_from(NAMES) | TEXTS)] = data.draw(VALUES)
     check(outcome_of(raw, model))
+
+
+def test_a_gif_that_would_fill_the_memory_is_refused_and_another_format_of_it_is_not():
+    large = {"width": 2048, "height": 2048, "num_frames": 301}
+    assert found(an_input(first=large, output_format="gif")) == [("INVALID_INPUT", "prompts[0].num_frames")]
+    assert parse(an_input(first=large, output_format="webp"), SINGLE)
+    assert parse(an_input(first=large | {"num_frames": 201}, output_format="gif"), SINGLE)

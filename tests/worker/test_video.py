@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ FRAMES = moving_pattern()
 
 def written(folder: Path, output_format: str, frames=FRAMES, fps: int = 16) -> Path:
     target = folder / f"video{VIDEO[output_format].suffix}"
-    encode([frames], target, VIDEO[output_format], fps)
+    encode([frames], target, VIDEO[output_format], fps, len(frames))
     return target
 
 
@@ -113,7 +114,7 @@ LONG = json.dumps({"prompt": "ein Boot über 波 🚢\n" * 2000, "shift": 5.0}, 
 
 @pytest.mark.parametrize("comment", ["made by a test", 'a "quoted" = ; # \\ text', LONG], ids=["short", "signs", "long json"])
 def test_mp4_keeps_its_comment(tmp_path, comment):
-    encode([FRAMES], tmp_path / "video.mp4", VIDEO["mp4"], 16, comment)
+    encode([FRAMES], tmp_path / "video.mp4", VIDEO["mp4"], 16, len(FRAMES), comment)
     with av.open(str(tmp_path / "video.mp4")) as container:
         assert container.metadata["comment"] == comment
     assert psnr(of_mp4(tmp_path / "video.mp4")) > 37
@@ -127,7 +128,7 @@ def test_mp4_without_a_comment_has_none(tmp_path):
 @pytest.mark.parametrize("output_format", ["webp", "gif", "png"])
 def test_a_comment_leaves_formats_without_a_place_for_it_as_they_are(tmp_path, output_format):
     without = written(tmp_path, output_format, FRAMES[:5]).read_bytes()
-    encode([FRAMES[:5]], tmp_path / "commented", VIDEO[output_format], 16, LONG)
+    encode([FRAMES[:5]], tmp_path / "commented", VIDEO[output_format], 16, 5, LONG)
     assert (tmp_path / "commented").read_bytes() == without
 
 
@@ -143,6 +144,31 @@ def test_webp_keeps_frames_and_colours(tmp_path):
 def test_webp_shows_a_frame_for_whole_milliseconds_as_the_trainer_writes_it(tmp_path, fps):
     _, durations = of_animation(written(tmp_path, "webp", FRAMES[:5], fps))
     assert durations == [1000 // fps] * 5
+
+
+def test_webp_is_what_pillow_writes_of_all_frames_at_once(tmp_path):
+    first, *rest = (Image.fromarray(frame) for frame in FRAMES)
+    first.save(tmp_path / "plain.webp", append_images=rest, save_all=True, duration=62, loop=0, quality=80)
+    assert written(tmp_path, "webp").read_bytes() == (tmp_path / "plain.webp").read_bytes()
+
+
+@pytest.mark.parametrize(("output_format", "bytes_per_pixel"), [("mp4", 0), ("webp", 0), ("gif", 1), ("png", 0)])
+def test_frames_are_not_collected_while_they_are_written(tmp_path, output_format, bytes_per_pixel):
+    """But for GIF, whose frames Pillow keeps with a palette."""
+
+    def held() -> int:
+        images = [each for each in gc.get_objects() if isinstance(each, Image.Image) and each.mode]
+        return sum(image.width * image.height * len(image.getbands()) for image in images)
+
+    before, most = held(), []
+
+    def chunks():
+        for frame in FRAMES:
+            most.append(held() - before)
+            yield frame[None]
+
+    encode(chunks(), tmp_path / "video", VIDEO[output_format], 16, COUNT)
+    assert len(most) == COUNT and max(most) <= (COUNT * bytes_per_pixel + 16) * HEIGHT * WIDTH
 
 
 def test_gif_keeps_frames_and_roughly_colours(tmp_path):
@@ -178,7 +204,7 @@ def test_png_is_a_zip_of_the_very_frames_in_order(tmp_path):
 
 
 def test_a_single_image_is_the_very_frame(tmp_path):
-    encode([FRAMES[:1]], tmp_path / "image.png", IMAGE, 16)
+    encode([FRAMES[:1]], tmp_path / "image.png", IMAGE, 16, 1)
     with Image.open(tmp_path / "image.png") as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
         assert np.array_equal(np.asarray(image), FRAMES[0])
@@ -199,7 +225,7 @@ def in_chunks(sizes: list[int]):
 @SPLITS
 def test_frames_in_chunks_of_any_split_give_the_same_bytes(tmp_path, output_format, sizes):
     whole = written(tmp_path, output_format, FRAMES[:9]).read_bytes()
-    encode(in_chunks(sizes), tmp_path / "chunks", VIDEO[output_format], 16)
+    encode(in_chunks(sizes), tmp_path / "chunks", VIDEO[output_format], 16, sum(sizes))
     assert (tmp_path / "chunks").read_bytes() == whole
 
 
@@ -257,7 +283,7 @@ def test_an_error_of_the_stream_is_passed_on(tmp_path, output_format):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        encode(breaking_off(), tmp_path / "video", VIDEO[output_format], 16)
+        encode(breaking_off(), tmp_path / "video", VIDEO[output_format], 16, 9)
 
 
 @pytest.mark.parametrize(
