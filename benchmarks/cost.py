@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks import real_size, report
-from pipelines.decode import _decoded
+from pipelines.diffusers_privates import decode_pieces
 
 SIZES = [(832, 480, 21), (832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 41), (1280, 720, 81)]
 """Width, height, frames."""
@@ -48,7 +48,7 @@ def row(model_id: str, width: int, height: int, num_frames: int) -> dict[str, An
         )
 
     def decode(vae: Any) -> None:
-        for _ in _decoded(vae, torch.empty(latents)):
+        for _ in decode_pieces(vae, torch.empty(latents)):
             pass
 
     (one, attention_of_one), (two, attention_of_two) = forward(_BLOCKS - 1), forward(_BLOCKS)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import real_size, report
 from pipelines.catalog import MODELS
-from pipelines.decode import _decoded
+from pipelines.diffusers_privates import decode_pieces
 from pipelines.offload import on_device
 
 SIZES = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
@@ -88,7 +88,7 @@ def decoding(model_id: str, width: int, height: int, num_frames: int) -> int:
     latents = real_size.latents_of(model_id, width, height, num_frames)
 
     def decode(vae: Any) -> None:
-        for piece in _decoded(vae, torch.empty(latents)):
+        for piece in decode_pieces(vae, torch.empty(latents)):
             del piece
 
     return _peak(lambda: real_size.vae(model_id), decode)

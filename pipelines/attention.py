@@ -1,4 +1,4 @@
-"""Which attention kernels a transformer runs on: chosen by the device, and checked against plain arithmetic before a job comes.
+"""Choose the attention kernels of a transformer by the device, and check them against plain arithmetic before the first job.
 
 The kernels differ in the order of their sums, and so in the last bit of a frame: only `native` is what plain diffusers runs.
 None here computes in less than the model's own precision.
@@ -11,21 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName as Backend
-from diffusers.models.attention_dispatch import _check_attention_backend_requirements, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from pipelines import diffusers_privates as privates
 from pipelines.catalog import Attention
 from pipelines.errors import DeviceUnavailable
 
-_BACKENDS: dict[Attention, Backend] = {
-    "native": Backend.NATIVE,
-    "cudnn": Backend._NATIVE_CUDNN,
-    "flash": Backend.FLASH,
-    "flash3": Backend._FLASH_3,
-}
+_BACKENDS: dict[Attention, str] = {"native": "NATIVE", "cudnn": "_NATIVE_CUDNN", "flash": "FLASH", "flash3": "_FLASH_3"}
+"""The names of diffusers' backends."""
 
 _HEAD_DIM = 128
-"""Of every Wan transformer."""
+"""The width of an attention head in every Wan transformer."""
 
 
 def set_attention(transformers: Sequence[Any], attention: Attention, device: torch.device) -> None:
@@ -38,7 +34,7 @@ def set_attention(transformers: Sequence[Any], attention: Attention, device: tor
     if reason := why_not(chosen, device):
         raise DeviceUnavailable(f"ATTENTION={attention} does not work here, {reason}; set ATTENTION to native, or to auto")
     for transformer in transformers:
-        transformer.set_attention_backend(_BACKENDS[chosen].value)
+        transformer.set_attention_backend(privates.attention_backend(_BACKENDS[chosen]).value)
 
 
 def _best(device: torch.device) -> Attention:
@@ -58,7 +54,7 @@ def _candidates(device: torch.device) -> Sequence[Attention]:
 def why_not(attention: Attention, device: torch.device) -> str:
     """Why these kernels cannot be used on the device, or "".
 
-    They are, when they come as close to float32 as torch's own do, with twice their error as the limit.
+    They can when their error against float32 is at most twice that of torch's own kernels.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +64,10 @@ def why_not(attention: Attention, device: torch.device) -> str:
     exact = _plain(query.float(), key.float(), value.float())
     with torch.no_grad():
         try:
-            _check_attention_backend_requirements(_BACKENDS[attention])
+            backends = [privates.attention_backend(_BACKENDS[name]) for name in (attention, "native")]
+            privates.check_attention_requirements(backends[0])
             theirs, native = (
-                float((dispatch_attention_fn(query, key, value, backend=backend) - exact).abs().max())
-                for backend in (_BACKENDS[attention], Backend.NATIVE)
+                float((dispatch_attention_fn(query, key, value, backend=backend) - exact).abs().max()) for backend in backends
             )
         except Exception as error:  # whatever the kernels of another package can raise
             return str(error).strip().partition("\n")[0] or type(error).__name__

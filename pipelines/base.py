@@ -1,6 +1,6 @@
-"""What every model shares: size and frame rules, seeding, the scheduler, and the way from a prompt to frames.
+"""What all models share: size and frame rules, seeding, schedulers, and the way from a prompt to frames.
 
-A model's own file says how its pipeline is loaded and called; everything else about a generation is here.
+A family's own module says how its pipeline is put together and called.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import contextlib
 import copy
 import gc
 import itertools
+import re
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -23,19 +25,22 @@ import torch
 import transformers
 from PIL import Image
 
-from pipelines.catalog import LoraMode, ModelSpec, OffloadMode
+from pipelines import diffusers_privates as privates
+from pipelines.catalog import OFFLOAD, LoraMode, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
-from pipelines.embeddings import remember_embeddings
+from pipelines.embeddings import cache_embeddings
 from pipelines.errors import DeviceLost, DeviceUnavailable, OutOfMemory, blamed_on
 from pipelines.lora.adapters import Adapters
 from pipelines.lora.file import Adapter
 from pipelines.lora.fit import LoraCheck
+from pipelines.lora.layers import LayerReader
 from pipelines.lora.merge import Merges
-from pipelines.offload import STREAMED, refresh, stays_on_device
+from pipelines.offload import refresh, stays_on_device
 from pipelines.recipes import Recipe, Sampling, documented
+from pipelines.toolkit import Toolkit
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3], RGB."""
@@ -63,29 +68,38 @@ UNIPC = {
 """UniPC as the model pages and the trainer's older versions set it by hand; the flow_shift is the model's."""
 
 
-class WanModel:
+class WanModel(ABC):
     """One loaded model. Not safe for use from two threads at once."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Checkpoints) -> None:
-        self.spec = spec
+    @classmethod
+    @abstractmethod
+    def load(cls, parts: Parts, toolkit: Toolkit | None) -> WanModel:
+        """Put the model's pipeline together. `toolkit`: for the families that need it."""
+
+    def __init__(self, pipe: Any, parts: Parts) -> None:
+        self.spec = spec = parts.spec
         self.facts: dict[str, Any] = {}
         """See `facts_of`."""
-        self.device = device
+        self.bytes_by_mode: dict[OffloadMode, int] = {}
+        """Weights on the device in each offload mode; empty on a CPU."""
+        self.device = parts.device
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
         self._checkpoint_scheduler = pipe.scheduler
         self._fresh_schedulers: dict[tuple[str, float | None], Any] = {}
         """By solver and shift; never run."""
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
-        remember_embeddings(pipe)
-        self._check = LoraCheck(spec, pipe)
-        self._adapters = Adapters(spec, pipe)
-        self._merges = Merges(spec, pipe, checkpoints)
+        self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
+        cache_embeddings(pipe)
+        reader = LayerReader(pipe, spec.id)
+        self._check = LoraCheck(spec, reader)
+        self._adapters = Adapters(spec, reader)
+        self._merges = Merges(spec, reader, parts.checkpoints)
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
-        """See `compiled.compile_blocks`. Before the first LoRA is applied."""
-        if (mode := self.facts["offload_mode"]) in ("group", "sequential"):
+        """Compile the transformers' blocks, before the first LoRA is applied; see `compiled.compile_blocks`."""
+        if not OFFLOAD[mode := self.facts["offload_mode"]].can_compile:
             raise DeviceUnavailable(f"COMPILE=1 does not go with OFFLOAD_MODE={mode}, which fits this GPU; set COMPILE=0")
         compile_blocks([getattr(self._pipe, name) for name in self.spec.transformers], self.device, cache_dir, backend)
         self._adapters.are_compiled = True
@@ -103,19 +117,22 @@ class WanModel:
         for position, adapter in enumerate(adapters):
             with blamed_on(position):
                 adapter.file.check_unchanged()
-        if self._kept_in_float32.restore():
-            refresh(self._pipe, self.spec.transformers)
         try:
             with self._device_errors():
+                if self._kept_in_float32.restore():
+                    refresh(self._pipe, self.spec.transformers)
                 if mode == "adapter":
                     self._merges.take_out_all()
                     self._adapters.apply(adapters)
                 else:
                     self._adapters.apply([])
                     self._merges.apply(adapters)
+        except DeviceLost:  # nothing on it can be changed any more
+            raise
         except BaseException:
-            self._adapters.drop_all()
-            self._merges.take_out_all()
+            with self._device_errors():
+                self._adapters.drop_all()
+                self._merges.take_out_all()
             raise
 
     def generate(
@@ -130,7 +147,7 @@ class WanModel:
         recipe = recipe or documented(self.spec)
         sampling = self._fit(sampling, recipe)
         with self._device_errors():
-            self._follow(recipe)
+            self._apply_recipe(recipe)
             try:
                 with torch.no_grad(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
@@ -166,7 +183,7 @@ class WanModel:
         """Where `transformer_2` takes over, as a part of the noise schedule."""
         return self._checkpoint_boundary_ratio if recipe.boundary_ratio is None else recipe.boundary_ratio
 
-    def _follow(self, recipe: Recipe) -> None:
+    def _apply_recipe(self, recipe: Recipe) -> None:
         self._pipe.scheduler = copy.deepcopy(self.scheduler_of(recipe))
         self._pipe.register_to_config(boundary_ratio=self.boundary_ratio_of(recipe))
         if recipe.trainer_dtypes:
@@ -218,12 +235,12 @@ class WanModel:
         try:
             while True:
                 try:
-                    for frames in itertools.islice(decode(self._pipe.vae, latents, self.device), number, None):
+                    for frames in itertools.islice(decode(self._pipe.vae, latents, self.device, self._pieces_of), number, None):
                         yield frames
                         number += 1
                     return
                 except (RuntimeError, MemoryError) as error:
-                    if not waiting or not _is_out_of_memory(error):
+                    if not waiting or not is_out_of_memory(error):
                         raise
                     self._free(error)
                 out_of_the_way.append(waiting.pop(0))
@@ -256,14 +273,29 @@ class WanModel:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            out_of_memory = _is_out_of_memory(error)
+            out_of_memory = is_out_of_memory(error)
             if out_of_memory:
                 self._free(error)
             if not self.device_answers():
                 raise DeviceLost("the device no longer answers") from error
             if out_of_memory:
-                raise OutOfMemory("the device ran out of memory; ask for fewer frames or a smaller size") from None
+                raise OutOfMemory(
+                    f"the device ran out of memory; ask for fewer frames or a smaller size, or {self._memory_remedy()}"
+                ) from None
             raise
+
+    def _memory_remedy(self) -> str:
+        """What the operator can change: an offload mode with fewer weights on the device, where there is one for this model."""
+        if self.device.type == "cpu":
+            return "run the worker on a machine with more memory"
+        now = self.bytes_by_mode[self.facts["offload_mode"]]
+        for mode in self.spec.offload_modes:
+            can_be_used = (OFFLOAD[mode].can_merge or not self._merges.are_active) and (
+                OFFLOAD[mode].can_compile or not self.facts["compiled"]
+            )
+            if self.bytes_by_mode[mode] < now and can_be_used:
+                return f"run the worker with OFFLOAD_MODE={mode}"
+        return "use a GPU with more memory"
 
     def _free(self, error: Exception) -> None:
         """Give back what the call that died of `error` had in memory."""
@@ -324,12 +356,13 @@ class Parts:
         offload_mode: OffloadMode,
         took: dict[str, float],
     ) -> None:
-        """What `offload_mode` brings to the device later is left where it is loaded."""
-        self._spec = spec
-        self._checkpoints = checkpoints
+        """`took` gets the seconds of each component. What `offload_mode` moves to the device later stays in main memory."""
+        self.spec = spec
+        self.checkpoints = checkpoints
+        self.device = device
         self._dtype = dtype
-        self._device = device
-        self._waiting = STREAMED.get(offload_mode, tuple(spec.sources))
+        streamed = OFFLOAD[offload_mode].streamed
+        self._stay_in_memory = tuple(spec.sources) if streamed is None else streamed
         self._took = took
 
     def load(self, names: Iterable[str]) -> dict[str, Any]:
@@ -340,8 +373,8 @@ class Parts:
         return parts
 
     def _load(self, name: str) -> Any:
-        source = self._spec.sources[name]
-        repo, options = self._checkpoints.repo_of(name), {"subfolder": source.subfolder, "local_files_only": True}
+        source = self.spec.sources[name]
+        repo, options = self.checkpoints.repo_of(name), {"subfolder": source.subfolder, "local_files_only": True}
         if name == "tokenizer":
             return transformers.AutoTokenizer.from_pretrained(repo, **options)
         part_class = {
@@ -352,7 +385,7 @@ class Parts:
             "image_encoder": transformers.CLIPVisionModel,
         }[name]
         part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
-        return part if name in self._waiting else part.to(self._device)
+        return part if name in self._stay_in_memory else part.to(self.device)
 
 
 @contextmanager
@@ -375,6 +408,14 @@ def _step_end(on_step: OnStep | None) -> Callable[[Any, int, Any, dict[str, Any]
     return call
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a type for it; the CPU allocator raises a bare RuntimeError that only its text tells apart."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator|can't allocate memory|ALLOC_FAILED|ALLOCATION_FAILED", re.IGNORECASE
+)
+"""cudaHostAlloc (pinned memory) says "out of memory", cuBLAS and cuDNN "…_STATUS_ALLOC_FAILED"."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a call failed for want of memory. torch has a type for CUDA's own; other libraries only say it in their text."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 OffloadMode = Literal["auto", "none", "text_encoder", "group", "model", "sequential"]
-"""See `offload`."""
+"""See OFFLOAD."""
 Family = Literal["t2v", "i2v", "toolkit_i2v", "toolkit_ti2v"]
 """Which pipeline a model runs on: diffusers' own (`diffusers_models`), or ai-toolkit's (`toolkit_models`)."""
 Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
@@ -20,6 +20,29 @@ Match = Literal["documented", "preview"]
 """What a video is made to match: the model page, or the samples of the trainer."""
 LoraMode = Literal["adapter", "merge"]
 """Beside the weights, as diffusers does; or added into them, as the trainer does for its samples."""
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What an offload mode does with the weights, and what goes with it."""
+
+    streamed: tuple[str, ...] | None
+    """Components that wait in main memory and are brought to the device piece by piece. None: all are moved, by accelerate."""
+    can_merge: bool = True
+    """Whether LoRAs can be merged into the weights."""
+    can_compile: bool = True
+
+
+OFFLOAD: Mapping[OffloadMode, Offload] = MappingProxyType(
+    {
+        "none": Offload(streamed=()),
+        "text_encoder": Offload(streamed=("text_encoder",)),  # layer by layer, for a text that is new
+        "group": Offload(streamed=("text_encoder", "transformer", "transformer_2"), can_compile=False),  # block by block
+        "model": Offload(streamed=None),  # one component at a time is on the device
+        "sequential": Offload(streamed=None, can_merge=False, can_compile=False),  # one layer at a time
+    }
+)
+"""The modes but `auto`, the quickest first. `auto` is the first of those that stream which leaves room for a job."""
 
 TOOLKIT_COMMIT = "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350"
 """Of ostris/ai-toolkit (0.12.26): the one that everything here was compared with."""
@@ -77,8 +100,8 @@ class ModelSpec:
     expand_timesteps: bool = False
     drops_incomplete_frames: bool = False
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
-    offload_modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "group", "model", "sequential")
-    """The quickest first; beside them, `auto`."""
+    offload_modes: tuple[OffloadMode, ...] = tuple(OFFLOAD)
+    """The modes that the model can run with beside `auto`, the quickest first."""
 
     @property
     def needs_toolkit(self) -> bool:
@@ -94,6 +117,7 @@ def _all_from(repo: str, *parts: str) -> dict[str, Source]:
     return {part: Source(repo, part) for part in parts}
 
 
+_STREAMED_MODES = tuple(mode for mode, offload in OFFLOAD.items() if offload.streamed is not None)
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 _IMAGE_PARTS = ("image_encoder", "image_processor")
 
@@ -118,7 +142,7 @@ _WAN22_I2V_14B = ModelSpec(
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
-    offload_modes=("none", "text_encoder", "group"),
+    offload_modes=_STREAMED_MODES,
 )
 
 _WAN22_T2V_14B = ModelSpec(
@@ -157,7 +181,7 @@ _WAN22_5B = ModelSpec(
     flow_shift=5.0,
     expand_timesteps=True,
     drops_incomplete_frames=True,
-    offload_modes=("none", "text_encoder", "group"),
+    offload_modes=_STREAMED_MODES,
 )
 
 _WAN21_I2V_14B = ModelSpec(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.catalog import ModelSpec
-from pipelines.errors import CheckpointNotFound, LoraInvalid
+from pipelines.errors import CheckpointNotFound
 from pipelines.manifest import NAME, Manifest
-from pipelines.safetensors_header import read_header
+from pipelines.safetensors_header import SafetensorsError, read_header
 from pipelines.weights import STEM_OF, file_names
 
 INDEX = "model_index.json"
@@ -179,6 +179,6 @@ def _is_whole(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             read_header(opened)
-    except LoraInvalid:
+    except SafetensorsError:
         return False
     return True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines import diffusers_privates as privates
 from pipelines.errors import DeviceUnavailable
 
 VARIANTS = 32
@@ -34,8 +35,8 @@ def compile_blocks(
     """
     if cache_dir is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)  # read when something is compiled; Triton's cache lies below it
-    torch._dynamo.config.recompile_limit = VARIANTS
-    torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is, and the log says so
+    # A block that cannot be compiled runs as it is, and the log says so.
+    privates.set_compiler(recompile_limit=VARIANTS, suppress_errors=True)
     if backend == "inductor" and (reason := _why_nothing_compiles(device)):
         raise DeviceUnavailable(
             f"COMPILE=1, but nothing can be compiled here ({reason}): install a C++ compiler, or set COMPILE=0"

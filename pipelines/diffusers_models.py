@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from pipelines.base import Parts, WanModel
-from pipelines.catalog import ModelSpec
-from pipelines.checkpoints import Checkpoints
+from pipelines.toolkit import Toolkit
 from pipelines.weights import STEM_OF
 
 
 class DiffusersModel(WanModel):
     """The base checkpoint decides scheduler and boundary_ratio; text- and image-to-video differ in the pipeline class."""
 
-    @staticmethod
-    def load(spec: ModelSpec, checkpoints: Checkpoints, parts: Parts) -> Any:
-        """The pipeline, with every component that has weights read from its own source."""
-        pipeline_class = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}[spec.family]
-        loaded = parts.load(name for name in spec.sources if name in STEM_OF)
-        return pipeline_class.from_pretrained(checkpoints.base, **loaded, local_files_only=True)
+    @classmethod
+    def load(cls, parts: Parts, toolkit: Toolkit | None) -> WanModel:
+        pipeline_class = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}[parts.spec.family]
+        loaded = parts.load(name for name in parts.spec.sources if name in STEM_OF)
+        return cls(pipeline_class.from_pretrained(parts.checkpoints.base, **loaded, local_files_only=True), parts)

@@ -1,25 +1,32 @@
-"""Text embeddings of recent prompts, so that a text is encoded once: above all the negative one, which hardly ever changes."""
+"""A cache of text embeddings, so that a text is encoded once: above all the negative prompt, which hardly ever changes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from pipelines import diffusers_privates as privates
+
 KEPT = 16
-"""Texts. The embedding of one takes 4 MB in bf16: 512 tokens of 4096 numbers."""
+"""Texts, the most recently used. The embedding of one takes 4 MB in bf16: 512 tokens of 4096 numbers."""
 
 
-def remember_embeddings(pipe: Any) -> None:
-    """Give a Wan pipeline a memory for what its text encoder makes of a text; the tensors are the same ones.
+def cache_embeddings(pipe: Any) -> None:
+    """Cache what the pipeline's text encoder makes of a text; the tensors are the same ones.
 
-    diffusers encodes the prompt and the negative prompt in two calls of `_get_t5_prompt_embeds`.
+    diffusers encodes the prompt and the negative prompt in two calls. A pipeline that does it in another way stays as it is.
     """
-    encode = pipe._get_t5_prompt_embeds
-    known: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+    if privates.can_cache_embeddings(pipe):
+        privates.wrap_embeddings(pipe, _cached)
 
-    def remembered(
+
+def _cached(encode: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    cached = lru_cache(maxsize=KEPT)(lambda texts, *arguments: encode(list(texts), *arguments))
+
+    def cached_encode(
         prompt: str | list[str],
         num_videos_per_prompt: int = 1,
         max_sequence_length: int = 226,
@@ -27,12 +34,6 @@ def remember_embeddings(pipe: Any) -> None:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        key = (texts, num_videos_per_prompt, max_sequence_length, str(device), dtype)
-        if key not in known:
-            known[key] = encode(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
-        known.move_to_end(key)
-        while len(known) > KEPT:
-            known.popitem(last=False)
-        return known[key]
+        return cached(texts, num_videos_per_prompt, max_sequence_length, device, dtype)
 
-    pipe._get_t5_prompt_embeds = remembered
+    return cached_encode

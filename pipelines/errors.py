@@ -16,6 +16,10 @@ class ToolkitRequired(PipelineError):
     """The model runs on an ai-toolkit checkout, and there is none that can be used."""
 
 
+class LibraryMoved(PipelineError):
+    """A library is of a version that keeps something elsewhere than the tested one, and there is no way around it."""
+
+
 class DeviceUnavailable(PipelineError):
     """The device asked for is not there, or cannot do what the settings ask of it."""
 

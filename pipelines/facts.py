@@ -1,4 +1,4 @@
-"""What a loaded model is made of, for the `settings` of a result: versions, revisions, dtype, device. No path, no secret."""
+"""The provenance of a loaded model, for the `settings` of a result: versions, revisions, dtype, device. No path, no secret."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from pipelines import diffusers_privates as privates
 from pipelines.checkpoints import Checkpoints
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -25,7 +25,7 @@ def facts_of(checkpoints: Checkpoints, toolkit: Path | None, device: torch.devic
         "checkpoints": checkpoints.revisions(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
+        "attention": privates.active_attention(),
         "compiled": False,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import diffusers
@@ -9,18 +10,21 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from pipelines import diffusers_privates as privates
 from pipelines.attention import set_attention
-from pipelines.base import Parts, WanModel
+from pipelines.base import Parts, WanModel, is_out_of_memory
 from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.diffusers_models import DiffusersModel
-from pipelines.errors import CheckpointNotFound, DeviceUnavailable
+from pipelines.errors import CheckpointNotFound, DeviceUnavailable, OutOfMemory
 from pipelines.facts import facts_of
-from pipelines.offload import mode_for, place
-from pipelines.toolkit import Toolkit, load_toolkit
-from pipelines.toolkit_models import ToolkitModel, Wan22ImageToVideo, Wan22TextImageToVideo
+from pipelines.offload import bytes_by_mode, mode_for, place
+from pipelines.toolkit import load_toolkit
+from pipelines.toolkit_models import Wan22ImageToVideo, Wan22TextImageToVideo
 
-_TOOLKIT_CLASS: dict[Family, type[ToolkitModel]] = {
+_MODEL_CLASS: dict[Family, type[WanModel]] = {
+    "t2v": DiffusersModel,
+    "i2v": DiffusersModel,
     "toolkit_i2v": Wan22ImageToVideo,
     "toolkit_ti2v": Wan22TextImageToVideo,
 }
@@ -37,51 +41,43 @@ def load_pipeline(
     took: dict[str, float] | None = None,
     attention: Attention = "native",
 ) -> WanModel:
-    """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU.
+    """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU. Downloads nothing.
 
     `checkpoints` is a folder with an `ORG/NAME` per Hub repo id in diffusers layout, or what was found in several places.
-    Nothing is fetched from a network.
-    `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, where it has one; None: any.
-    `took` is given the seconds of each component. `attention`: see `attention.set_attention`.
-    Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory.
+    `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, if it has one; None: any.
+    `took` gets the seconds of each component. `attention`: see `attention.set_attention`.
+    Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory, LibraryMoved.
     """
     _quiet_libraries()
     spec = MODELS[model_id]
     target = _check_device(spec, device, offload_mode)
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
+    sizes: dict[OffloadMode, int] = {}
+    mode: OffloadMode = "none"
     try:
         checkpoints = Checkpoints.of(spec, checkpoints)
         checkpoints.check()
-        mode: OffloadMode = "none"
         if target.type == "cuda":
-            mode = mode_for(offload_mode, checkpoints, dtype.itemsize, torch.cuda.mem_get_info(target)[0])
+            sizes = bytes_by_mode(checkpoints, dtype.itemsize)
+            mode = mode_for(offload_mode, spec, sizes, torch.cuda.mem_get_info(target)[0])
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took)
-        model = _load(spec, checkpoints, target, parts, mode, toolkit)
+        model = _MODEL_CLASS[spec.family].load(parts, toolkit)
+        place(model._pipe, target, mode)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "use a larger GPU, or another OFFLOAD_MODE" if target.type == "cuda" else "use a machine with more memory"
+        raise OutOfMemory(f"the memory ran out while {spec.id} was loaded; {remedy}") from error
     set_attention([getattr(model._pipe, name) for name in spec.transformers], attention, target)
+    model.bytes_by_mode = sizes
     model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": mode}
+    for warning in privates.check(model._pipe, mode):
+        logging.getLogger(__name__).warning("%s", warning)
     return model
-
-
-def _load(
-    spec: ModelSpec,
-    checkpoints: Checkpoints,
-    target: torch.device,
-    parts: Parts,
-    offload_mode: OffloadMode,
-    toolkit: Toolkit | None,
-) -> WanModel:
-    if toolkit is not None:
-        toolkit_class = _TOOLKIT_CLASS[spec.family]
-        pipe = toolkit_class.load(spec, parts, target, toolkit)
-        place(pipe, target, offload_mode)
-        return toolkit_class(spec, pipe, target, checkpoints, toolkit)
-    pipe = DiffusersModel.load(spec, checkpoints, parts)
-    place(pipe, target, offload_mode)
-    return DiffusersModel(spec, pipe, target, checkpoints)
 
 
 def _quiet_libraries() -> None:

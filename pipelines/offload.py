@@ -1,10 +1,6 @@
-"""Where the components of a model wait while they are not needed: on the device, or in main memory. No mode changes a bit.
+"""Offloading: which components wait in main memory, and how they come to the device. No mode changes a bit of the frames.
 
-`none`          everything on the device
-`text_encoder`  the text encoder in main memory, brought layer by layer for a text that is new
-`group`         the transformers too, brought block by block while the block before computes
-`model`         one component at a time on the device
-`sequential`    one layer at a time on the device
+The modes are the table OFFLOAD of the catalog.
 """
 
 from __future__ import annotations
@@ -16,32 +12,24 @@ from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from safetensors import safe_open
 
-from pipelines.catalog import BYTES_OF_A_JOB, ModelSpec, OffloadMode
+from pipelines import diffusers_privates as privates
+from pipelines.catalog import BYTES_OF_A_JOB, OFFLOAD, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.weights import STEM_OF, file_names
 
-STREAMED: dict[OffloadMode, tuple[str, ...]] = {
-    "none": (),
-    "text_encoder": ("text_encoder",),
-    "group": ("text_encoder", "transformer", "transformer_2"),
-}
-"""Components that are brought piece by piece. The other modes move all of them, in accelerate's way."""
 
+def mode_for(asked: OffloadMode, spec: ModelSpec, needed: Mapping[OffloadMode, int], free: int) -> OffloadMode:
+    """The mode in which the weights fit into `free` bytes of the device; `needed` is what they take in each.
 
-def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: int) -> OffloadMode:
-    """The mode in which the weights, in numbers of `itemsize` bytes, fit into `free` bytes of the device.
-
-    `auto`: the quickest of `none`, `text_encoder` and `group` that leaves room for a job of the default size, else `group`.
+    `auto`: the quickest of the modes that stream which leaves room for a job of the default size, else `group`.
     For a mode that is asked for, only what is certain is checked: the weights themselves. Raises DeviceUnavailable.
     """
-    spec = checkpoints.spec
-    needed = on_device(spec, _bytes_of_parts(checkpoints, itemsize))
     if asked == "auto":
-        asked = next((mode for mode in STREAMED if needed[mode] + BYTES_OF_A_JOB <= free), "group")
+        streaming = (mode for mode, offload in OFFLOAD.items() if offload.streamed is not None)
+        asked = next((mode for mode in streaming if needed[mode] + BYTES_OF_A_JOB <= free), "group")
     if needed[asked] <= free:
         return asked
     fitting = next((mode for mode in spec.offload_modes if needed[mode] <= free), None)
@@ -52,10 +40,15 @@ def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: 
     )
 
 
-def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
-    """The weights on the device in each mode, from the bytes of each component.
+def bytes_by_mode(checkpoints: Checkpoints, itemsize: int) -> dict[OffloadMode, int]:
+    """Bytes of weights on the device in each mode, in numbers of `itemsize` bytes."""
+    return on_device(checkpoints.spec, _bytes_of_parts(checkpoints, itemsize))
 
-    Of what comes piece by piece, two blocks of a transformer.
+
+def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
+    """Bytes of weights on the device in each mode, from the bytes of each component.
+
+    A streamed transformer has two of its blocks there.
     """
 
     def without(*streamed: str) -> int:
@@ -63,32 +56,32 @@ def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, in
         transformers = [sizes[part] for part in spec.transformers if part in streamed]
         return there + 2 * max(transformers, default=0) // spec.num_blocks
 
-    return {mode: without(*parts) for mode, parts in STREAMED.items()} | {"model": max(sizes.values()), "sequential": 0}
+    streamed = {mode: without(*offload.streamed) for mode, offload in OFFLOAD.items() if offload.streamed is not None}
+    return {**streamed, "model": max(sizes.values()), "sequential": 0}
 
 
 def place(pipe: Any, device: torch.device, mode: OffloadMode) -> None:
-    """Have the pipeline's components brought to the device when they are needed; what is not streamed is there already."""
+    """Set up the offloading of `mode`. Components that it does not move are on the device already."""
     if mode == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif mode == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        for part, component in _distinct(pipe, STREAMED[mode]).items():
-            pieces: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
-            if part == "text_encoder":
-                pieces = {"offload_type": "leaf_level"}
-            apply_group_offloading(component, onload_device=device, use_stream=device.type == "cuda", **pieces)
+    for part, component in _distinct(pipe, OFFLOAD[mode].streamed or ()).items():
+        pieces: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        if part == "text_encoder":
+            pieces = {"offload_type": "leaf_level"}
+        apply_group_offloading(component, onload_device=device, use_stream=device.type == "cuda", **pieces)
 
 
 def refresh(pipe: Any, names: tuple[str, ...]) -> None:
-    """To be called when tensors of these components were replaced: what is streamed is listed anew."""
+    """Tell the offloading that tensors of these components were replaced."""
     for component in _distinct(pipe, names).values():
-        _maybe_remove_and_reapply_group_offloading(component)
+        privates.refresh_group_offloading(component)
 
 
 def stays_on_device(component: Any) -> bool:
     """Whether no mode moves the component."""
-    return not hasattr(component, "_hf_hook") and not hasattr(component, "_diffusers_hook")
+    return not privates.is_offloaded(component)
 
 
 def _distinct(pipe: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def _distinct(pipe: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int) -> dict[str, int]:
-    """What the weights of each component take in numbers of `itemsize` bytes."""
+    """Bytes of each component's weights, in numbers of `itemsize` bytes."""
     sizes = {}
     for part in checkpoints.spec.sources:
         if part in STEM_OF:
@@ -108,6 +101,6 @@ def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int) -> dict[str, int]:
 
 
 def _count(file: Path) -> int:
-    """How many numbers a safetensors file holds."""
+    """The number of elements of all tensors in a safetensors file."""
     with safe_open(file, framework="pt") as tensors:
         return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from pipelines.errors import LoraInvalid
-
 MAX_HEADER_BYTES = 8_000_000
 """A Wan LoRA's header has 0.1 to 1 MB, with room for the tags of a large dataset. The library would take 100 MB."""
 
@@ -40,6 +38,14 @@ _BITS_OF = {
 }
 
 
+class SafetensorsError(Exception):
+    """The file breaks the format. `is_cut_short`: it ends before the data that its header lists."""
+
+    def __init__(self, text: str, is_cut_short: bool = False) -> None:
+        super().__init__(text)
+        self.is_cut_short = is_cut_short
+
+
 @dataclass(frozen=True)
 class Header:
     shapes: dict[str, tuple[int, ...]]
@@ -53,11 +59,11 @@ def looks_like_safetensors(head: bytes) -> bool:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read `file` from its beginning to its header's end. Raises LoraInvalid for whatever is not as the format demands."""
+    """Read `file` from its beginning to its header's end. Raises SafetensorsError when it breaks the format."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(9)
     if len(head) < 9 or head[8:9] != b"{":
-        raise LoraInvalid("the file is not in safetensors format; export the LoRA as safetensors")
+        raise SafetensorsError("the file is not in safetensors format")
     length = _length(head)
     if length > MAX_HEADER_BYTES:
         raise _malformed(f"its header would have {length} bytes, and {MAX_HEADER_BYTES} at most are read")
@@ -146,9 +152,9 @@ def _check_places(places: Iterable[tuple[int, int]], size: int) -> None:
         raise _malformed(f"{size - position} bytes follow its last tensor")
 
 
-def _malformed(what: str) -> LoraInvalid:
-    return LoraInvalid(f"the file is not in safetensors format: {what}; export the LoRA as safetensors")
+def _malformed(what: str) -> SafetensorsError:
+    return SafetensorsError(f"the file is not in safetensors format: {what}")
 
 
-def _cut_short() -> LoraInvalid:
-    return LoraInvalid("the file is cut short: it ends before the data that its header promises; upload or download it again")
+def _cut_short() -> SafetensorsError:
+    return SafetensorsError("the file is cut short: it ends before the data that its header promises", is_cut_short=True)

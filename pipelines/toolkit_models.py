@@ -11,8 +11,6 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
 from pipelines.base import UNIPC, Parts, WanModel
-from pipelines.catalog import ModelSpec
-from pipelines.checkpoints import Checkpoints
 from pipelines.recipes import Sampling
 from pipelines.toolkit import Toolkit
 
@@ -20,23 +18,25 @@ from pipelines.toolkit import Toolkit
 class ToolkitModel(WanModel):
     """The toolkit's functions make the conditioning before its pipeline is called."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, device: torch.device, checkpoints: Checkpoints, toolkit: Toolkit) -> None:
-        super().__init__(spec, pipe, device, checkpoints)
-        self._toolkit = toolkit
+    _toolkit: Toolkit
 
-    @staticmethod
-    def load(spec: ModelSpec, parts: Parts, device: torch.device, toolkit: Toolkit) -> Any:
-        loaded = parts.load(spec.sources)
+    @classmethod
+    def load(cls, parts: Parts, toolkit: Toolkit | None) -> WanModel:
+        assert toolkit is not None  # `load_pipeline` loads it for every family that needs it
+        spec, loaded = parts.spec, parts.load(parts.spec.sources)
         # 5B has one transformer, which the toolkit puts in both slots.
         loaded.setdefault("transformer_2", loaded["transformer"])
-        return toolkit.Wan22Pipeline(
+        pipe = toolkit.Wan22Pipeline(
             **loaded,
             scheduler=UniPCMultistepScheduler(**UNIPC, flow_shift=spec.flow_shift),
             boundary_ratio=spec.boundary_ratio,
             expand_timesteps=spec.expand_timesteps,
-            device=device,
+            device=parts.device,
             aggressive_offload=False,
         )
+        model = cls(pipe, parts)
+        model._toolkit = toolkit
+        return model
 
     @abstractmethod
     def _conditioning(self, sampling: Sampling, generator: torch.Generator) -> dict[str, Any]:

@@ -160,7 +160,8 @@ class Jobs:
             if not target.exists():
                 items = [item for item in _items(self.get(number)) if item["file"] == f"/files/{number}/{place}"]
                 frames = read_clip(source).frames
-                encode([frames], _part(target), VIDEO["mp4"], int(items[0].get("fps", 16)) if items else 16)
+                fps = int(items[0].get("fps", 16)) if items else 16
+                encode([frames], _part(target), VIDEO["mp4"], fps, len(frames))
                 _part(target).rename(target)
         return target
 

@@ -34,7 +34,8 @@ def side_by_side(a: Clip, b: Clip, settings: tuple[Any, Any], target: Path) -> d
     height, width = common[0][0].shape[:2]
     width, height = _even_size(width, height)
     fps = round(b.fps or a.fps or _FPS_OF_IMAGES) or 1
-    encode([np.stack(list(_rows(common, gain, (width, height))))], target, VIDEO["mp4"], fps)
+    frames = np.stack(list(_rows(common, gain, (width, height))))
+    encode([frames], target, VIDEO["mp4"], fps, len(frames))
     return as_json(found) | {"gain": gain, "fps": fps, "width": width, "height": height}
 
 

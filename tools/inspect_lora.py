@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.errors import LoraInvalid
+from pipelines.lora import origin
 from pipelines.lora.file import LoraFile
+from pipelines.lora.origin import HeaderLayer, header_layers, widths_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 
@@ -32,30 +33,7 @@ example:
   python -m tools.inspect_lora loras/my_lora/my_lora_high_noise.safetensors --model wan22_14b_t2v
 """
 
-_PART = re.compile(r"(?P<layer>.+)\.(?P<part>lora_(?:A|B|down|up)|lokr_\w+)(?:\.\w+)*$")
-_BLOCK_LAYER = re.compile(r"blocks[._]\d+[._](.+)$")
-_ATTENTION = re.compile(r"self\.attn\.|cross\.attn\.|attn[12]\.")
 _SOLVERS = {"unipc": "UniPC", "flowmatch": "FlowMatch Euler"}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One adapted linear layer; a size is 0 where the header does not tell it."""
-
-    name: str
-    inputs: int
-    outputs: int
-    rank: int | None
-    """None for a LoKr with whole factors."""
-
-    @property
-    def width(self) -> int | None:
-        """The transformer's width as this layer shows it; None for layers that do not."""
-        match = _BLOCK_LAYER.search(self.name)
-        role = re.sub(r"\W|_", ".", match[1]) if match else ""
-        if _ATTENTION.match(role) or role in ("ffn.0", "ffn.net.0.proj"):
-            return self.inputs or None
-        return (self.outputs or None) if role in ("ffn.2", "ffn.net.2") else None
 
 
 @dataclass(frozen=True)
@@ -64,11 +42,11 @@ class Inspection:
 
     file: LoraFile
     kind: str
-    layers: tuple[Layer, ...]
+    layers: tuple[HeaderLayer, ...]
 
     @cached_property
     def widths(self) -> list[int]:
-        return sorted({width for layer in self.layers if (width := layer.width)})
+        return widths_of(self.file)
 
     @property
     def fitting(self) -> list[str]:
@@ -113,7 +91,7 @@ def inspect(path: Path) -> Inspection:
         file = LoraFile.read(path)
     except LoraInvalid as error:
         raise BadInput(f"{path}: {error}") from error
-    return Inspection(file, kind_of(file), tuple(_layers(file.shapes)))
+    return Inspection(file, kind_of(file), tuple(header_layers(file.shapes)))
 
 
 def kind_of(file: LoraFile) -> str:
@@ -126,53 +104,14 @@ def kind_of(file: LoraFile) -> str:
     return (" and ".join(kinds) or "no adapter") + (", high and low side in one file" if both else "")
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
-        if match := _PART.match(key):
-            parts.setdefault(match["layer"], {})[match["part"].removeprefix("lora_").removeprefix("lokr_")] = shape
-    for name, shape_of in parts.items():
-        down = shape_of.get("A", shape_of.get("down"))
-        up = shape_of.get("B", shape_of.get("up"))
-        if down or up:
-            rank = down[0] if down else up[1] if up and len(up) > 1 else None
-            yield Layer(name, down[1] if down and len(down) > 1 else 0, up[0] if up else 0, rank)
-        else:
-            yield _lokr_layer(name, shape_of)
-
-
-def _lokr_layer(name: str, shape_of: Mapping[str, tuple[int, ...]]) -> Layer:
-    """Kronecker's product: the sizes of the two factors multiply."""
-    inputs = outputs = 1
-    rank = None
-    for factor in ("w1", "w2"):
-        left, right = shape_of.get(f"{factor}_a", ()), shape_of.get(f"{factor}_b", ())
-        whole = shape_of.get(factor, ())
-        if len(whole) != 2 and len(left) == len(right) == 2:
-            whole, rank = (left[0], right[1]), right[0]
-        outputs, inputs = (outputs * whole[0], inputs * whole[1]) if len(whole) == 2 else (0, 0)
-    return Layer(name, inputs, outputs, rank)
-
-
 def misfits(found: Inspection, spec: ModelSpec) -> list[str]:
-    """Why the LoRA is not one for `spec`; empty when nothing speaks against it."""
-    file, why = found.file, []
-    if found.kind not in ("LoRA", "LoKr"):
-        why.append(f"it is {found.kind}; the worker takes LoRA and LoKr, each side as its own file")
-    if not found.widths:
-        why.append("it has no attention or feed-forward layers of transformer blocks, by which a model is known")
-    elif found.widths != [spec.hidden_size]:
-        why.append(f"its layers are {' and '.join(map(str, found.widths))} wide, those of {spec.id} {spec.hidden_size}")
-    if file.num_blocks > spec.num_blocks:
-        why.append(f"it has layers up to block {file.num_blocks - 1}, and {spec.id} has the blocks 0 to {spec.num_blocks - 1}")
-    takes_images = "image_encoder" in spec.sources
-    if file.has_image_keys and not takes_images:
-        why.append(f"it has image keys (k_img, v_img), which only Wan 2.1 I2V has, not {spec.id}")
-    if takes_images and file.has_text_keys and not file.has_image_keys:
-        why.append(f"it has no image keys (k_img, v_img), which a LoRA trained on {spec.id} has")
-    if file.base_version not in ("", spec.lora_base_version):
-        why.append(f"its base model version is {file.base_version}, that of {spec.id} is {spec.lora_base_version}")
-    return why
+    """Why the worker of `spec` does not take the file, or why it was trained for another model; empty when it fits."""
+    why = (
+        []
+        if found.kind in ("LoRA", "LoKr")
+        else [f"it is {found.kind}; the worker takes LoRA and LoKr, each side as its own file"]
+    )
+    return why + origin.misfits(found.file, spec)
 
 
 def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:

@@ -46,6 +46,6 @@ def _encoding_noise(frames: Frames, kind: str) -> Noise:
     even = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")  # as H.264 needs it
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"frames{encoding.suffix}"
-        encode([even], file, encoding, 16)
+        encode([even], file, encoding, 16, len(even))
         found = [distance(left, right) for left, right in pairs(frames, read_clip(file).frames)]
     return Noise(max(pair.coarse for pair in found), 1 - min(pair.ssim for pair in found))

@@ -29,7 +29,7 @@ from typing import IO, Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipelines.errors import LoraInvalid
-from pipelines.lora.file import Identity, LoraFile, identity_of
+from pipelines.lora.file import FileIdentity, LoraFile, identity_of
 from worker.errors import Stopped
 from worker.files import atomic_write
 from worker.logs import log
@@ -99,7 +99,7 @@ class _Copy:
     file: IO[bytes]
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> FileIdentity:
         return identity_of(os.fstat(self.file.fileno()))
 
 
@@ -124,7 +124,7 @@ class LoraCache:
         for folder in (self._files, self._urls, self._locks):
             folder.mkdir(parents=True, exist_ok=True)
         asked = time.time()
-        damaged: set[Identity] = set()
+        damaged: set[FileIdentity] = set()
         for _ in range(_TRIES):
             with ExitStack() as using:
                 with self._locked(source.key):

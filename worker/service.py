@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from pipelines import WanModel
+from pipelines.catalog import OFFLOAD
 from worker import logs
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
@@ -81,8 +82,9 @@ class Service:
         settings, raw_input, s3_config = self._settings, raw_job.get("input"), raw_job.get("s3Config")
         request = parse(raw_input, self._gpu.model.spec)
         match = request.match or settings.default_match
-        if match == "preview" and self._gpu.model.facts["offload_mode"] == "sequential":
-            text = "this worker runs with OFFLOAD_MODE=sequential, which cannot merge LoRAs; send documented"
+        offload_mode = self._gpu.model.facts["offload_mode"]
+        if match == "preview" and not OFFLOAD[offload_mode].can_merge:
+            text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; send documented"
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
         storage = storage_of_job(s3_config, settings) if s3_config else self._storage
         identity = Identity.of(None if raw_job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, raw_input)

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, TOOLKIT_COMMIT, Attention, LoraMode, Match, OffloadMode
+from pipelines.catalog import MODELS, OFFLOAD, TOOLKIT_COMMIT, Attention, LoraMode, Match, Offload, OffloadMode
 from pipelines.checkpoints import Place
 from worker.errors import Code, WorkerError
 
@@ -192,11 +192,12 @@ class Settings(BaseSettings):
         modes = MODELS[self.model_id].offload_modes
         if self.offload_mode not in ("auto", *modes):
             raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE auto or {' or '.join(modes)}, not {self.offload_mode}")
-        if self.offload_mode == "sequential" and (self.lora_mode == "merge" or self.default_match == "preview"):
+        offload = OFFLOAD.get(self.offload_mode, Offload(streamed=()))
+        if not offload.can_merge and (self.lora_mode == "merge" or self.default_match == "preview"):
             raise ValueError(
-                "OFFLOAD_MODE=sequential cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
+                f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
             )
-        if self.compiles and self.offload_mode in ("group", "sequential"):
+        if self.compiles and not offload.can_compile:
             raise ValueError(f"COMPILE=1 does not go with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
         if self.offload_mode not in ("auto", "none") and self.device != "cuda":
             raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=auto")

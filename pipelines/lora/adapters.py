@@ -1,10 +1,10 @@
 """LoRAs beside untouched weights, as diffusers adapters: load, switch, scale, drop.
 
-Each transformer carries at most one LoRA. A LoRA of the same layers, ranks and dtypes is copied into the place of the old one;
-any other drops it and is loaded anew. The frames equal those of a fresh worker either way. Nothing here reloads the model.
+Each transformer carries at most one LoRA. A LoRA of the same layers, ranks and dtypes is copied over the old one; for any
+other, the old one is dropped and the new one loaded. The frames equal those of a fresh worker either way.
 
-Compiled transformers have places of a fixed rank, filled up with zeros, and scales that are tensors: what another rank or
-another scale changes is then no part of the code, and nothing is compiled again.
+In compiled transformers every LoRA is padded with zeros to one rank, and scales are tensors, so that nothing is compiled again
+for another rank or another scale.
 """
 
 from __future__ import annotations
@@ -17,46 +17,41 @@ from safetensors import safe_open
 from torch.nn.functional import pad
 
 from pipelines.catalog import ModelSpec
-from pipelines.errors import LoraIncompatible, blamed_on
+from pipelines.diffusers_privates import ADAPTER, adapter_layers
+from pipelines.errors import LoraIncompatible, LoraInvalid, blamed_on
 from pipelines.lora.file import Adapter, LoraFile, transformer_of
-from pipelines.lora.layers import read_layers
-
-_NAME = "lora"
+from pipelines.lora.layers import LayerReader
 
 COMPILED_RANK = 128
-"""Of the places in a compiled transformer. A larger LoRA has one of its own, for which the blocks are compiled once more."""
+"""The rank to which LoRAs are padded in compiled blocks. For a larger LoRA the blocks are compiled once more."""
 
 
-def _modules_of(transformer: Any) -> dict[str, Any]:
-    """The layers that carry the adapter, by name."""
-    return {name: module for name, module in transformer.named_modules() if _NAME in getattr(module, "lora_A", {})}
-
-
-def _widen(transformer: Any) -> None:
-    """Bring its adapter to the rank of the places in compiled code; zeros add nothing."""
-    for module in _modules_of(transformer).values():
-        down, up = module.lora_A[_NAME], module.lora_B[_NAME]
+def _pad_to_compiled_rank(transformer: Any) -> None:
+    """Pad the adapter with zeros, which add nothing, to the rank that compiled code expects."""
+    for module in adapter_layers(transformer).values():
+        down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
         missing = max(0, COMPILED_RANK - down.weight.shape[0])
         down.weight = torch.nn.Parameter(pad(down.weight, (0, 0, 0, missing)), requires_grad=False)
         up.weight = torch.nn.Parameter(pad(up.weight, (0, missing)), requires_grad=False)
 
 
 def _scales_as_tensors(transformer: Any) -> None:
-    """What peft keeps as a number, for which code is compiled, as a tensor, which it reads."""
+    """Turn peft's scales into tensors. Code is compiled for the value of a number, but reads a tensor."""
     tensors: dict[float, torch.Tensor] = {}
-    for module in _modules_of(transformer).values():
-        scale = module.scaling[_NAME]
+    for module in adapter_layers(transformer).values():
+        scale = module.scaling[ADAPTER]
         if scale not in tensors:
-            tensors[scale] = torch.tensor(scale, device=module.lora_A[_NAME].weight.device)
-        module.scaling[_NAME] = tensors[scale]
+            tensors[scale] = torch.tensor(scale, device=module.lora_A[ADAPTER].weight.device)
+        module.scaling[ADAPTER] = tensors[scale]
 
 
 class Adapters:
     """The adapters of one pipeline, by the transformer that carries them."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
+    def __init__(self, spec: ModelSpec, reader: LayerReader) -> None:
         self._spec = spec
-        self._pipe = pipe
+        self._pipe = reader.pipe
+        self._reader = reader
         self._loaded: dict[str, Adapter] = {}
         self.are_compiled = False
 
@@ -76,9 +71,9 @@ class Adapters:
                 if name not in self._loaded:
                     self._load(name, adapter)
                     if self.are_compiled:
-                        _widen(getattr(self._pipe, name))
+                        _pad_to_compiled_rank(getattr(self._pipe, name))
             if self._loaded.get(name) != adapter:
-                getattr(self._pipe, name).set_adapters([_NAME], [adapter.scale])
+                getattr(self._pipe, name).set_adapters([ADAPTER], [adapter.scale])
                 if self.are_compiled:
                     _scales_as_tensors(getattr(self._pipe, name))
                 self._loaded[name] = adapter
@@ -94,13 +89,13 @@ class Adapters:
 
     def _swap(self, name: str, old: LoraFile, new: LoraFile) -> bool:
         """Copy `new` into the tensors of `old`. False, with nothing done, where they differ in more than their numbers."""
-        layers = read_layers(new, self._pipe, self._spec.id)[0]
+        layers = self._reader.read(new)[0]
         outline = self._outline(new)
         if outline is None or outline != self._outline(old):
             return False
-        modules = _modules_of(getattr(self._pipe, name))
+        modules = adapter_layers(getattr(self._pipe, name))
         weights = {
-            layer.keys[half]: getattr(modules[path], f"lora_{half}")[_NAME].weight
+            layer.keys[half]: getattr(modules[path], f"lora_{half}")[ADAPTER].weight
             for path, layer in layers.items()
             for half in ("A", "B")
         }
@@ -113,11 +108,11 @@ class Adapters:
         return True
 
     def _outline(self, file: LoraFile) -> dict[str, tuple[object, ...]] | None:
-        """What two files must have in common to take each other's place: layers, dtypes and, unless compiled, ranks.
+        """What two files must have in common to be swapped: layers, dtypes and, unless compiled, ranks.
 
-        None for a file with alphas, which are no tensors in an adapter.
+        None for a file with alphas, which are not tensors in an adapter.
         """
-        layers = read_layers(file, self._pipe, self._spec.id)[0]
+        layers = self._reader.read(file)[0]
         if any(layer.keys.keys() != {"A", "B"} for layer in layers.values()):
             return None
         least = COMPILED_RANK if self.are_compiled else 0
@@ -132,16 +127,18 @@ class Adapters:
             self._pipe.load_lora_weights(
                 str(path.parent),
                 weight_name=path.name,
-                adapter_name=_NAME,
+                adapter_name=ADAPTER,
                 use_safetensors=True,
                 local_files_only=True,
                 load_into_transformer_2=name == "transformer_2",
             )
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except OSError as error:
+            raise LoraInvalid("the file could not be read; send the job again") from error
+        except (ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch for" not in str(error):  # of the device, or of its memory
                 raise
             raise LoraIncompatible(f"the LoRA could not be loaded into {self._spec.id}; nothing of it was kept") from error
-        # A LoRA never silently does nothing: every layer the file has must have arrived.
-        wanted = read_layers(adapter.file, self._pipe, self._spec.id)[0].keys()
-        if lost := wanted - _modules_of(getattr(self._pipe, name)).keys():
+        # A LoRA never silently does nothing: every layer of the file must have arrived.
+        wanted = self._reader.read(adapter.file)[0].keys()
+        if lost := wanted - adapter_layers(getattr(self._pipe, name)).keys():
             raise LoraIncompatible(f"{len(lost)} of {len(wanted)} layers of the LoRA were not loaded, such as {min(lost)}")

@@ -1,6 +1,6 @@
-"""What a LoRA file's header tells: keys, shapes, metadata, and the model it looks trained for. No torch in this file.
+"""A LoRA file's header: keys, shapes, dtypes and metadata. No torch in this file.
 
-Only the header is read. Whether the LoRA fits a loaded transformer is decided in `lora_check`.
+`origin` says which model the file was trained for, `fit` whether it fits a loaded transformer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from stat import S_ISREG
@@ -18,14 +18,11 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from pipelines.catalog import MODELS
 from pipelines.errors import LoraInvalid
-from pipelines.safetensors_header import looks_like_safetensors, read_header
+from pipelines.safetensors_header import SafetensorsError, looks_like_safetensors, read_header
 
 Side = Literal["high", "low"]
 
-_Q_DOWN = re.compile(r"blocks[._](\d+)[._](?:self_attn[._]q|attn1\.to_q)\.lora_(?:A|down)\b")
-_Q_LOKR = re.compile(r"blocks[._]\d+[._]self_attn[._]q\.lokr_(w[12])(?:_b)?$")
 _BLOCK = re.compile(r"blocks[._](\d{1,9})[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
 _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
@@ -34,14 +31,16 @@ _MAX_ENTRY = 10_000
 """Characters of a metadata entry that is looked into; ai-toolkit writes some hundred."""
 
 _MAX_NAME = 100
+_REMEDY = {False: "export the LoRA as safetensors", True: "upload or download it again"}
+"""By whether the file is cut short."""
 _MAX_STEP = 2**53  # beyond it JSON readers disagree
 
 
-Identity = tuple[int, int, int, int]
-"""Of a file: device, inode, size and mtime."""
+FileIdentity = tuple[int, int, int, int]
+"""Device, inode, size and mtime of a file."""
 
 
-def identity_of(stat: os.stat_result) -> Identity:
+def identity_of(stat: os.stat_result) -> FileIdentity:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -50,11 +49,11 @@ class LoraFile:
     """A local LoRA file and its header."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]] = field(compare=False)
+    dtypes: Mapping[str, str] = field(compare=False)
     """Key to dtype as safetensors writes it (`F32`, `BF16`, …)."""
-    metadata: Mapping[str, str]
-    identity: Identity
+    metadata: Mapping[str, str] = field(compare=False)
+    identity: FileIdentity
     """A file that is replaced under the same name is another LoRA."""
 
     @classmethod
@@ -100,15 +99,6 @@ class LoraFile:
         return step if type(step) is int and 0 <= step < _MAX_STEP else None
 
     @property
-    def hidden_size(self) -> int | None:
-        """Input width of a block's query projection; None when there is no such key."""
-        for key, shape in self.shapes.items():
-            if _Q_DOWN.search(key) and len(shape) == 2:
-                return shape[1]
-        factors = {match[1]: shape[1] for key, shape in self.shapes.items() if (match := _Q_LOKR.search(key)) and shape[1:]}
-        return factors["w1"] * factors["w2"] if len(factors) == 2 else None
-
-    @property
     def num_blocks(self) -> int:
         """One more than the highest block number among the keys."""
         return 1 + max((int(match[1]) for key in self.shapes if (match := _BLOCK.search(key))), default=-1)
@@ -132,42 +122,10 @@ class LoraFile:
                 return _name(folder.removeprefix("1_"))
         return ""
 
-    def looks_trained_for(self, but_not: str = "") -> str:
-        """The model ids this LoRA fits, in words, from its sizes, image keys and base model version.
-
-        `but_not`: the id of a model that it has been found not to fit.
-        """
-        facts = []
-        if self.hidden_size:
-            facts.append(f"hidden size {self.hidden_size}, {self.num_blocks} blocks")
-        if self.has_image_keys:
-            facts.append("image keys")
-        if self.base_version:
-            facts.append(f"base model {self.base_version}")
-        models = (
-            " or ".join(id for id in self._fitting_models() if id != but_not)
-            or self.base_version
-            or "a model this worker does not know"
-        )
-        return f"{models} ({', '.join(facts)})" if facts else models
-
-    def _fitting_models(self) -> list[str]:
-        if self.hidden_size is None:
-            return []
-        fits = [spec for spec in MODELS.values() if self.base_version in ("", spec.lora_base_version)]
-        known_sizes = {spec.hidden_size for spec in MODELS.values()}
-        if self.hidden_size in known_sizes:
-            fits = [spec for spec in fits if spec.hidden_size == self.hidden_size]
-        if self.has_image_keys:
-            fits = [spec for spec in fits if "image_encoder" in spec.sources]
-        else:
-            fits = [spec for spec in fits if "image_encoder" not in spec.sources]
-        return [spec.id for spec in fits] if self.base_version or self.hidden_size in known_sizes else []
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA as a request wants it: which file, how strong, and on a MoE model on which side."""
+    """A LoRA as a request asks for it: its file, its strength, and on a MoE model its side."""
 
     file: LoraFile
     scale: float = 1.0
@@ -180,12 +138,15 @@ def transformer_of(side: Side | None) -> str:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, identity: tuple[int, int, int, int]) -> LoraFile:
+def _read(path: Path, identity: FileIdentity) -> LoraFile:
     with path.open("rb") as file:
         if why := why_unreadable(file.read(256)):
             raise LoraInvalid(why)
         file.seek(0)
-        header = read_header(file)
+        try:
+            header = read_header(file)
+        except SafetensorsError as error:
+            raise LoraInvalid(f"{error}; {_REMEDY[error.is_cut_short]}") from error
     if not header.shapes:
         raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
     try:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import LoraFile
+from pipelines.lora.origin import looks_trained_for
 
 _STRANGE_BLOCK = re.compile(r".{16}blocks\.(?!\d{1,3}\.)", re.ASCII)
 """Behind the 16 characters of `diffusion_model.`, which the conversion cuts off every key, a number that is not up to 999.
@@ -51,28 +51,28 @@ class Layer:
         return torch.kron(_factor(parts, "w1"), _factor(parts, "w2")) * _lokr_scale(parts)
 
 
-_Layers = tuple[dict[str, Layer], list[str]]
+Layers = tuple[dict[str, Layer], list[str]]
+"""({layer of the transformer: Layer}, keys that have no effect)."""
 _KEPT = 64
-_known: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], _Layers]] = WeakKeyDictionary()
-"""By the pipeline, by the file's path and identity: a job's LoRA is looked at several times."""
 
 
-def read_layers(file: LoraFile, pipe: Any, model_id: str) -> _Layers:
-    """({layer of the transformer: Layer}, keys that have no effect). Reads nothing but the header that is in `file`.
+class LayerReader:
+    """Reads LoRA files as layers of one pipeline's transformers. Several threads may use it."""
 
-    What was read of a file is kept for the pipeline, and must not be changed. Raises LoraIncompatible, LoraInvalid; the texts
-    name `model_id`.
-    """
-    known = _known.setdefault(pipe, OrderedDict())
-    key = (file.path, file.identity)
-    if key not in known:
-        known[key] = _read_layers(file, pipe, model_id)
-        if len(known) > _KEPT:
-            known.popitem(last=False)
-    return known[key]
+    def __init__(self, pipe: Any, model_id: str) -> None:
+        """`model_id`: the model that errors name."""
+        self.pipe = pipe
+        self._read = lru_cache(maxsize=_KEPT)(partial(_read_layers, pipe=pipe, model_id=model_id))
+
+    def read(self, file: LoraFile) -> Layers:
+        """The layers of `file`, from its header alone. They are shared and must not be changed.
+
+        Raises LoraIncompatible, LoraInvalid.
+        """
+        return self._read(file)
 
 
-def _read_layers(file: LoraFile, pipe: Any, model_id: str) -> _Layers:
+def _read_layers(file: LoraFile, pipe: Any, model_id: str) -> Layers:
     if strange := _unsupported_kind(file.shapes):
         raise LoraIncompatible(f"this is {strange}; {model_id} takes LoRA files (lora_A and lora_B keys)")
     if any(".lokr_" in key for key in file.shapes):
@@ -84,7 +84,7 @@ def _read_layers(file: LoraFile, pipe: Any, model_id: str) -> _Layers:
         if layer:
             halves.setdefault(layer, {})[half.removesuffix(".weight")] = key
     if not halves:
-        raise LoraIncompatible(f"it has no lora_A and lora_B keys; it looks trained for {file.looks_trained_for()}")
+        raise LoraIncompatible(f"it has no lora_A and lora_B keys; it looks trained for {looks_trained_for(file)}")
     with_bias = [layer for layer, parts in halves.items() if "B.bias" in parts]
     if with_bias:
         raise LoraIncompatible(
@@ -178,7 +178,7 @@ def _convert(
     except (ValueError, KeyError, IndexError) as error:
         raise LoraIncompatible(
             f"its keys, such as `{_strangest(file.shapes)}`, are not those of a LoRA for {model_id}; "
-            f"it looks trained for {file.looks_trained_for()}"
+            f"it looks trained for {looks_trained_for(file)}"
         ) from error
     names = {name.removeprefix("transformer."): keys[int(tensor)] for name, tensor in converted.items()}
     kept = set(names.values())

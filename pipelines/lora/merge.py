@@ -19,16 +19,16 @@ from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import blamed_on
 from pipelines.lora.file import Adapter, transformer_of
-from pipelines.lora.layers import read_layers
+from pipelines.lora.layers import LayerReader
 from pipelines.weights import file_names, index_of
 
 
 class Merges:
     """The merged LoRAs of one pipeline, by transformer; at most one each."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Checkpoints) -> None:
-        self._spec = spec
-        self._pipe = pipe
+    def __init__(self, spec: ModelSpec, reader: LayerReader, checkpoints: Checkpoints) -> None:
+        self._pipe = reader.pipe
+        self._reader = reader
         self._files = {name: _CheckpointFile(checkpoints.folder_of(name)) for name in spec.transformers}
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
@@ -53,6 +53,10 @@ class Merges:
                     self._merge(name, after)
                 self._merged[name] = after
 
+    @property
+    def are_active(self) -> bool:
+        return bool(self._merged)
+
     @torch.no_grad()
     def take_out_all(self) -> None:
         """Put every weight back, whatever state it is in."""
@@ -61,7 +65,7 @@ class Merges:
             self._restore(name, layers)
 
     def _merge(self, name: str, adapter: Adapter) -> None:
-        layers, _ = read_layers(adapter.file, self._pipe, self._spec.id)
+        layers, _ = self._reader.read(adapter.file)
         tensors = load_file(adapter.file.path)
         self._restore(name, self._changed[name] - layers.keys())
         self._changed[name] |= layers.keys()

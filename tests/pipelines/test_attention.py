@@ -31,12 +31,12 @@ def test_kernels_that_do_not_work_here_stop_the_start(tiny: Path, asked: Any) ->
 
 
 def test_other_kernels_that_compute_the_same_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention._BACKENDS, "flash", Backend._NATIVE_MATH)
+    monkeypatch.setitem(attention._BACKENDS, "flash", "_NATIVE_MATH")
     assert why_not("flash", CPU) == ""
 
 
 def test_kernels_that_compute_something_else_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention._BACKENDS, "flash", Backend._NATIVE_MATH)
+    monkeypatch.setitem(attention._BACKENDS, "flash", "_NATIVE_MATH")
     native = attention_dispatch._AttentionBackendRegistry._backends[Backend._NATIVE_MATH]
     wrong = lambda *args, **kwargs: native(*args, **kwargs) * 1.001  # noqa: E731
     monkeypatch.setitem(attention_dispatch._AttentionBackendRegistry._backends, Backend._NATIVE_MATH, wrong)

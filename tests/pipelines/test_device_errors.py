@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Sampling, WanModel, load_pipeline
-from pipelines.errors import DeviceLost, OutOfMemory
+from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines.catalog import OffloadMode
+from pipelines.errors import DeviceLost, LoraIncompatible, OutOfMemory
+from pipelines.lora.file import LoraFile
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling("a boat", width=64, height=64, num_frames=9, num_inference_steps=1)
@@ -90,6 +92,125 @@ def test_an_error_after_which_the_device_is_silent_means_that_it_is_lost(
 def test_an_error_after_which_the_device_answers_is_only_that_error(model: WanModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="something went wrong"):
         list(failing(model, monkeypatch, answers=True).generate(SAMPLING))
+
+
+def lora(tiny: Path) -> Adapter:
+    return Adapter(LoraFile.read(tiny / "loras/wan21_1b/rank16.safetensors"))
+
+
+def test_a_device_that_dies_while_loras_are_applied_is_lost_though_nothing_can_be_put_back(
+    model: WanModel, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    model.apply_loras([lora(tiny)], "merge")
+    monkeypatch.setattr(model._merges, "_restore", dead)
+    monkeypatch.setattr(model, "device_answers", lambda: False)
+    with pytest.raises(DeviceLost):
+        model.apply_loras([], "merge")
+
+
+def test_a_device_that_dies_while_a_failed_lora_is_taken_out_is_lost(
+    model: WanModel, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise LoraIncompatible("the LoRA does not fit")
+
+    def dead(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(model._adapters, "apply", fail)
+    monkeypatch.setattr(model._adapters, "drop_all", dead)
+    monkeypatch.setattr(model, "device_answers", lambda: False)
+    with pytest.raises(DeviceLost):
+        model.apply_loras([lora(tiny)])
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "expected"),
+    [
+        ("CUDA error: an illegal memory access was encountered", False, DeviceLost),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True, OutOfMemory),
+        ("CUDA error: out of memory", True, OutOfMemory),
+        ("something else", True, RuntimeError),
+    ],
+)
+def test_what_the_device_raises_while_an_adapter_loads_is_not_the_loras_fault(
+    model: WanModel, tiny: Path, monkeypatch: pytest.MonkeyPatch, text: str, answers: bool, expected: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(model._pipe, "load_lora_weights", fail)
+    monkeypatch.setattr(model, "device_answers", lambda: answers)
+    with pytest.raises(expected) as error:
+        model.apply_loras([lora(tiny)])
+    assert error.type is expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported (cudaHostAlloc)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_out_of_memory(
+    model: WanModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def denoise(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(model, "_denoise", denoise)
+    with pytest.raises(OutOfMemory, match="or run the worker on a machine with more memory"):
+        list(model.generate(SAMPLING))
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "merged", "remedy"),
+    [
+        ("none", False, False, "run the worker with OFFLOAD_MODE=text_encoder"),
+        ("text_encoder", False, False, "run the worker with OFFLOAD_MODE=group"),
+        ("group", False, False, "run the worker with OFFLOAD_MODE=sequential"),
+        ("group", False, True, "use a GPU with more memory"),
+        ("text_encoder", True, False, "run the worker with OFFLOAD_MODE=model"),
+        ("sequential", False, False, "use a GPU with more memory"),
+    ],
+)
+def test_out_of_memory_advises_only_what_takes_less_and_can_be_used(
+    model: WanModel, tiny: Path, mode: OffloadMode, compiled: bool, merged: bool, remedy: str
+) -> None:
+    if merged:
+        model.apply_loras([lora(tiny)], "merge")
+    gigabytes = {"none": 40, "text_encoder": 29.5, "group": 1.7, "model": 28.6, "sequential": 0}
+    model.bytes_by_mode = {name: int(size * 1e9) for name, size in gigabytes.items()}  # type: ignore[misc]
+    model.facts |= {"offload_mode": mode, "compiled": compiled}
+    model.device = torch.device("cuda")
+    assert model._memory_remedy() == remedy
+
+
+def test_a_load_that_runs_out_of_memory_is_out_of_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffusers.WanTransformer3DModel.from_pretrained", fail)
+    with pytest.raises(OutOfMemory, match="the memory ran out while wan21_1b was loaded; use a machine with more memory"):
+        load_pipeline("wan21_1b", tiny, "cpu")
+
+
+def test_a_video_that_nobody_takes_to_its_end_leaves_nothing_behind(model: WanModel) -> None:
+    plain = np.concatenate(list(model.generate(SAMPLING)))
+    chunks = model.generate(SAMPLING)
+    next(chunks)
+    assert any(cache is not None for cache in model._pipe.vae._feat_map)
+    chunks.close()
+    assert all(cache is None for cache in model._pipe.vae._feat_map)
+    assert (np.concatenate(list(model.generate(SAMPLING))) == plain).all()
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import Sampling, WanModel, embeddings, load_pipeline
+from pipelines import Sampling, WanModel, load_pipeline
+from pipelines.embeddings import KEPT
 
 SAMPLING = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=1)
 
@@ -41,10 +42,14 @@ def test_another_prompt_costs_one_text(model: WanModel, encoded: Counter[str]) -
     assert (one != other).any()
 
 
-def test_only_so_many_texts_are_kept(model: WanModel, encoded: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "KEPT", 2)
-    for prompt in ("a", "b", "c", "a"):
-        model._pipe._get_t5_prompt_embeds([prompt])
-    assert encoded["times"] == 4
-    model._pipe._get_t5_prompt_embeds(["c"])
-    assert encoded["times"] == 4
+def test_only_so_many_texts_are_kept_the_least_recently_used_are_dropped(model: WanModel, encoded: Counter[str]) -> None:
+    encode = model._pipe._get_t5_prompt_embeds
+    for prompt in range(KEPT):
+        encode([f"{prompt}"])
+    encode(["0"])  # used again: the next one is the oldest
+    encode(["one more"])
+    assert encoded["times"] == KEPT + 1
+    encode(["0"])
+    assert encoded["times"] == KEPT + 1
+    encode(["1"])
+    assert encoded["times"] == KEPT + 2

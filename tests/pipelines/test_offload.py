@@ -14,7 +14,8 @@ from pipelines.catalog import BYTES_OF_A_JOB, MODELS, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.lora.file import LoraFile
-from pipelines.offload import mode_for, place
+from pipelines.offload import bytes_by_mode, place
+from pipelines.offload import mode_for as mode_of_sizes
 from pipelines.recipes import preview
 from tests.conftest import STAND_IN
 
@@ -80,6 +81,10 @@ def test_streaming_changes_no_frame_whatever_loras_come_and_go(tiny: Path, model
     streamed = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN)
     place(streamed._pipe, torch.device("cpu"), "group")
     assert frames_of_a_day(plain, tiny) == frames_of_a_day(streamed, tiny)
+
+
+def mode_for(asked: OffloadMode, checkpoints: Checkpoints, itemsize: int, free: int) -> OffloadMode:
+    return mode_of_sizes(asked, checkpoints.spec, bytes_by_mode(checkpoints, itemsize), free)
 
 
 def frames_of_a_day(model: WanModel, tiny: Path) -> list[bytes]:

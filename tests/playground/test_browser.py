@@ -195,7 +195,8 @@ def test_a_sample_of_the_trainer_is_dropped_on_a_video(page: Page, playground: S
     name = page.locator("video.made").get_attribute("src")
     (tmp_path / "mine.mp4").write_bytes(playground.get(str(name)).content)
     sample = tmp_path / "1718000000__000001000_0.webp"
-    encode([read_clip(tmp_path / "mine.mp4").frames], sample, VIDEO["webp"], 5)
+    frames = read_clip(tmp_path / "mine.mp4").frames
+    encode([frames], sample, VIDEO["webp"], 5, len(frames))
     drop(page, "#screen", sample, "image/webp")
     page.wait_for_selector(".curve .dot")
     assert page.locator("figcaption").first.inner_text() == sample.name

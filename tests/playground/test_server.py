@@ -57,7 +57,7 @@ def finished(page: Page, cloud: StandIn, answer: dict[str, Any]) -> dict[str, An
 
 
 def written(target: Path, output_format: str = "mp4", frames: np.ndarray = FRAMES) -> Path:
-    encode([frames], target, VIDEO[output_format], 16)
+    encode([frames], target, VIDEO[output_format], 16, len(frames))
     return target
 
 

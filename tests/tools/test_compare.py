@@ -37,7 +37,7 @@ FRAMES = scene()
 
 def written(folder: Path, output_format: str, frames: np.ndarray = FRAMES, name: str = "a", comment: str = "") -> Path:
     target = folder / f"{name}{VIDEO[output_format].suffix}"
-    encode([frames], target, VIDEO[output_format], 16, comment)
+    encode([frames], target, VIDEO[output_format], 16, len(frames), comment)
     return target
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines.errors import LoraInvalid
 from pipelines.lora.file import LoraFile, why_unreadable
+from pipelines.lora.origin import looks_trained_for
 from pipelines.recipes import era_of
 from pipelines.safetensors_header import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS
 
@@ -113,7 +114,7 @@ def test_metadata_nested_without_end_is_no_metadata(write: Write) -> None:
 
 def test_a_base_version_that_cannot_be_shown_is_none(write: Write) -> None:
     assert write(ss_base_model_version="wan\u202e").base_version == ""
-    assert "does not know" in write(ss_base_model_version="x" * 1_000_000).looks_trained_for()
+    assert "does not know" in looks_trained_for(write(ss_base_model_version="x" * 1_000_000))
 
 
 # What is no LoRA, by its first bytes
