@@ -83,6 +83,8 @@ ARG REVISIONS=""
 ARG HF_ENDPOINT=https://huggingface.co
 COPY builder/__init__.py builder/fetch_checkpoints.py builder/bake.py /build/builder/
 COPY pipelines/__init__.py pipelines/catalog.py pipelines/manifest.py pipelines/weights.py /build/pipelines/
+COPY worker/__init__.py /build/worker/
+COPY worker/net/__init__.py worker/net/statuses.py /build/worker/net/
 WORKDIR /build
 RUN mkdir /checkpoints /weights
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \

@@ -22,7 +22,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from worker import logs
 from worker.errors import WorkerError
-from worker.settings import Settings, SettingsError, load_settings
+from worker.settings import Settings, SettingsError, is_in_cloud, load_settings
 from worker.startup import lean_imports, prefetch
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     logs.configure()
-    in_cloud = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
+    in_cloud = is_in_cloud()
     one_local_run = not in_cloud and "--rp_serve_api" not in sys.argv
     # The SDK's default level logs whole results, presigned URLs included. One local run prints its result: it was asked for.
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO" if one_local_run else "WARN")
@@ -39,32 +39,33 @@ def main() -> None:
         settings = load_settings()
         logs.hide(settings.secrets)
         service = start(settings)
+        from worker.runpod import queue
+
+        if not one_local_run:
+            queue.redact_the_log()
     except (SettingsError, WorkerError) as error:
         fail(str(error), in_cloud)
     except Exception as error:
         logs.log.exception("the start failed")
         fail(f"{type(error).__name__}; the log line above has the traceback", in_cloud)
 
-    from worker.runpod import queue
-
-    def leave(*_: object) -> NoReturn:
+    def shut_down(*_: object) -> NoReturn:
         sys.exit(int(service.device_is_lost))
 
     if not one_local_run:
-        queue.redact_the_log()
-        signal.signal(signal.SIGTERM, leave)  # the queue's loop has its own; the local API sends the signal on when it is done
+        signal.signal(signal.SIGTERM, shut_down)  # the queue's loop has its own; the local API sends the signal on when done
     queue.serve(service.run, service.wants_a_job)
-    leave()
+    shut_down()
 
 
 def start(settings: Settings) -> Service:
-    """Import what is needed and load the model, while the system reads the weights. Raises what `cold_start` raises."""
+    """Import the libraries and load the model, while the system reads the weights. Raises what `cold_start` raises."""
     took = {"settings": round(time.process_time(), 3)}
     checkpoints = Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
     prefetch.read_weights(checkpoints.spec, checkpoints)
     if reason := lean_imports.install():
-        logs.log.warning("a slow start, with everything that the libraries import: %s", reason)
-    gc.disable()  # to look for garbage among what is imported takes a second, and finds next to none
+        logs.log.warning("slow start: the libraries import everything, since %s", reason)
+    gc.disable()  # collecting garbage during the imports takes a second and finds hardly any
     with timed(took, "sdk"):
         import worker.runpod.queue  # noqa: F401 for `main`
     with timed(took, "libraries"):
@@ -75,7 +76,7 @@ def start(settings: Settings) -> Service:
 
 
 def fail(reason: str, in_cloud: bool) -> NoReturn:
-    """One line on stderr, status 1, and in the cloud a word to the platform."""
+    """Print one line on stderr, tell the platform in the cloud, and exit with status 1."""
     print(f"worker-wan-lora cannot start: {reason}", file=sys.stderr)
     if in_cloud:
         from worker.runpod import queue

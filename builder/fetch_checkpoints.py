@@ -43,6 +43,7 @@ from tqdm import tqdm
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.manifest import NAME, Entry, Manifest
 from pipelines.weights import STEM_OF, file_names
+from worker.net.statuses import is_refusal
 
 T = TypeVar("T")
 
@@ -313,7 +314,7 @@ def _of(
 ) -> FetchError | _Again:
     """What an error of the Hub's means. Never its text, which can hold signed URLs."""
     status = error.response.status_code
-    may_pass = status in (408, 416, 425, 429) or status >= 500
+    may_pass = status == 416 or not is_refusal(status)
     if may_pass or (is_redirected and not error.response.headers.get("X-Error-Code")):  # a signed URL is good for a while
         return _Again(f"the Hub answered with status {status}", _demanded(error.response.headers))
     if isinstance(error, hub_errors.GatedRepoError):

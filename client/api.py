@@ -17,6 +17,7 @@ import urllib3
 from requests.auth import AuthBase
 
 from client.errors import JobNotFound, NotAuthorized, Refused, SubmissionUnknown, Unreachable
+from worker.net.statuses import is_refusal
 
 Say = Callable[[str], None]
 """Takes a line for whoever waits."""
@@ -151,7 +152,7 @@ class Api:
             )
         if 300 <= status < 400:
             raise Refused(f"{self._url} sends the call on to another address, which is not followed; check the URL")
-        if 400 <= status < 500 and status not in (408, 425, 429):
+        if is_refusal(status):
             raise Refused(f"{self._url} refused the call (status {status}){_told(response)}")
 
 

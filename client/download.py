@@ -24,6 +24,7 @@ import urllib3
 from client.api import Auth, Patience
 from client.errors import DownloadFailed
 from client.result import File
+from worker.net.statuses import is_refusal
 
 _CHUNK = 1 << 20
 _TIMEOUT = (10.0, 60.0)
@@ -145,7 +146,7 @@ def _lost(output: File, what: str, failure: str) -> DownloadFailed:
 def _raise_for_refusal(response: requests.Response, output: File, what: str) -> None:
     """Raises DownloadFailed for the answers that will be the same next time."""
     status = response.status_code
-    if not 400 <= status < 500 or status in (408, 425, 429):
+    if not is_refusal(status):
         return
     if output.expires_at and datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") >= output.expires_at:
         text = f"{what}: its URL expired at {output.expires_at}; the file lies in the bucket as {output.key}"

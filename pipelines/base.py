@@ -127,10 +127,8 @@ class WanModel(ABC):
                 else:
                     self._adapters.apply([])
                     self._merges.apply(adapters)
-        except DeviceLost:  # nothing on it can be changed any more
-            raise
         except BaseException:
-            with self._device_errors():
+            with self._device_errors():  # a dead device must not hide behind the error of this clean-up
                 self._adapters.drop_all()
                 self._merges.take_out_all()
             raise

@@ -73,11 +73,6 @@ class Problem:
         return f"`{self.field}`: {self.text}" if self.field else self.text
 
 
-def is_refusal(status: int) -> bool:
-    """Whether an HTTP status rejects the request for good; otherwise a retry may succeed."""
-    return 400 <= status < 500 and status not in (408, 425, 429)
-
-
 class Stopped(Exception):
     """The job was cancelled or ran out of time, and its threads must stop."""
 

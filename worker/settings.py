@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,14 @@ BUCKET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$"
 
 _SECONDS_PER_CLOUD_JOB = 570.0
 """RunPod ends a job after 600 s where the endpoint says nothing else, and what it made is lost then."""
+
+
+def is_in_cloud() -> bool:
+    """Whether RunPod runs this process. An empty variable counts as not set, and is removed: the SDK would count it as set."""
+    if not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        os.environ.pop("RUNPOD_WEBHOOK_GET_JOB", None)
+        return False
+    return True
 
 
 class SettingsError(Exception):

@@ -21,10 +21,12 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from worker.errors import Code, Problem, WorkerError, is_refusal
+from worker.errors import Code, Problem, WorkerError
 from worker.files import atomic_write
 from worker.logs import log
-from worker.net.addresses import NotPublic, public_only
+from worker.net.addresses import NotPublic
+from worker.net.privates import public_only
+from worker.net.statuses import is_refusal
 from worker.settings import BUCKET_NAME, Settings, SettingsError
 
 _FAILURES = (BotoCoreError, ClientError, NotPublic)

@@ -40,7 +40,7 @@ def test_an_example_is_valid_and_made_as_it_asks(model_id: str) -> None:
     spec = MODELS[model_id]
     request = parse(job["input"], spec)
     recipe = preview(spec, "", "") if request.match == "preview" else documented(spec)
-    assert not [warning for shot in shots_of(request, lambda _: recipe, lambda _: 0) for warning in shot.warnings]
+    assert not [warning for shot in shots_of(request, lambda _: recipe, lambda _: 0, {}) for warning in shot.warnings]
 
 
 @pytest.mark.parametrize("model_id", MODELS)

@@ -140,3 +140,10 @@ def test_a_local_api_that_is_told_to_leave_leaves_nothing_behind(tiny: Path, tmp
         api.process.terminate()
         assert api.process.wait(timeout=30) == 0
     assert not list((tmp_path / "temp").glob("worker-wan-lora-*"))
+
+
+def test_an_empty_address_of_the_queue_counts_as_none(tiny: Path, tmp_path: Path) -> None:
+    env = environment(tiny, "wan21_1b", OUTPUT_DIR=tmp_path, RUNPOD_WEBHOOK_GET_JOB="")
+    done = run_handler(env, "--test_input", json.dumps({"input": request_for("wan21_1b", tiny)}))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "local_test/0.mp4").exists() or list(tmp_path.rglob("0.*"))

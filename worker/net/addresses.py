@@ -1,26 +1,21 @@
-"""Which addresses the worker may reach for a client, and connections that reach no others.
+"""The addresses that the worker may reach for a client, and connections that reach no others.
 
-A client names hosts: of LoRAs, of control images, of buckets. The worker stands in a network where more than the client can
-see answers it: cloud metadata, databases, other workers. So a connection looks its name up once, refuses the name unless
-every address is public, and then connects to exactly what was checked. The name still goes into the Host header and is what
-the certificate must bear.
+A client names hosts: of LoRAs, of control images, of buckets. The worker runs in a network where more answers it than the
+client can see: cloud metadata, databases, other workers. So a connection looks the name up once, refuses it unless every
+address is public, and then connects to exactly what was checked. The name is still sent as the Host header, and the
+certificate must be for it.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from itertools import zip_longest
-from typing import Any, cast
-
-from botocore.httpsession import ProxyConfiguration
-from urllib3.connection import HTTPConnection
-from urllib3.connectionpool import HTTPConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from typing import Any
 
 _ADDRESSES = 4
-"""How many addresses of a name are tried, IPv6 and IPv4 in turn: where one of the two does not work, the other does."""
+"""How many addresses of a name are tried, IPv6 and IPv4 alternating: where one of the two does not work, the other may."""
 
 _NOT_PUBLIC = [
     # Not `ipaddress.is_global`, whose answer depends on the version of Python. Source: the IANA special-purpose registries.
@@ -65,7 +60,7 @@ class NotPublic(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is unicast and reachable from everywhere; of an IPv4 address inside IPv6, whether that is."""
+    """Whether an IP address is unicast and reachable from everywhere. For an IPv4 address inside IPv6, whether that one is."""
     ip: IPv4Address | IPv6Address = ip_address(address)
     if isinstance(ip, IPv6Address):
         if ip.ipv4_mapped or ip in _NAT64:
@@ -75,63 +70,34 @@ def is_public(address: str) -> bool:
     return not any(ip in network for network in _NOT_PUBLIC)
 
 
-class _PublicOnly(HTTPConnection):
-    """A connection to a public address, whatever the name says the next time it is looked up. Raises NotPublic."""
-
-    def _new_conn(self) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(self._dns_host.strip("[]"), self.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise NewConnectionError(self, "the name has no address") from error
-        if not all(is_public(str(address[0])) for *_, address in found):
-            raise NotPublic
-        failure: OSError = OSError("the name has no address")
-        by_family = [[each for each in found if each[0] == family] for family in dict.fromkeys(each[0] for each in found)]
-        in_turn = [each for turn in zip_longest(*by_family) for each in turn if each]
-        for family, kind, protocol, _, address in in_turn[:_ADDRESSES]:
-            connection = socket.socket(family, kind, protocol)
-            try:
-                for option in self.socket_options or ():
-                    connection.setsockopt(*option)
-                connection.settimeout(self.timeout)
-                connection.connect(address)
-            except OSError as error:
-                connection.close()
-                failure = error
-            else:
-                return connection
-        if isinstance(failure, TimeoutError):
-            raise ConnectTimeoutError(self, "no address of the name answers in time") from failure
-        raise NewConnectionError(self, "no address of the name answers") from failure
+class NoConnection(Exception):
+    """No address of a name could be connected to; the cause is a TimeoutError when the last one did not answer."""
 
 
-Pools = Mapping[str, type[HTTPConnectionPool]]
-"""Connection pools by scheme, as in urllib3's `PoolManager.pool_classes_by_scheme`."""
+def connect(host: str, port: int, timeout: float | None, options: Iterable[Any]) -> socket.socket:
+    """Connect to the public addresses of `host`, one after the other. Raises NotPublic, NoConnection.
 
-
-def public_pools(pools: Pools) -> Pools:
-    """The same pools, with connections to public addresses only."""
-    return {scheme: _public_pool(pool) for scheme, pool in pools.items()}
-
-
-def _public_pool(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
-    connection = type("PublicConnection", (_PublicOnly, cast("Any", pool.ConnectionCls)), {})
-    return cast("type[HTTPConnectionPool]", type("PublicPool", (pool,), {"ConnectionCls": connection}))
-
-
-def public_only(client: Any) -> None:
-    """Make a boto3 client reach public addresses only. What it then refuses, it refuses at once, with NotPublic.
-
-    botocore has no setting for either, so this replaces what its HTTP session (`URLLib3Session`) keeps to itself.
+    The name is looked up once: what was checked is what is connected to. `options` are those of `socket.setsockopt`.
     """
-    session = client._endpoint.http_session
-    session._manager.pool_classes_by_scheme = public_pools(session._manager.pool_classes_by_scheme)
-    session._proxy_config = ProxyConfiguration()  # a proxy would look the name up itself
-    client.meta.events.register_first("needs-retry", _do_not_retry)
-
-
-def _do_not_retry(caught_exception: Exception | None = None, **_: Any) -> None:
-    """botocore wraps what it does not know into an HTTPClientError, and tries again."""
-    cause = getattr(caught_exception, "kwargs", {}).get("error")
-    if isinstance(cause, NotPublic):
-        raise cause
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise NoConnection("the name has no address") from error
+    if not all(is_public(str(address[0])) for *_, address in found):
+        raise NotPublic
+    failure: OSError = OSError("the name has no address")
+    by_family = [[each for each in found if each[0] == family] for family in dict.fromkeys(each[0] for each in found)]
+    alternating = [each for group in zip_longest(*by_family) for each in group if each]
+    for family, kind, protocol, _, address in alternating[:_ADDRESSES]:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            for option in options:
+                connection.setsockopt(*option)
+            connection.settimeout(timeout)
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise NoConnection("no address of the name answers") from failure

@@ -16,6 +16,7 @@ from typing import IO
 import requests
 
 from worker.errors import Stopped
+from worker.net.statuses import is_refusal
 from worker.net.web import Clock, DownloadError, TryAgain, opened, read, too_large
 
 __all__ = ["Answer", "DownloadError", "ServerDown", "fetch_bytes", "fetch_into"]
@@ -92,7 +93,7 @@ def _try(body: _Body, url: str, headers: Mapping[str, str], clock: Clock, privat
         conditions = {}
     with opened(url, headers, clock, private=private) as response:
         status = response.status_code
-        if status == 429 or status >= 500:
+        if status >= 400 and not is_refusal(status):
             raise TryAgain(f"the server answered {status}")
         if status == 304 and conditions:
             body.empty()

@@ -1,12 +1,11 @@
-"""One URL → its answer, the body yet to be read: redirects, addresses, and servers that would keep the worker waiting.
+"""Send a GET for one URL and return its response, the body unread: redirects, addresses, servers that keep the worker waiting.
 
-Knows nothing of files or of second tries; download.py does.
+`download` knows files and retries.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import queue
 import re
@@ -14,18 +13,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, cast
 from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.cookies import RequestsCookieJar, extract_cookies_to_jar
-from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import DecodeError, HTTPError
 
 from worker.errors import Stopped
-from worker.net.addresses import NotPublic, public_pools
+from worker.net.addresses import NotPublic
+from worker.net.privates import check_watched, guard, public_pools, watched_pools
 
 _CONNECT_SECONDS = 10.0
 """For one address to accept the connection, and again for the TLS handshake."""
@@ -184,7 +182,7 @@ def _follow(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], clock: C
 def _send(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], cookies: RequestsCookieJar) -> requests.Response:
     try:
         request = requests.Request("GET", url, headers=headers, cookies=cookies).prepare()
-        return adapter.send(request, stream=True, timeout=(_CONNECT_SECONDS, _POLL_SECONDS))
+        response = adapter.send(request, stream=True, timeout=(_CONNECT_SECONDS, _POLL_SECONDS))
     except NotPublic as error:
         raise DownloadError(str(error)) from None
     except requests.Timeout:
@@ -197,6 +195,8 @@ def _send(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], cookies: R
         raise DownloadError("the token has characters that cannot be sent") from None
     except HTTPError:
         raise TryAgain("the connection failed") from None
+    check_watched(response)
+    return response
 
 
 def _checked(url: str) -> str:
@@ -241,26 +241,15 @@ def _adapter(clock: Clock, private: bool) -> HTTPAdapter:
     pools = adapter.poolmanager.pool_classes_by_scheme
     if not private:
         pools = public_pools(pools)
-    adapter.poolmanager.pool_classes_by_scheme = {scheme: _watched_pool(pool, clock) for scheme, pool in pools.items()}
+    guard(adapter, watched_pools(pools, lambda sock, raw: io.BufferedReader(_WatchedSocket(sock, raw, clock))))
     return adapter
 
 
-def _watched_pool(pool: type[HTTPConnectionPool], clock: Clock) -> type[HTTPConnectionPool]:
-    response_class = staticmethod(partial(_WatchedResponse, clock=clock))
-    connection = type("WatchedConnection", (cast("Any", pool.ConnectionCls),), {"response_class": response_class})
-    return cast("type[HTTPConnectionPool]", type("WatchedPool", (pool,), {"ConnectionCls": connection}))
-
-
-class _WatchedResponse(http.client.HTTPResponse):
-    """Looks at the clock before it reads from the socket, headers included."""
-
-    def __init__(self, sock: socket.socket, *args: Any, clock: Clock, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_WatchedSocket(sock, self.fp.detach(), clock))
-
-
 class _WatchedSocket(io.RawIOBase):
-    """`raw` is what `socket.makefile` made; it stays for the socket's count of its users."""
+    """Looks at the clock before it reads from the socket, headers included.
+
+    `raw` is the file that `socket.makefile` made; closing it tells the socket that this user is done.
+    """
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, clock: Clock) -> None:
         self._sock, self._raw, self._clock = sock, raw, clock

@@ -1,8 +1,8 @@
-"""RunPod's API on your own machine (`--rp_serve_api`), with the verbs of the cloud: run, watch, cancel.
+"""RunPod's API on your own machine (`--rp_serve_api`), with the calls of the cloud: run, status, cancel.
 
-The SDK's own local API runs a job when its status is asked for, tells nothing of its progress, and cannot stop it. Here /run
-starts the job, GET /status says how far it is, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local
-API has, waits for the end, as there. /runsync is the SDK's.
+The SDK's own local API runs a job when its status is requested, reports no progress, and cannot cancel. Here /run starts the
+job, GET /status reports its progress, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local API has,
+waits for the end of the job, as there. /runsync is the SDK's, with our handler.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Answer = dict[str, Any]
 """`{"id", "status", "output"?, "error"?}`, as RunPod answers."""
 
 _KEPT = 100
-"""Results, the latest; each has some kilobytes."""
+"""How many results are kept, the latest; each has some kilobytes."""
 
 
 def install() -> None:
-    """Have the SDK serve this in place of its own."""
+    """Make the SDK serve this API instead of its own."""
     rp_fastapi.WorkerAPI = _LocalApi
 
 
 class _Job:
-    """One job from /run until its result is no longer kept."""
+    """One job, from /run until its result is dropped."""
 
     def __init__(self, handler: Callable[[dict[str, Any]], Awaitable[Any]], input: dict[str, Any]) -> None:
         self.id = f"test-{uuid.uuid4()}"
@@ -53,7 +53,7 @@ class _Job:
 
 class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config)
+        super().__init__(config | {"handler": config["our_handler"]})
         self._jobs: dict[str, _Job] = {}
         self.rp_app.add_api_route("/status/{job_id}", self._status, methods=["GET"], summary="How far a job is.")
         self.rp_app.add_api_route("/cancel/{job_id}", self._cancel, methods=["POST"], summary="Stops a job.")
@@ -82,5 +82,5 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
 
     def _job(self, job_id: str) -> _Job:
         if job_id not in self._jobs:
-            raise HTTPException(404, "no such job here; a worker that was started again has forgotten its jobs")
+            raise HTTPException(404, "no such job here; a worker that was restarted has forgotten its jobs")
         return self._jobs[job_id]

@@ -1,13 +1,13 @@
-"""RunPod's queue: the SDK's job loop, ahead of the GPU, and without the ways in which it loses something.
+"""RunPod's queue: the SDK's job loop, changed to take jobs ahead of the GPU and to lose nothing.
 
-The next job is taken shortly before the GPU is free, so that its files are there by then; not sooner, since another worker may
-be idle. The last job's file is encoded and uploaded meanwhile.
+The next job is taken shortly before the GPU is free, so that its files are downloaded by then; not sooner, since another
+worker may be idle. The last job's file is encoded and uploaded meanwhile.
 
-By itself the SDK posts a result three times and then drops it in silence. Told to leave while it waits for a job, it goes on
-waiting for up to 90 s and drops the job that comes. A stop that overtakes the start of its job is forgotten. A queue that fails
-is asked again at once, hundreds of times a second.
+The SDK itself posts a result three times and then drops it without a word. It cancels a request for a job after 90 s, and on
+SIGTERM, whether or not the platform has just handed a job over. It forgets a stop that arrives before its job has started. It
+asks a queue that fails again at once, hundreds of times a second.
 
-Imported once the log is set up: the SDK reads its environment when it is imported.
+Import this after the log is set up: the SDK reads the environment when it is imported. Tested with runpod 1.12.0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from importlib import metadata
 from typing import Any, NoReturn
 
 import worker.runpod.sdk  # noqa: F401 it makes the import of the SDK quick
@@ -30,8 +31,12 @@ from runpod.serverless.modules import rp_fitness, rp_http, rp_scale
 from runpod.serverless.modules.rp_job import get_job, run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
-from worker.errors import is_refusal
 from worker.logs import log, redact
+from worker.net.statuses import is_refusal
+from worker.settings import SettingsError, is_in_cloud
+
+TESTED_WITH = "1.12.0"
+"""The version of runpod whose private names are used here, in `local_api` and in `sdk`."""
 
 Job = dict[str, Any]
 Handler = Callable[[Job], Awaitable[dict[str, Any]]]
@@ -40,28 +45,54 @@ _SECONDS_TO_POST = 300.0
 _SECONDS_PER_TRY = 30.0
 _LONGEST_PAUSE = 15.0
 _SECONDS_TO_START = 0.3
-"""The loop looks for taken jobs every tenth of a second."""
+"""How long a stop waits for its job to start: the loop looks for taken jobs every tenth of a second."""
 _REFUSALS = 4
 _JOBS_AT_ONCE = 4
 """One on the GPU, one that is being fetched, two that are being uploaded."""
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_AFTER_A_FAILURE = 0.5
+_SECONDS_PER_POLL = 90.0
+"""The platform answers a request for a job sooner. An older poll is not cancelled: another one is started beside it."""
+_SECONDS_FOR_THE_LAST_POLL = 1.0
+"""How long a worker that shuts down waits for a job that may be on its way."""
 
 
 def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
-    """Take jobs until the worker is told to leave: by SIGTERM, SIGINT, or the platform. Without RunPod's queue: local modes."""
+    """Serve jobs until SIGTERM or SIGINT, or until the platform ends the worker. Without RunPod's queue: the local modes.
+
+    Only the loop and the local API below know the handler. An SDK that runs jobs past them meets `_refuse` instead: it would
+    run four jobs at once, and lose results.
+    """
     rp_scale.JobScaler = _Loop
+    config = {"handler": _refuse, "our_handler": handler, "wants_a_job": wants_a_job}
     if "--rp_serve_api" in sys.argv:
-        from worker.runpod import local_api  # brings a web server's libraries, which a worker in the cloud has no use for
+        from worker.runpod import local_api  # its web server's libraries are of no use in the cloud
 
         local_api.install()
-    config = {"handler": handler, "wants_a_job": wants_a_job, "concurrency_modifier": lambda _: _JOBS_AT_ONCE}
+    elif not is_in_cloud():
+        config["handler"] = handler  # one local run
+    config["concurrency_modifier"] = lambda _: _JOBS_AT_ONCE
     runpod.serverless.start(config)
 
 
+async def _refuse(job: Job) -> dict[str, Any]:
+    version = metadata.version("runpod")
+    text = f"runpod {version} runs jobs in a way that this worker does not know; install runpod {TESTED_WITH}"
+    log.critical(text)
+    return {"error": f"INTERNAL: {text}"}
+
+
 def redact_the_log() -> None:
-    """The SDK writes its lines past the root logger; whole results at level DEBUG."""
-    write = RunPodLogger.log
+    """Redact the lines that the SDK writes past the root logger; at level DEBUG it writes whole results.
+
+    Raises SettingsError when the SDK does not write them by the method that is replaced here.
+    """
+    seen: list[object] = []
+    write = getattr(RunPodLogger, "log", None)
+    RunPodLogger.log = lambda self, message, *_: seen.append(message)
+    RunPodLogger().error("a line")
+    if write is None or seen != ["a line"]:
+        raise SettingsError(f"the log of this version of runpod cannot be redacted; install runpod {TESTED_WITH}")
 
     def log(self: RunPodLogger, message: object, message_level: str = "INFO", job_id: str | None = None) -> None:
         write(self, redact(str(message)), message_level, job_id)
@@ -70,7 +101,7 @@ def redact_the_log() -> None:
 
 
 def report_unhealthy(reason: str) -> NoReturn:
-    """Tell the platform why this worker cannot start, by the SDK's way for it, and end with status 1."""
+    """Tell the platform, by the SDK's fitness checks, why this worker cannot start, and exit with status 1."""
 
     def start_check() -> None:
         raise RuntimeError(reason)
@@ -85,37 +116,56 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         super().__init__(config)
         self.jobs_handler = self._run_and_post
         self.jobs_fetcher = self._take_a_job
+        self._handler: Handler = config["our_handler"]
         self._wants_a_job: Callable[[], bool] = config["wants_a_job"]
+        self._polls: list[asyncio.Task[list[Job] | None]] = []
+        """Requests for a job that are not answered yet, the newest last."""
         self._not_begun: set[str] = set()
-        """Ids of jobs that were taken, of which the handler does not know yet."""
+        """Ids of jobs that were taken and have not reached the handler."""
 
     async def _take_a_job(self, session: aiohttp.ClientSession, wanted: int) -> list[Job] | None:
         while self.is_alive() and (self._not_begun or not self._wants_a_job()):
-            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+            if jobs := await self._answer(_SECONDS_BETWEEN_LOOKS):  # to an older poll
+                return jobs
         if not self.is_alive():
             return None
+        self._polls.append(asyncio.create_task(get_job(session, 1)))
+        return await self._answer(_SECONDS_PER_POLL)
+
+    async def _answer(self, seconds: float) -> list[Job] | None:
+        """The jobs of the first poll that is answered within `seconds`. Raises what the poll raised."""
+        if not self._polls:
+            await asyncio.sleep(seconds)
+            return None
+        done, _ = await asyncio.wait(self._polls, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return None
+        poll = done.pop()
+        self._polls.remove(poll)
         try:
-            jobs: list[Job] | None = await get_job(session, 1)
+            jobs = poll.result()
         except TooManyRequests:
             raise  # the SDK waits five seconds
         except Exception:
-            await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)  # the SDK would ask again at once, hundreds of times a second
+            await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
             raise
         self._not_begun.update(job["id"] for job in jobs or [])
         return jobs
 
     async def _run_and_post(self, session: aiohttp.ClientSession, config: dict[str, Any], job: Job) -> None:
+        taken_here = job["id"] in self._not_begun
         self._not_begun.discard(job["id"])
-        await _post(session, await run_job(config["handler"], job), job["id"])
+        await _post(session, await run_job(self._handler if taken_here else _refuse, job), job["id"])
 
     async def run(self) -> None:
         async with AsyncClientSession() as session:
             taking = asyncio.create_task(self.get_jobs(session))
             stopping = asyncio.create_task(self.monitor_stop_signals(session))
             await self.run_jobs(session)
+            await asyncio.wait([taking], timeout=_SECONDS_FOR_THE_LAST_POLL)
             taking.cancel()
             await asyncio.wait([taking])
-            await self.run_jobs(session)  # what came in at the last moment
+            await self.run_jobs(session)  # the job that arrived meanwhile
             stopping.cancel()
             await asyncio.wait([stopping])
 
@@ -127,7 +177,7 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
 
 
 async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:
-    """Post a result until it arrives: for minutes, since the GPU time is paid. A refusal (4xx) is final after a few tries."""
+    """Post a result until it arrives: for minutes, since the GPU time is paid. A refusal is final after a few tries."""
     url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
     body = json.dumps(result, ensure_ascii=False).encode()
     headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id}
@@ -143,8 +193,8 @@ async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: 
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = type(error).__name__
         if refusals == _REFUSALS or time.monotonic() + pause > give_up_at:
-            log.error("the result was not taken (%s)", reason, extra={"fields": {"job": job_id}})
+            log.error("the result could not be delivered (%s)", reason, extra={"fields": {"job": job_id}})
             return
-        log.warning("the result was not taken (%s), trying again", reason, extra={"fields": {"job": job_id}})
+        log.warning("the result could not be delivered (%s); retrying", reason, extra={"fields": {"job": job_id}})
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -14,6 +14,7 @@ from worker.delivery import retry_until
 from worker.errors import Code, WorkerError
 from worker.faults import worker_error
 from worker.logs import log, stage
+from worker.net import privates
 from worker.recovery import Recovery
 from worker.service import Service
 from worker.settings import Settings, SettingsError
@@ -35,6 +36,11 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     """
     if settings.in_cloud and settings.allow_private_downloads:
         log.warning("ALLOW_PRIVATE_DOWNLOADS=1 lets every request reach the network of this worker")
+    if not settings.allow_private_downloads:
+        try:
+            privates.check()
+        except privates.GuardMissing as error:
+            raise SettingsError(str(error)) from error
     if settings.exact and (settings.attention != "native" or settings.compile):
         log.warning("EXACT=1: ATTENTION and COMPILE are ignored")
     took = {} if took is None else took

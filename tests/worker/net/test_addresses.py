@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from tests.worker import web_server
 from worker.net import addresses
-from worker.net.addresses import NotPublic, is_public, public_only
+from worker.net.addresses import NotPublic, is_public
 from worker.net.download import DownloadError, fetch_bytes
+from worker.net.privates import public_only
 
 LIMIT = 1_000_000
 REFUSED = "the address is not public; use a public one (ALLOW_PRIVATE_DOWNLOADS=1 allows others, for a local machine only)"
