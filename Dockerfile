@@ -81,7 +81,7 @@ ARG CHECKPOINTS=hub
 ARG REVISIONS=""
 # A mirror of the Hub, where there is one.
 ARG HF_ENDPOINT=https://huggingface.co
-COPY builder/__init__.py builder/fetch_checkpoints.py builder/bake.py /build/builder/
+COPY builder/__init__.py builder/hub.py builder/fetch_checkpoints.py builder/bake.py /build/builder/
 COPY pipelines/__init__.py pipelines/catalog.py pipelines/manifest.py pipelines/weights.py /build/pipelines/
 COPY worker/__init__.py /build/worker/
 COPY worker/net/__init__.py worker/net/statuses.py /build/worker/net/
@@ -106,7 +106,7 @@ RUN [ "$CHECKPOINTS" = hub ] \
 FROM runtime AS code
 COPY LICENSE handler.py /image/app/
 # The worker fetches weights with it where ALLOW_DOWNLOAD is set, and who fills a network volume by hand.
-COPY builder/__init__.py builder/fetch_checkpoints.py /image/app/builder/
+COPY builder/__init__.py builder/hub.py builder/fetch_checkpoints.py /image/app/builder/
 COPY pipelines /image/app/pipelines
 COPY worker /image/app/worker
 WORKDIR /

@@ -1,12 +1,12 @@
-"""Lay out one model's checkpoints for the layers of the image. Runs while the image is built; no torch.
+"""Lay out one model's checkpoints for the layers of the image. Runs during the build of the image; no torch.
 
     python -m builder.bake GROUP --model-id ID         fetches the parts of one group from the Hub
     python -m builder.bake all --model-id ID --from DIR    takes all parts from a folder with `ORG/NAME` per repo
 
-leaves the repos as they are in CHECKPOINTS, but for their weights: those are links to `WEIGHTS/GROUP/SLOT/SHA256`. A slot is a
-layer. So a layer holds nothing but weights, named by their content: two models whose text encoders are the same bytes share
-these layers, whatever their repos are called and whatever their small files say. Several slots, since some registries take
-no layer above 10 GB, and layers are pulled side by side.
+leaves the repos in CHECKPOINTS, with their weights replaced by links to `WEIGHTS/GROUP/SLOT/SHA256`. A slot is a layer, so a
+layer holds nothing but weights, named by their content. Two models whose text encoders have the same bytes share these layers,
+whatever their repos and their small files are. There are several slots because some registries reject layers above 10 GB, and
+because layers are pulled in parallel.
 """
 
 from __future__ import annotations
@@ -21,19 +21,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder import REPRODUCIBLE_MTIME
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.manifest import Manifest
 
 CHECKPOINTS = Path("/checkpoints")
 WEIGHTS = Path("/weights")
 
-THEN = 315532800
-"""1980-01-01: when every baked file was last changed, so that the same bytes make the same layer."""
-
 
 @dataclass(frozen=True)
 class Group:
-    """What lies in layers of its own."""
+    """Components that have layers of their own."""
 
     parts: tuple[str, ...]
     slots: int = 1
@@ -60,7 +58,7 @@ def main() -> int:
     parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to fetch; the others are at main")
     arguments = parser.parse_args()
     if arguments.model_id not in MODELS:
-        parser.error(f"MODEL_ID {arguments.model_id!r} is no model id; build with one of {', '.join(MODELS)}")
+        parser.error(f"MODEL_ID {arguments.model_id!r} is not a model id; build with one of {', '.join(MODELS)}")
     spec = MODELS[arguments.model_id]
     groups = {arguments.group: GROUPS[arguments.group]} if arguments.group in GROUPS else GROUPS
     parts = [part for group in groups.values() for part in group.parts if part in spec.sources]
@@ -76,7 +74,7 @@ def main() -> int:
 
 
 def fetch(spec: ModelSpec, parts: list[str], revisions: str) -> None:
-    """Have the parts' files in CHECKPOINTS. `revisions` may speak of other repos too: one list serves all models."""
+    """Download the parts' files into CHECKPOINTS. `revisions` may name other repos too: one list serves all models."""
     command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS)]
     command += ["--parts", ",".join(parts)]
     repos = {spec.sources[part].repo for part in parts}
@@ -91,7 +89,7 @@ def copy(spec: ModelSpec, source: Path) -> None:
 
 
 def spread(spec: ModelSpec, name: str, group: Group) -> None:
-    """Move the group's weights into its slots, the next file always into the emptiest, and leave links in their places."""
+    """Move the group's weights into its slots, each file into the emptiest, and leave links in their places."""
     folders = group.folders(name)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,10 +122,10 @@ def sha256_of(path: Path) -> str:
 
 
 def level(root: Path) -> None:
-    """Give everything below `root` the same time; but touch nothing that has it, which would copy it into this layer too."""
+    """Give everything below `root` the same mtime. What has it is not touched: that would copy it into this layer too."""
     for path in [root, *root.rglob("*")]:
-        if path.lstat().st_mtime != THEN:
-            os.utime(path, (THEN, THEN), follow_symlinks=False)
+        if path.lstat().st_mtime != REPRODUCIBLE_MTIME:
+            os.utime(path, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME), follow_symlinks=False)
 
 
 if __name__ == "__main__":

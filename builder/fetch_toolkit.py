@@ -1,9 +1,10 @@
-"""Fetch what the worker uses of ai-toolkit: a few files of one commit, without the rest of the repo and without its history.
+"""Download the files of ai-toolkit that the worker uses, at one commit, without the rest of the repo and its history.
 
     python -m builder.fetch_toolkit --to /opt/ai-toolkit
 
-The two modules that pipelines/toolkit.py loads, what they import, the version and the licence; and `.git/HEAD` with the commit,
-from which the worker knows it. git does the fetching, and checks every byte against the commit. Neither torch nor pip packages.
+These are the two modules that pipelines/toolkit.py loads, the modules that they import, the version and the licence; and
+`.git/HEAD`, from which the worker reads the commit. git downloads them, and checks every byte against the commit. This needs
+neither torch nor pip packages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from builder import REPRODUCIBLE_MTIME
 from pipelines.catalog import TOOLKIT_COMMIT
 
 REMOTE = "https://github.com/ostris/ai-toolkit"
@@ -29,9 +31,6 @@ MODULES = ("extensions_built_in.diffusion_models.wan22.wan22_pipeline", "toolkit
 
 BESIDE = ("version.py", "LICENSE")
 
-THEN = 315532800
-"""1980-01-01: when everything that is written was last changed, so that the same files make the same layer of an image."""
-
 _TRIES = 5
 _FIRST_PAUSE = 1.0
 _SECONDS_PER_COMMAND = 600
@@ -39,7 +38,7 @@ _NO_SUCH_COMMIT = ("not our ref", "couldn't find remote ref", "unadvertised obje
 
 
 class FetchError(Exception):
-    """One line for whoever called: what, where, and what to do."""
+    """One line for the caller: what failed, where, and what to do."""
 
 
 def main() -> int:
@@ -74,12 +73,12 @@ def fetch(remote: str, commit: str, to: Path) -> list[str]:
         file.write_bytes(content)
         file.chmod(0o644)
     for written in [*to.rglob("*"), to]:
-        os.utime(written, (THEN, THEN))
+        os.utime(written, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME))
     return sorted(files)
 
 
 class Repo:
-    """An empty git repo, into which one commit is fetched."""
+    """A new git repo, into which one commit is fetched."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -142,13 +141,13 @@ class Repo:
 
 
 def needed(repo: Repo, commit: str) -> list[str]:
-    """The paths of what is used: the modules, and what of the repo they import, directly or not."""
+    """The paths of the modules that are used, and of everything in the repo that they import, directly or not."""
     there = repo.paths(commit)
     roots = {path.partition("/")[0].removesuffix(".py") for path in there}
     found: set[str] = {path for path in BESIDE if path in there}
     waiting = [_file_of(module) for module in MODULES]
     if missing := [path for path in waiting if path not in there]:
-        raise FetchError(f"commit {commit} is none of ostris/ai-toolkit that can be used: it lacks {', '.join(missing)}")
+        raise FetchError(f"commit {commit} of ostris/ai-toolkit cannot be used: it lacks {', '.join(missing)}")
     not_run = {parent.as_posix() for module in MODULES for parent in Path(_file_of(module)).parents}
     while waiting:
         path = waiting.pop()
@@ -182,7 +181,7 @@ def _file_of(module: str) -> str:
 
 
 def _reason(said: str) -> str:
-    """The line in which git says why it gave up."""
+    """git's reason for its failure, from what it printed."""
     lines = said.strip().splitlines() or ["git said nothing"]
     return _shown(next((line for line in lines if line.startswith("fatal: ")), lines[-1]).removeprefix("fatal: "))
 

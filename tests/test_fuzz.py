@@ -399,7 +399,7 @@ def test_every_request_of_every_model_is_accepted_or_refused_with_a_code(data: s
     except WorkerError as error:
         check_error(str(error))
     else:
-        assert all(shot.width >= 64 and shot.num_frames >= 1 for shot in shots)
+        assert all(shot.sampling.width >= 64 and shot.sampling.num_frames >= 1 for shot in shots)
 
 
 # LoRA files

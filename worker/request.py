@@ -203,7 +203,7 @@ def shots_of(
     request: Request,
     recipe_for: Callable[[Sampler | None], Recipe],
     draw_seed: Callable[[int], int],
-    images: Mapping[str, Image.Image],
+    images: Mapping[str, Image.Image] = {},
 ) -> list[Shot]:
     """Decide on trigger words, sizes, frame counts and seeds.
 

@@ -115,14 +115,14 @@ def test_a_layer_of_weights_holds_nothing_but_weights_named_by_their_content(bak
     files = [path for path in (baked / "weights").rglob("*") if path.is_file()]
     assert {path.relative_to(baked / "weights").parts[0] for path in files} == {"text", "vae", "image", "transformer"}
     assert all(path.name == bake.sha256_of(path) for path in files)
-    assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(bake.THEN)}
+    assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(bake.REPRODUCIBLE_MTIME)}
 
 
 def test_an_unknown_model_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr("sys.argv", ["bake", "text", "--model-id", "wan3"])
     with pytest.raises(SystemExit):
         bake.main()
-    assert f"MODEL_ID 'wan3' is no model id; build with one of {', '.join(MODELS)}" in capsys.readouterr().err
+    assert f"MODEL_ID 'wan3' is not a model id; build with one of {', '.join(MODELS)}" in capsys.readouterr().err
 
 
 def test_files_go_into_the_emptiest_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

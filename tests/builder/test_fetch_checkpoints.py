@@ -22,6 +22,7 @@ import pytest
 from huggingface_hub import constants
 
 from builder import fetch_checkpoints
+from builder import hub as hub_client
 from pipelines import load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.manifest import NAME, Manifest
@@ -74,8 +75,8 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """Runs the command with these arguments, to `out` unless they say otherwise; returns its status and what it said."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)  # what HF_ENDPOINT says when the client is imported
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(fetch_checkpoints, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(fetch_checkpoints, "_SECONDS_OF_SILENCE", 1)
+    monkeypatch.setattr(hub_client, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(hub_client, "_SECONDS_OF_SILENCE", 1)
     monkeypatch.setattr(fetch_checkpoints, "SECRET", tmp_path / "no-secret")
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -167,7 +168,7 @@ def test_the_same_files_make_the_same_layer(hub: HubServer, fetch: Fetch, tmp_pa
         for out in outs
     )
     assert one == two
-    assert {mtime for _, mtime, _ in one} == {fetch_checkpoints.THEN}
+    assert {mtime for _, mtime, _ in one} == {fetch_checkpoints.REPRODUCIBLE_MTIME}
     assert files_below(outs[0]) == files_below(outs[1])
 
 
@@ -257,7 +258,7 @@ def test_a_listing_is_asked_for_again(fault: hubs.Fault, hub: HubServer, fetch: 
 def test_a_lasting_fault_is_told_and_leaves_no_wrong_file(
     fault: hubs.Fault, says: str, hub: HubServer, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch_checkpoints, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(hub_client, "_LONGEST_PAUSE", 0.01)
     hub.fails(WEIGHTS, hubs.always(fault))
     status, said = fetch()
     assert status == 1
@@ -294,7 +295,7 @@ def test_a_retry_waits_as_long_as_the_server_asks(headers: dict[str, str], hub: 
 
 def test_the_wait_may_be_asked_for_by_a_date() -> None:
     soon = datetime.now(UTC) + timedelta(seconds=100)
-    assert 95 < fetch_checkpoints._demanded({"Retry-After": format_datetime(soon, usegmt=True)}) <= 100
+    assert 95 < hub_client._demanded({"Retry-After": format_datetime(soon, usegmt=True)}) <= 100
 
 
 def test_what_is_damaged_afterwards_is_fetched_again(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
@@ -445,7 +446,7 @@ def test_a_gated_repo_says_what_to_do_and_never_the_token(
     status, said = fetch()
     assert status == 1
     assert (
-        "HF_TOKEN is no token" if " " in token else f"{REPO} is gated: accept its licence at https://huggingface.co/{REPO}"
+        "HF_TOKEN is not a token" if " " in token else f"{REPO} is gated: accept its licence at https://huggingface.co/{REPO}"
     ) in said
     assert not token or token not in said
 

@@ -96,7 +96,7 @@ def test_fetching_again_leaves_the_same_to_the_second(remote: tuple[Path, str], 
         for to in (tmp_path / "one", tmp_path / "two")
     )
     assert one == two
-    assert {mtime for mtime, _ in one.values()} == {fetch_toolkit.THEN}
+    assert {mtime for mtime, _ in one.values()} == {fetch_toolkit.REPRODUCIBLE_MTIME}
 
 
 def test_a_commit_that_the_remote_lacks_is_told_at_once(remote: tuple[Path, str], run: Run, tmp_path: Path) -> None:

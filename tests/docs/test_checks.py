@@ -51,7 +51,7 @@ def test_what_is_right_passes(shell: str) -> None:
         ("python builder/tiny.py x", "there is no `builder/tiny.py` in the project"),
         ("python builder/tiny_checkpoints.py --fast x", "`--fast` is no option"),
         ("export MODEL_IDS=wan21_1b", "`MODEL_IDS` is no variable of the worker"),
-        ("export MODEL_ID=wan21_2b", "is no model id"),
+        ("export MODEL_ID=wan21_2b", "is not a model id"),
         ("DEVICE=gpu python handler.py", "DEVICE"),
         ("docker run -e MODELS=wan21_1b image", "`MODELS` is no variable"),
         ("docker build -f image/Dockerfile .", "there is no `image/Dockerfile` in the project"),

@@ -36,7 +36,11 @@ def test_sizes_and_frames_are_those_that_the_worker_makes(model_id: str, match: 
         (shown,) = check(request)["prompts"]
         for recipe in recipes:
             (shot,) = shots_of(parse(request, spec), lambda _, recipe=recipe: recipe, lambda _: 0)
-            assert (shown["width"], shown["height"], shown["num_frames"]) == (shot.width, shot.height, shot.num_frames)
+            assert (shown["width"], shown["height"], shown["num_frames"]) == (
+                shot.sampling.width,
+                shot.sampling.height,
+                shot.sampling.num_frames,
+            )
 
 
 def test_a_number_that_is_none_makes_nothing_and_is_a_problem() -> None:
