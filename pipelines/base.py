@@ -32,12 +32,13 @@ from pipelines.clock import timed
 from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
-from pipelines.errors import DeviceLost, DeviceUnavailable, OutOfMemory, blamed_on
+from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, OutOfMemory, blamed_on
+from pipelines.lora import fit
 from pipelines.lora.adapters import Adapters
 from pipelines.lora.file import Adapter
-from pipelines.lora.fit import LoraCheck
-from pipelines.lora.layers import LayerReader
+from pipelines.lora.layers import Layers, read
 from pipelines.lora.merge import Merges
+from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import refresh, stays_on_device
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.toolkit import Toolkit
@@ -91,10 +92,9 @@ class WanModel(ABC):
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
         cache_embeddings(pipe)
-        reader = LayerReader(pipe, spec.id)
-        self._check = LoraCheck(spec, reader)
-        self._adapters = Adapters(spec, reader)
-        self._merges = Merges(spec, reader, parts.checkpoints)
+        self._shapes = {name: tuple(value.shape) for name, value in pipe.transformer.named_parameters()}
+        self._adapters = Adapters(spec, pipe)
+        self._merges = Merges(spec, pipe, parts.checkpoints)
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -106,11 +106,32 @@ class WanModel(ABC):
         self.facts["compiled"] = True
 
     def check_lora(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
-        """See `LoraCheck.check`; touches no weight of the model."""
-        return self._check.check(adapter, mode)
+        """Compare a LoRA with the model by keys, shapes and values, and return warnings. Several threads may call it.
+
+        Raises LoraInvalid, LoraIncompatible.
+        """
+        reading = fit.check(adapter.file, self.spec, self._shapes)
+        warnings = fit.hints(adapter, self.spec, reading)
+        zeros = zero_keys(adapter.file)
+        _, why_merged = fit.mode_for(reading, mode, self._shapes, zeros)
+        if why_merged and not OFFLOAD[self.facts["offload_mode"]].can_merge:
+            raise LoraIncompatible(f"{why_merged}, which OFFLOAD_MODE={self.facts['offload_mode']} cannot do; use another mode")
+        if why_merged:
+            warnings.append(why_merged)
+        if idle := [key for layer in reading.all_layers if layer.kind == "full" for key in layer.keys.values() if key in zeros]:
+            warnings.append(f"{len(idle)} keys of the LoRA have no effect, since they are 0, such as `{idle[0]}`")
+        if not has_effect(adapter.file):
+            warnings.append("the LoRA has no effect: a factor of every layer is all 0, as before the first training step")
+        elif adapter.scale == 0:
+            warnings.append("the LoRA has no effect: its network_multiplier is 0")
+        return warnings
+
+    def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
+        """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
+        return fit.mode_for(read(adapter.file), mode, self._shapes, zero_keys(adapter.file))[0]
 
     def apply_loras(self, adapters: Sequence[Adapter], mode: LoraMode = "adapter") -> None:
-        """Bring the model to carry exactly these LoRAs at these scales; what is applied already stays.
+        """Make the model carry exactly these LoRAs at these scales; what is applied already stays.
 
         Raises LoraError with its `position`, OutOfMemory, DeviceLost; every transformer is plain then.
         """
@@ -121,17 +142,26 @@ class WanModel(ABC):
             with self._device_errors():
                 if self._kept_in_float32.restore():
                     refresh(self._pipe, self.spec.transformers)
-                if mode == "adapter":
-                    self._merges.take_out_all()
-                    self._adapters.apply(adapters)
-                else:
-                    self._adapters.apply([])
-                    self._merges.apply(adapters)
+                wanted = fit.by_transformer(adapters)
+                for name in self.spec.transformers:
+                    with blamed_on(adapters.index(wanted[name][0]) if name in wanted else 0):
+                        self._carry(name, wanted.get(name), mode)
         except BaseException:
             with self._device_errors():  # a dead device must not hide behind the error of this clean-up
                 self._adapters.drop_all()
                 self._merges.take_out_all()
             raise
+
+    def _carry(self, name: str, wanted: tuple[Adapter, Layers] | None, mode: LoraMode) -> None:
+        """Make one transformer carry exactly this LoRA, or none."""
+        if wanted and self.mode_of(wanted[0], mode) == "merge":
+            self._adapters.apply(name, None)
+            self._merges.apply(name, wanted)
+        else:
+            self._merges.apply(name, None)
+            # What is not a product of factors is zero here.
+            plain = wanted and (wanted[0], {path: layer for path, layer in wanted[1].items() if layer.kind == "lora"})
+            self._adapters.apply(name, plain)
 
     def generate(
         self, sampling: Sampling, recipe: Recipe | None = None, on_step: OnStep | None = None

@@ -93,6 +93,12 @@ class ModelSpec:
     """What ai-toolkit writes as `ss_base_model_version` into a LoRA of this model."""
     hidden_size: int
     num_blocks: int
+    ffn_dim: int
+    in_channels: int = 16
+    """Channels of the latents and of what conditions them."""
+    out_channels: int = 16
+    image_dim: int | None = None
+    """Width of the image encoder's embeddings, where the transformer takes them."""
     flow_shift: float | None = None
     """UniPC's flow_shift where it is set by hand; None: the scheduler as the checkpoint says."""
     boundary_ratio: float | None = None
@@ -139,6 +145,8 @@ _WAN22_I2V_14B = ModelSpec(
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
+    ffn_dim=13824,
+    in_channels=36,
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
@@ -162,6 +170,7 @@ _WAN22_T2V_14B = ModelSpec(
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
+    ffn_dim=13824,
 )
 
 _WAN22_5B = ModelSpec(
@@ -178,6 +187,9 @@ _WAN22_5B = ModelSpec(
     lora_base_version="wan_2.2_5b",
     hidden_size=3072,
     num_blocks=30,
+    ffn_dim=14336,
+    in_channels=48,
+    out_channels=48,
     flow_shift=5.0,
     expand_timesteps=True,
     drops_incomplete_frames=True,
@@ -198,6 +210,9 @@ _WAN21_I2V_14B = ModelSpec(
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,
+    ffn_dim=13824,
+    in_channels=36,
+    image_dim=1280,
 )
 
 _WAN21_I2V_14B_480P = replace(
@@ -221,6 +236,7 @@ _WAN21_14B = ModelSpec(
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,
+    ffn_dim=13824,
 )
 
 _WAN21_1B = replace(
@@ -230,6 +246,7 @@ _WAN21_1B = replace(
     sources=_all_from("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", *_WAN21_14B.sources),
     hidden_size=1536,
     num_blocks=30,
+    ffn_dim=8960,
 )
 
 MODELS: Mapping[str, ModelSpec] = MappingProxyType(

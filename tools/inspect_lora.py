@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import MODELS, ModelSpec
-from pipelines.errors import LoraInvalid
-from pipelines.lora import origin
-from pipelines.lora.file import LoraFile
-from pipelines.lora.origin import HeaderLayer, header_layers, widths_of
+from pipelines.errors import LoraError, LoraInvalid
+from pipelines.lora.file import Adapter, LoraFile
+from pipelines.lora.fit import check, hints, mode_for, side_in_name
+from pipelines.lora.layers import Layer, Reading, Side, read
+from pipelines.lora.origin import fitting_models, widths_of
+from pipelines.lora.shapes import shapes_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 
@@ -38,11 +40,26 @@ _SOLVERS = {"unipc": "UniPC", "flowmatch": "FlowMatch Euler"}
 
 @dataclass(frozen=True)
 class Inspection:
-    """A file, and what its keys say."""
+    """A file, and what the worker reads in it."""
 
     file: LoraFile
-    kind: str
-    layers: tuple[HeaderLayer, ...]
+    reading: Reading | None
+    """None for a file that the worker takes for no model."""
+    refusal: str
+    """Why it takes it for none."""
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.reading.all_layers if self.reading else []
+
+    @property
+    def kind(self) -> str:
+        """How the file changes weights."""
+        if not self.reading:
+            return "not a LoRA that the worker reads"
+        kinds = {"lora": "LoRA", "lokr": "LoKr", "full": "differences"}
+        found = sorted({"DoRA" if "magnitude" in layer.keys else kinds[layer.kind] for layer in self.layers})
+        return " and ".join(found) + (", high and low side in one file" if self.reading.has_both_sides else "")
 
     @cached_property
     def widths(self) -> list[int]:
@@ -51,12 +68,12 @@ class Inspection:
     @property
     def fitting(self) -> list[str]:
         """Ids of the models that nothing speaks against."""
-        return [spec.id for spec in MODELS.values() if not misfits(self, spec)]
+        return [id for id in fitting_models(self.file) if not misfits(self, MODELS[id])]
 
     @property
-    def side(self) -> str | None:
+    def side(self) -> Side | None:
         """`high` or `low`, by the file's name."""
-        return next((side for side in ("high", "low") if self.file.path.stem.endswith(f"_{side}_noise")), None)
+        return side_in_name(self.file.path.stem)
 
 
 @one_line_errors
@@ -91,40 +108,34 @@ def inspect(path: Path) -> Inspection:
         file = LoraFile.read(path)
     except LoraInvalid as error:
         raise BadInput(f"{path}: {error}") from error
-    return Inspection(file, kind_of(file), tuple(header_layers(file.shapes)))
-
-
-def kind_of(file: LoraFile) -> str:
-    """How the file changes weights, from its keys."""
-    marks = {".lora_": "LoRA", ".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", "dora_scale": "DoRA"}
-    kinds = [kind for mark, kind in marks.items() if any(mark in key for key in file.shapes)]
-    if "DoRA" in kinds:
-        kinds.remove("LoRA")
-    both = all(any(f"transformer_{number}." in key for key in file.shapes) for number in (1, 2))
-    return (" and ".join(kinds) or "no adapter") + (", high and low side in one file" if both else "")
+    try:
+        return Inspection(file, read(file), "")
+    except LoraError as error:
+        return Inspection(file, None, str(error))
 
 
 def misfits(found: Inspection, spec: ModelSpec) -> list[str]:
-    """Why the worker of `spec` does not take the file, or why it was trained for another model; empty when it fits."""
-    why = (
-        []
-        if found.kind in ("LoRA", "LoKr")
-        else [f"it is {found.kind}; the worker takes LoRA and LoKr, each side as its own file"]
-    )
-    return why + origin.misfits(found.file, spec)
+    """Why the worker of `spec` refuses the file, in the worker's words; empty when it takes it."""
+    try:
+        check(found.file, spec, shapes_of(spec.id))
+    except LoraError as error:
+        return [str(error)]
+    return []
 
 
 def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:
     """What a person should know before using the file."""
     specs = [spec] if spec else [MODELS[id] for id in found.fitting]
     texts = []
-    if found.kind == "LoKr":
-        texts.append('a LoKr can only be merged: set "match" to "preview", or start the worker with LORA_MODE=merge')
-    if any(spec.moe for spec in specs):
+    if found.reading and specs:
+        texts += [why for _, why in [mode_for(found.reading, "adapter", shapes_of(specs[0].id))] if why]
+    if spec and found.reading and not misfits(found, spec):
+        texts += hints(Adapter(found.file, side=found.side), spec, found.reading)
+    if any(spec.moe for spec in specs) and not (found.reading and found.reading.has_both_sides):
         texts.append(
             f'send it as the {found.side} side: "transformer": "{found.side}"'
             if found.side
-            else "its name does not end in _high_noise or _low_noise, so it does not tell its side"
+            else "its name does not say high or low, so it does not tell its side"
         )
     if len([spec for spec in specs if spec.moe]) > 1:
         texts.append("Wan 2.2 14B T2V and I2V have the same layers: the file cannot tell which of them it was trained on")
@@ -167,6 +178,7 @@ def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
         "trigger_word": file.trigger_word or None,
         "bytes": file.path.stat().st_size,
         "sha256": file.sha256,
+        "refusal": found.refusal or None,
         "notes": notes(found, spec),
     }
     if spec:
@@ -201,6 +213,7 @@ def as_text(found: Inspection, spec: ModelSpec | None) -> str:
         "previews": _previews(found, spec),
         "step": None if facts["step"] is None else f"{facts['step']}, epoch {facts['epoch']}",
         "trigger": facts["trigger_word"],
+        "refused": facts["refusal"],
         "size": f"{facts['bytes'] / 1e6:.1f} MB",
         "sha256": facts["sha256"],
     }

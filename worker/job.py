@@ -9,7 +9,9 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -103,7 +105,7 @@ class Job:
     def _fetch_lora(self, index: int) -> Adapter:
         run, lora = self._run, self._run.request.loras[index]
         file = fetch_lora(lora, index, run.request.hf_token, self._settings, run.stop, run.held)
-        adapter = Adapter(file, lora.network_multiplier, lora.transformer)
+        adapter = Adapter(file, lora.network_multiplier, lora.transformer, PurePosixPath(urlsplit(lora.path).path).name)
         try:
             run.lora_warnings[index] = self._gpu.model.check_lora(adapter, run.mode)
         except LoraError as error:
@@ -129,7 +131,7 @@ class Job:
 
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
         run.warnings = teaching_warnings(run, files, model.numbers_of)
-        run.settings = settings_of(model.facts, adapters, run.match, run.mode)
+        run.settings = settings_of(model.facts, adapters, run.match, lambda adapter: model.mode_of(adapter, run.mode))
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:
             image_sum = sums.get(id(shot.sampling.control_image))

@@ -12,6 +12,8 @@ import re
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
@@ -60,12 +62,32 @@ def _find(name: str, where: str, folder: Path) -> Path:
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
         found = False
     if not found:
-        text = "no such file in the worker's LoRA folder; check the name, or give an http(s) URL"
+        missing = f"the worker's LoRA folder has no `{_shown(name)}`{_nearest(root, name)}"
+        text = f"{missing}; check the name, or give an http(s) URL"
         raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
     if path.suffix != ".safetensors":
         text = "its name does not end in .safetensors, the only format that is loaded; export the LoRA as safetensors"
         raise WorkerError.of([Problem(Code.LORA_INVALID, where, text)])
     return path
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 200 and name.isprintable() else "such file"
+
+
+def _nearest(root: Path, name: str) -> str:
+    """Names of LoRAs in the same folder, or in the root, that are close to `name`."""
+    folder = (root / name).parent
+    for place in (folder, root):
+        try:
+            if place.resolve().is_relative_to(root):
+                paths = islice(place.glob("*.safetensors"), 1000)
+                there = [path.relative_to(root).as_posix() for path in paths if path.resolve().is_relative_to(root)]
+                if close := get_close_matches(name, there, cutoff=0.5):
+                    return f" (did you mean {' or '.join(f'`{each}`' for each in close)}?)"
+        except (OSError, ValueError, RuntimeError):
+            continue
+    return ""
 
 
 def _download(

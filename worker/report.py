@@ -93,13 +93,15 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
     }
 
 
-def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, mode: LoraMode) -> dict[str, Any]:
+def settings_of(
+    facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, mode_of: Callable[[Adapter], LoraMode]
+) -> dict[str, Any]:
     """What decides the frames and is the same for all prompts of a job; `facts` are the loaded model's."""
     loras = [
         {
             "transformer": adapter.side,
             "network_multiplier": adapter.scale,
-            "applied_by": mode,
+            "applied_by": mode_of(adapter),
             "sha256": adapter.file.sha256,
             "trainer_version": adapter.file.trainer_version or None,
             "step": adapter.file.training_step,

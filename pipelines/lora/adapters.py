@@ -1,7 +1,10 @@
 """LoRAs beside untouched weights, as diffusers adapters: load, switch, scale, drop.
 
-Each transformer carries at most one LoRA. A LoRA of the same layers, ranks and dtypes is copied over the old one; for any
-other, the old one is dropped and the new one loaded. The frames equal those of a fresh worker either way.
+Each transformer carries at most one LoRA. A LoRA of the same layers, ranks, dtypes and header settings is copied over the old
+one; for any other, the old one is dropped and the new one loaded. The frames equal those of a fresh worker either way.
+
+The adapter is made from the tensors and from our own reading of the header: no setting of a file reaches peft by itself, where
+it would stay for the next LoRA.
 
 In compiled transformers every LoRA is padded with zeros to one rank, and scales are tensors, so that nothing is compiled again
 for another rank or another scale.
@@ -9,18 +12,19 @@ for another rank or another scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch.nn.functional import pad
 
 from pipelines.catalog import ModelSpec
 from pipelines.diffusers_privates import ADAPTER, adapter_layers
-from pipelines.errors import LoraIncompatible, LoraInvalid, blamed_on
-from pipelines.lora.file import Adapter, LoraFile, transformer_of
-from pipelines.lora.layers import LayerReader
+from pipelines.errors import LoraIncompatible, LoraInvalid
+from pipelines.lora.arithmetic import factors, load_tensors
+from pipelines.lora.file import Adapter
+from pipelines.lora.layers import Layers
 
 COMPILED_RANK = 128
 """The rank to which LoRAs are padded in compiled blocks. For a larger LoRA the blocks are compiled once more."""
@@ -48,89 +52,79 @@ def _scales_as_tensors(transformer: Any) -> None:
 class Adapters:
     """The adapters of one pipeline, by the transformer that carries them."""
 
-    def __init__(self, spec: ModelSpec, reader: LayerReader) -> None:
+    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
         self._spec = spec
-        self._pipe = reader.pipe
-        self._reader = reader
-        self._loaded: dict[str, Adapter] = {}
+        self._pipe = pipe
+        self._loaded: dict[str, tuple[Adapter, Layers]] = {}
         self.are_compiled = False
 
-    def apply(self, adapters: Sequence[Adapter]) -> None:
-        """Bring the transformers to carry exactly these LoRAs at these scales; what is loaded already stays.
+    def apply(self, name: str, wanted: tuple[Adapter, Layers] | None) -> None:
+        """Make the transformer `name` carry exactly this LoRA at its scale, or none; what is loaded already stays.
 
-        Raises LoraIncompatible. A transformer whose load fails may be left half adapted: call `drop_all` then.
+        Raises LoraIncompatible, LoraInvalid. A transformer whose load fails may be left half adapted: call `drop` then.
         """
-        wanted = {transformer_of(adapter.side): adapter for adapter in adapters}
-        for name in set(self._loaded) - set(wanted):
-            self._drop(name)
-        for position, (name, adapter) in enumerate(wanted.items()):
-            with blamed_on(position):
-                loaded = self._loaded.get(name)
-                if loaded and loaded.file.identity != adapter.file.identity and not self._swap(name, loaded.file, adapter.file):
-                    self._drop(name)
-                if name not in self._loaded:
-                    self._load(name, adapter)
-                    if self.are_compiled:
-                        _pad_to_compiled_rank(getattr(self._pipe, name))
-            if self._loaded.get(name) != adapter:
-                getattr(self._pipe, name).set_adapters([ADAPTER], [adapter.scale])
-                if self.are_compiled:
-                    _scales_as_tensors(getattr(self._pipe, name))
-                self._loaded[name] = adapter
+        loaded, transformer = self._loaded.get(name), getattr(self._pipe, name)
+        if wanted is None:
+            self.drop(name)
+            return
+        adapter, layers = wanted
+        if loaded and loaded[0].file != adapter.file and not self._swap(name, loaded, wanted):
+            self.drop(name)
+        if name not in self._loaded:
+            self._load(transformer, adapter, layers)
+        if not loaded or name not in self._loaded or loaded[0] != adapter:
+            transformer.set_adapters([ADAPTER], [adapter.scale])
+            if self.are_compiled:
+                _scales_as_tensors(transformer)
+        self._loaded[name] = wanted
 
     def drop_all(self) -> None:
         """Leave every transformer plain, whatever state it is in."""
         for name in self._spec.transformers:
-            self._drop(name)
+            self.drop(name)
 
-    def _drop(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         getattr(self._pipe, name).unload_lora()
         self._loaded.pop(name, None)
 
-    def _swap(self, name: str, old: LoraFile, new: LoraFile) -> bool:
-        """Copy `new` into the tensors of `old`. False, with nothing done, where they differ in more than their numbers."""
-        layers = self._reader.read(new)[0]
-        outline = self._outline(new)
-        if outline is None or outline != self._outline(old):
+    def _swap(self, name: str, old: tuple[Adapter, Layers], new: tuple[Adapter, Layers]) -> bool:
+        """Copy `new` over `old`. False, with nothing done, where they differ in more than their numbers."""
+        if self._outline(*old) != self._outline(*new):
             return False
         modules = adapter_layers(getattr(self._pipe, name))
-        weights = {
-            layer.keys[half]: getattr(modules[path], f"lora_{half}")[ADAPTER].weight
-            for path, layer in layers.items()
-            for half in ("A", "B")
-        }
-        if any(weight.is_meta for weight in weights.values()):  # an offloaded one is somewhere else
+        weights = {path: [getattr(modules[path], f"lora_{half}")[ADAPTER].weight for half in "AB"] for path in new[1]}
+        if any(weight.is_meta for pair in weights.values() for weight in pair):  # an offloaded one is somewhere else
             return False
-        with safe_open(new.path, framework="pt") as tensors:
-            for key, weight in weights.items():
-                rows, columns = new.shapes[key]
-                weight.data.zero_()[:rows, :columns] = tensors.get_tensor(key)
+        tensors = load_tensors(new[0].file)
+        for path, pair in weights.items():
+            for weight, factor in zip(pair, factors(new[1][path], tensors), strict=True):
+                rows, columns = factor.shape
+                weight.data.zero_()[:rows, :columns] = factor
         return True
 
-    def _outline(self, file: LoraFile) -> dict[str, tuple[object, ...]] | None:
-        """What two files must have in common to be swapped: layers, dtypes and, unless compiled, ranks.
-
-        None for a file with alphas, which are not tensors in an adapter.
-        """
-        layers = self._reader.read(file)[0]
-        if any(layer.keys.keys() != {"A", "B"} for layer in layers.values()):
-            return None
-        least = COMPILED_RANK if self.are_compiled else 0
+    def _outline(self, adapter: Adapter, layers: Layers) -> dict[str, tuple[object, ...]]:
+        """What two files must have in common to be swapped: layers, dtypes, the header's scales and, unless compiled, ranks."""
+        least, dtypes = (COMPILED_RANK if self.are_compiled else 0), adapter.file.dtypes
         return {
-            path: (max(least, file.shapes[layer.keys["A"]][0]), *(file.dtypes[layer.keys[half]] for half in ("A", "B")))
+            path: (max(least, layer.rank or 0), layer.header_scale, *(dtypes[layer.keys[half]] for half in "AB"))
             for path, layer in layers.items()
         }
 
-    def _load(self, name: str, adapter: Adapter) -> None:
-        path = adapter.file.path
+    def _load(self, transformer: Any, adapter: Adapter, layers: Layers) -> None:
         try:
-            self._pipe.load_lora_weights(
-                str(path.parent),
-                weight_name=path.name,
+            tensors = load_tensors(adapter.file)
+            state = {
+                f"{path}.lora_{half}.weight": tensor
+                for path, layer in layers.items()
+                for half, tensor in zip("AB", factors(layer, tensors), strict=True)
+            }
+            transformer.load_lora_adapter(
+                state,
+                prefix=None,
                 adapter_name=ADAPTER,
-                use_safetensors=True,
-                local_files_only=True,
-                load_into_transformer_2=name == "transformer_2",
+                metadata=_config(layers),
+                low_cpu_mem_usage=True,
+                _pipeline=self._pipe,
             )
         except OSError as error:
             raise LoraInvalid("the file could not be read; send the job again") from error
@@ -139,6 +133,23 @@ class Adapters:
                 raise
             raise LoraIncompatible(f"the LoRA could not be loaded into {self._spec.id}; nothing of it was kept") from error
         # A LoRA never silently does nothing: every layer of the file must have arrived.
-        wanted = self._reader.read(adapter.file)[0].keys()
-        if lost := wanted - adapter_layers(getattr(self._pipe, name)).keys():
-            raise LoraIncompatible(f"{len(lost)} of {len(wanted)} layers of the LoRA were not loaded, such as {min(lost)}")
+        if lost := layers.keys() - adapter_layers(transformer).keys():
+            raise LoraIncompatible(f"{len(lost)} of {len(layers)} layers of the LoRA were not loaded, such as {min(lost)}")
+        if self.are_compiled:
+            _pad_to_compiled_rank(transformer)
+
+
+def _config(layers: Layers) -> Mapping[str, Any] | None:
+    """peft's settings for layers whose header gives an alpha; None where diffusers finds them by the tensors."""
+    if all(layer.header_scale == 1 for layer in layers.values()):
+        return None
+    ranks = {f"^{re.escape(path)}": layer.rank for path, layer in layers.items()}
+    alphas = {f"^{re.escape(path)}": layer.header_scale * (layer.rank or 1) for path, layer in layers.items()}
+    first = next(iter(ranks))
+    return {
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": list(layers),
+    }

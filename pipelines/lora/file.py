@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pipelines.errors import LoraInvalid
+from pipelines.lora.names import Side
 from pipelines.safetensors_header import SafetensorsError, looks_like_safetensors, read_header
-
-Side = Literal["high", "low"]
 
 _BLOCK = re.compile(r"blocks[._](\d{1,9})[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
@@ -130,11 +129,12 @@ class Adapter:
     file: LoraFile
     scale: float = 1.0
     side: Side | None = None
+    source: str = field(default="", compare=False)
+    """The name that the user gave the file, such as the end of its URL; "" for the file's own."""
 
-
-def transformer_of(side: Side | None) -> str:
-    """The pipeline component that a side's LoRA belongs to."""
-    return "transformer_2" if side == "low" else "transformer"
+    @property
+    def name(self) -> str:
+        return self.source or self.file.path.name
 
 
 @lru_cache(maxsize=64)

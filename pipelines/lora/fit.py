@@ -1,106 +1,141 @@
-"""Compare a LoRA file with the loaded transformer, by keys, shapes and values, before a weight is changed."""
+"""Compare a LoRA file with a transformer, before a weight is changed. No torch in this file.
+
+The worker compares with the loaded transformer, the tools with the shapes of the catalog's models. The verdict and its words
+are the same.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from functools import lru_cache
-
-import torch
-from safetensors.torch import load_file
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora.file import Adapter, LoraFile, transformer_of
-from pipelines.lora.layers import MERGE_INSTEAD, Layer, LayerReader, check_adapter_keys
-from pipelines.lora.origin import looks_trained_for
+from pipelines.lora.file import Adapter, LoraFile
+from pipelines.lora.layers import Layer, Layers, Reading, Side, read
+from pipelines.lora.origin import fitting_models, looks_trained_for
 
-_KEPT = 1000
-"""Files whose values are not read again."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""The parameters of a transformer, by name."""
+
+_SIDE_IN_NAME = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
 
-class LoraCheck:
-    """Create it before any LoRA is loaded: it notes the shape of every linear layer of the plain transformers.
+def target(layer: str, shapes: Shapes) -> str | None:
+    """The parameter that a layer's weight is: `scale_shift_table` and its like are parameters themselves."""
+    return next((name for name in (f"{layer}.weight", layer) if name in shapes), None)
 
-    Several threads may use it.
-    """
 
-    def __init__(self, spec: ModelSpec, reader: LayerReader) -> None:
-        self._spec = spec
-        self._reader = reader
-        self._linears = {name: _linear_shapes(getattr(reader.pipe, name)) for name in spec.transformers}
-        self._has_effect = lru_cache(maxsize=_KEPT)(lambda file: _has_effect(file, reader.read(file)[0]))
-
-    def check(self, adapter: Adapter, mode: LoraMode) -> list[str]:
-        """Compare the file with the transformer it is for, by keys, shapes and values.
-
-        Returns warnings: keys that have no effect, signs that the LoRA belongs to another model or side, a LoRA that does
-        nothing. Raises LoraIncompatible, LoraInvalid.
-        """
-        file = adapter.file
-        layers, dropped = self._reader.read(file)
-        if mode == "adapter" and any(layer.kind == "lokr" for layer in layers.values()):
-            raise LoraIncompatible(f"this is a LoKr file, which can be merged but not loaded as an adapter; {MERGE_INSTEAD}")
-        self._check_fit(file, layers, self._linears[transformer_of(adapter.side)])
-        if mode == "adapter":
-            check_adapter_keys(file, self._reader.pipe)
-        return [*self._hints(adapter, dropped), *self._effect_warnings(adapter)]
-
-    def _check_fit(self, file: LoraFile, layers: dict[str, Layer], linears: dict[str, tuple[int, int]]) -> None:
-        misfits = [name for name, layer in layers.items() if linears.get(name) != (layer.inputs, layer.outputs)]
-        if not misfits:
-            return
-        first = misfits[0]
-        there = "is not in this model"
-        if first in linears:
-            there = "has {} inputs and {} outputs in this model".format(*linears[first])
+def check(file: LoraFile, spec: ModelSpec, shapes: Shapes) -> Reading:
+    """Read the file and compare every layer with `shapes`. Raises LoraInvalid, LoraIncompatible."""
+    reading = read(file)
+    if reading.has_both_sides and not spec.moe:
         raise LoraIncompatible(
-            f"{len(misfits)} of its {len(layers)} layers do not fit {self._spec.id}: {first} ({layers[first].inputs} inputs, "
-            f"{layers[first].outputs} outputs in the LoRA) {there}. It looks trained for "
-            f"{looks_trained_for(file, but_not=self._spec.id)}; send it to a worker of that model"
+            f"it holds a high and a low side (transformer_1, transformer_2), and {spec.id} has one transformer; "
+            "send it to a worker of wan22_14b_t2v or wan22_14b_i2v"
         )
+    layers = reading.all_layers
+    for layer in layers:
+        if layer.kind == "full" and "A" in layer.keys and _shape_of(layer.name, shapes) != layer.shapes["A"]:
+            raise LoraInvalid(f"layer {layer.name} lacks its lora_B; the file is incomplete")
+    misfits = [(layer, why) for layer in layers if (why := misfit(layer, shapes))]
+    if misfits:
+        layer, why = misfits[0]
+        which = f"{len(misfits)} of its {len(layers)} layers do not fit {spec.id}: {layer.name} {why}"
+        raise LoraIncompatible(f"{which}. {_where_it_belongs(file, spec)}")
+    return reading
 
-    def _hints(self, adapter: Adapter, dropped: list[str]) -> list[str]:
-        """What a careful operator would tell the user about a file that fits."""
-        file, hints = adapter.file, []
-        if dropped:
-            hints.append(f"{len(dropped)} keys of the LoRA have no effect here, such as `{dropped[0]}`")
-        if file.base_version and file.base_version != self._spec.lora_base_version:
-            hints.append(
-                f"the LoRA looks trained for {looks_trained_for(file)}; its shapes fit {self._spec.id}, so it was applied"
+
+def misfit(layer: Layer, shapes: Shapes) -> str:
+    """Why a layer does not fit, or ""."""
+    there = _shape_of(layer.name, shapes)
+    if there is None:
+        return "is not in this model"
+    if layer.kind == "full" and layer.changes_weight:
+        difference = layer.shapes["A" if "A" in layer.shapes else "diff"]
+        if difference != there:
+            return f"has the shape {list(difference)} in the LoRA and {list(there)} in this model"
+    elif layer.changes_weight and (layer.outputs, layer.inputs) != (there[0], math.prod(there[1:])):
+        inputs, outputs = math.prod(there[1:]), there[0]
+        theirs = f"({layer.inputs} inputs, {layer.outputs} outputs in the LoRA)"
+        return f"{theirs} has {inputs} inputs and {outputs} outputs in this model"
+    for part in ("diff_b", "B.bias", "magnitude"):
+        size = there[:1] if part == "magnitude" else shapes.get(f"{layer.name}.bias")
+        if part in layer.shapes and size is None:
+            return "has a bias in the LoRA and none in this model"
+        if part in layer.shapes and math.prod(layer.shapes[part]) != math.prod(size or ()):
+            return f"has a {part} of {math.prod(layer.shapes[part])} numbers for {math.prod(size or ())} outputs"
+    return ""
+
+
+def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSet[str] = frozenset()) -> tuple[LoraMode, str]:
+    """(how the file is applied, why it is merged although an adapter was asked for or "").
+
+    `zeros`: keys whose values are all 0; differences that are zero need no merge.
+    """
+    if mode == "merge":
+        return "merge", ""
+    for layer in reading.all_layers:
+        if layer.kind == "full" and set(layer.keys.values()) <= zeros:
+            continue
+        bias = any(part in layer.keys and layer.keys[part] not in zeros for part in ("diff_b", "B.bias"))
+        is_linear = len(_shape_of(layer.name, shapes) or ()) == 2
+        if layer.kind != "lora" or bias or "magnitude" in layer.keys or not is_linear:
+            kind = {"lokr": "LoKr factors", "full": "a difference of a weight or bias"}
+            what = kind.get(layer.kind, "a bias, magnitude or kernel")
+            return (
+                "merge",
+                f"it has {what} (layer {layer.name}), which an adapter cannot carry, so it is merged into the weights",
             )
-        elif "image_encoder" in self._spec.sources and file.has_text_keys and not file.has_image_keys:
-            hints.append("the LoRA has no image keys, so it looks trained for a text-to-video model; it was applied")
-        for side in ("high", "low"):
-            if adapter.side and side != adapter.side and file.path.stem.endswith(f"_{side}_noise"):
-                hints.append(f"the file is named `{file.path.name}`, but was sent as the {adapter.side} side")
-        return hints
-
-    def _effect_warnings(self, adapter: Adapter) -> list[str]:
-        """Whether the LoRA does anything. Raises LoraInvalid for values that are not finite numbers."""
-        if not self._has_effect(adapter.file):
-            return ["the LoRA has no effect: a factor of every layer is all 0, as before the first training step"]
-        return ["the LoRA has no effect: its network_multiplier is 0"] if adapter.scale == 0 else []
+    return "adapter", ""
 
 
-def _linear_shapes(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
+    """What a careful operator would tell the user about a file that fits."""
+    file, texts = adapter.file, []
+    if reading.ignored:
+        texts.append(f"{len(reading.ignored)} keys of the LoRA have no effect here, such as `{reading.ignored[0]}`")
+    if file.base_version and file.base_version != spec.lora_base_version:
+        texts.append(f"the LoRA looks trained for {looks_trained_for(file)}; its shapes fit {spec.id}, so it was applied")
+    elif "image_encoder" in spec.sources and file.has_text_keys and not file.has_image_keys:
+        texts.append("the LoRA has no image keys, so it looks trained for a text-to-video model; it was applied")
+    if reading.has_both_sides:
+        texts.append("the file holds the high and the low side; each was applied to its own")
+    elif adapter.side and (named := side_in_name(adapter.name)) and named != adapter.side:
+        texts.append(f"the file is named `{adapter.name}`, but was sent as the {adapter.side} side")
+    return texts
 
 
-def _has_effect(file: LoraFile, layers: dict[str, Layer]) -> bool:
-    """Whether any layer's product can differ from 0. Raises LoraInvalid for NaN, infinity and dtypes that are no floats."""
-    if strange := {dtype for dtype in file.dtypes.values() if not re.fullmatch("F64|F32|F16|BF16", dtype)}:
-        raise LoraInvalid(f"its weights are stored as {min(strange)}; export the LoRA as float32, float16 or bfloat16")
-    zeros, alphas = set(), {layer.keys.get("alpha") for layer in layers.values()}
-    for key, tensor in load_file(file.path).items():
-        in_use = tensor.float() if tensor.dtype == torch.float64 else tensor  # 1e300 is infinite in every dtype of a model
-        if not in_use.isfinite().all():
-            raise LoraInvalid(f"`{key}` contains NaN or infinity; the training run diverged, use an earlier save")
-        if key in alphas and tensor < 0:  # diffusers would double one factor until it exceeds the other, which it never does
-            raise LoraInvalid(f"`{key}` is negative; give it a positive alpha, and negate the LoRA by network_multiplier")
-        if not tensor.any():
-            zeros.add(key)
-    return any(zeros.isdisjoint(layer.keys.values()) for layer in layers.values())
+def side_in_name(name: str) -> Side | None:
+    """The side that a file's name tells, such as `high` for `my_HIGH-noise.safetensors`; None for neither or both."""
+    found = {match.lower() for match in _SIDE_IN_NAME.findall(name)}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def by_transformer(adapters: Sequence[Adapter]) -> dict[str, tuple[Adapter, Layers]]:
+    """What each transformer is to carry. A file that holds both sides is applied to both, but where the other has its own.
+
+    Raises what `read` raises.
+    """
+    sent = {adapter.side for adapter in adapters}
+    wanted: dict[str, tuple[Adapter, Layers]] = {}
+    for adapter in adapters:
+        reading = read(adapter.file)
+        for side in (
+            [adapter.side, *(side for side in reading.sides if side not in sent)] if reading.has_both_sides else [adapter.side]
+        ):
+            wanted["transformer_2" if side == "low" else "transformer"] = (adapter, reading.layers(side))
+    return wanted
+
+
+def _shape_of(layer: str, shapes: Shapes) -> tuple[int, ...] | None:
+    name = target(layer, shapes)
+    return shapes[name] if name else None
+
+
+def _where_it_belongs(file: LoraFile, spec: ModelSpec) -> str:
+    if not [id for id in fitting_models(file) if id != spec.id]:
+        return "It is not a LoRA for Wan, or its format is not known here; train it with ai-toolkit, or convert it"
+    return f"It looks trained for {looks_trained_for(file, but_not=spec.id)}; send it to a worker of that model"

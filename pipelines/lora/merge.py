@@ -1,57 +1,52 @@
 """LoRAs added into the weights, as the trainer does for its samples, and taken out again to the bit.
 
 The product of a LoRA's factors is computed in float32, added to the float32 value of the weight, and stored in the weight's
-own dtype. Subtracting it again would leave rounding behind, so a weight goes back to what the checkpoint's file says: the
-file stays memory-mapped, which costs no memory of its own, and every merge starts from it.
+own dtype. Subtracting it again would leave rounding behind, so a weight is restored from the checkpoint's file: the file stays
+memory-mapped, which costs no memory of its own, and every merge starts from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
-from pipelines.errors import blamed_on
-from pipelines.lora.file import Adapter, transformer_of
-from pipelines.lora.layers import LayerReader
+from pipelines.lora.arithmetic import change_bias, change_weight, load_tensors
+from pipelines.lora.file import Adapter
+from pipelines.lora.layers import Layers
 from pipelines.weights import file_names, index_of
 
 
 class Merges:
     """The merged LoRAs of one pipeline, by transformer; at most one each."""
 
-    def __init__(self, spec: ModelSpec, reader: LayerReader, checkpoints: Checkpoints) -> None:
-        self._pipe = reader.pipe
-        self._reader = reader
+    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Checkpoints) -> None:
+        self._pipe = pipe
         self._files = {name: _CheckpointFile(checkpoints.folder_of(name)) for name in spec.transformers}
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
-        """Layers whose weights are not, or may not be, what the file says."""
+        """Parameters whose values are not, or may not be, what the file says."""
 
     @torch.no_grad()
-    def apply(self, adapters: Sequence[Adapter]) -> None:
-        """Bring the weights to carry exactly these LoRAs at these scales; what is merged already stays.
+    def apply(self, name: str, wanted: tuple[Adapter, Layers] | None) -> None:
+        """Make the weights of the transformer `name` carry exactly this LoRA, or none; what is merged already stays.
 
-        Raises LoraError. After an exception weights may be half merged: call `take_out_all` then.
+        After an exception weights may be half merged: call `take_out` then.
         """
-        wanted = {transformer_of(adapter.side): adapter for adapter in adapters}
-        for name in self._files:
-            before, after = self._merged.get(name), wanted.get(name)
-            if before and after and (before.file.identity, before.scale) == (after.file.identity, after.scale):
-                continue
-            self._merged.pop(name, None)
-            if after is None:
-                self._restore(name, self._changed[name])
-            else:
-                with blamed_on(adapters.index(after)):
-                    self._merge(name, after)
-                self._merged[name] = after
+        before = self._merged.get(name)
+        if wanted and before and (before.file, before.scale) == (wanted[0].file, wanted[0].scale):
+            return
+        self._merged.pop(name, None)
+        if wanted is None:
+            self._restore(name, set(self._changed[name]))
+        else:
+            self._merge(name, *wanted)
+            self._merged[name] = wanted[0]
 
     @property
     def are_active(self) -> bool:
@@ -59,30 +54,32 @@ class Merges:
 
     @torch.no_grad()
     def take_out_all(self) -> None:
-        """Put every weight back, whatever state it is in."""
+        """Restore every weight, whatever state it is in."""
         self._merged.clear()
-        for name, layers in self._changed.items():
-            self._restore(name, layers)
+        for name, changed in self._changed.items():
+            self._restore(name, set(changed))
 
-    def _merge(self, name: str, adapter: Adapter) -> None:
-        layers, _ = self._reader.read(adapter.file)
-        tensors = load_file(adapter.file.path)
-        self._restore(name, self._changed[name] - layers.keys())
-        self._changed[name] |= layers.keys()
-        weights = self._weights(name, layers)
-        for layer, weight in weights.items():
-            pristine = self._files[name].read(f"{layer}.weight").to(weight.device, weight.dtype)
-            merged = layers[layer].delta(tensors, weight.device).mul_(adapter.scale).add_(pristine)
-            weight.copy_(merged)
+    def _merge(self, name: str, adapter: Adapter, layers: Layers) -> None:
+        tensors, parameters = load_tensors(adapter.file), dict(getattr(self._pipe, name).named_parameters())
+        changes = {}
+        for path, layer in layers.items():
+            if layer.changes_weight:
+                changes[f"{path}.weight" if f"{path}.weight" in parameters else path] = (layer, change_weight)
+            if layer.changes_bias:
+                changes[f"{path}.bias"] = (layer, change_bias)
+        self._restore(name, self._changed[name] - changes.keys())
+        self._changed[name] |= changes.keys()
+        for parameter, (layer, change) in changes.items():
+            value = parameters[parameter]
+            pristine = self._files[name].read(parameter).to(value.device, value.dtype)
+            value.copy_(change(layer, tensors, pristine, adapter.scale, value.device))
 
-    def _restore(self, name: str, layers: Iterable[str]) -> None:
-        for layer, weight in self._weights(name, set(layers)).items():
-            weight.copy_(self._files[name].read(f"{layer}.weight").to(weight.dtype))
-            self._changed[name].discard(layer)
-
-    def _weights(self, name: str, layers: Iterable[str]) -> Mapping[str, torch.Tensor]:
+    def _restore(self, name: str, changed: Iterable[str]) -> None:
         transformer = getattr(self._pipe, name)
-        return {layer: transformer.get_submodule(layer).weight for layer in layers}
+        for parameter in changed:
+            value = transformer.get_parameter(parameter)
+            value.copy_(self._files[name].read(parameter).to(value.dtype))
+            self._changed[name].discard(parameter)
 
 
 class _CheckpointFile:

@@ -142,7 +142,7 @@ def test_what_the_device_raises_while_an_adapter_loads_is_not_the_loras_fault(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(model._pipe, "load_lora_weights", fail)
+    monkeypatch.setattr(model._pipe.transformer, "load_lora_adapter", fail)
     monkeypatch.setattr(model, "device_answers", lambda: answers)
     with pytest.raises(expected) as error:
         model.apply_loras([lora(tiny)])

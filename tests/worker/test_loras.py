@@ -65,7 +65,7 @@ def test_a_relative_path_is_a_file_below_lora_dir(fetch, settings):
 
 @pytest.mark.parametrize("path", ["job/none.safetensors", "none/a.safetensors", "job", "job/", "."])
 def test_what_is_no_file_is_not_found(fetch, path):
-    assert "no such file" in failure(fetch, path, Code.LORA_NOT_FOUND)
+    assert "LoRA folder has no `" in failure(fetch, path, Code.LORA_NOT_FOUND)
 
 
 def test_without_a_lora_folder_nothing_is_found(fetch, settings):
@@ -86,7 +86,7 @@ def test_a_path_cannot_leave_lora_dir_by_dots_or_links(fetch, settings, path):
     outside.write_bytes(WEIGHTS)
     (settings.lora_dir / "link.safetensors").symlink_to(outside)
     (settings.lora_dir / "folder").symlink_to(settings.lora_dir.parent)
-    assert "no such file" in failure(fetch, path, Code.LORA_NOT_FOUND)
+    assert "LoRA folder has no `" in failure(fetch, path, Code.LORA_NOT_FOUND)
 
 
 def test_an_absolute_path_outside_is_not_found(fetch, settings):
@@ -369,3 +369,11 @@ def test_a_download_from_elsewhere_comes_without_the_token(fetch, web):
 def test_links_in_a_circle_are_no_lora(fetch, settings):
     (settings.lora_dir / "loop.safetensors").symlink_to("loop.safetensors")
     failure(fetch, "loop.safetensors", Code.LORA_NOT_FOUND)
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(fetch, settings):
+    (settings.lora_dir / "my_job").mkdir(parents=True, exist_ok=True)
+    (settings.lora_dir / "my_job/my_lora_high_noise.safetensors").write_bytes(b"")
+    text = failure(fetch, "my_job/my_lora_high.safetensors", Code.LORA_NOT_FOUND)
+    assert "has no `my_job/my_lora_high.safetensors` (did you mean `my_job/my_lora_high_noise.safetensors`?)" in text
+    assert "did you mean" not in failure(fetch, "other/zzz.safetensors", Code.LORA_NOT_FOUND)

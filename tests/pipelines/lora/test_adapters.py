@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import LoraFile
+from tools import split_lora
+from tools.cli import BadInput
 
 
 @pytest.fixture(scope="module")
@@ -243,34 +246,48 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
 @pytest.mark.parametrize(
     ("tensors", "error", "says"),
     [
-        ({"model.weight": torch.ones(2)}, LoraIncompatible, "looks trained for wan_2.1|no lora_A"),
+        ({"model.weight": torch.ones(2)}, LoraIncompatible, "no lora_A and lora_B keys, but such as `model.weight`"),
         ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w2"),
         (
             lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(2)},
             LoraIncompatible,
-            "a DoRA",
+            "magnitude of 2 numbers for 48 outputs",
         ),
         (
-            lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.foo.bar": torch.ones(2)},
+            lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.foo.lora_bar.weight": torch.ones(2)},
             LoraIncompatible,
-            "such as `diffusion_model.foo",
+            "`diffusion_model.foo.lora_bar.weight` is a part that no LoRA or LoKr",
         ),
         (
-            lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(24)},
+            lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(25)},
             LoraIncompatible,
-            "1 of its 20 layers.*have a bias",
+            "1 of its 20 layers.*diff_b of 25 numbers for 24 outputs",
         ),
-        ({"diffusion_model.transformer_1.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "split it"),
-        ({"diffusion_model.img_in.lora_A.weight": torch.ones(4, 24)}, LoraIncompatible, "keys"),
         (
             {
-                "diffusion_model.blocks.0.a.lora_A.weight": torch.ones(4, 4),
-                f"diffusion_model.blocks.{'9' * 200}.a": torch.ones(1),
+                "diffusion_model.transformer_1.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24),
+                "diffusion_model.transformer_1.blocks.0.self_attn.q.lora_B.weight": torch.ones(24, 4),
             },
             LoraIncompatible,
-            "block numbers that no Wan model has",
+            "it holds a high and a low side .*, and wan21_1b has one transformer",
         ),
-        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraInvalid, "lacks one of"),
+        (
+            {
+                "diffusion_model.img_in.lora_A.weight": torch.ones(4, 24),
+                "diffusion_model.img_in.lora_B.weight": torch.ones(24, 4),
+            },
+            LoraIncompatible,
+            "img_in is not in this model. It is not a LoRA for Wan",
+        ),
+        (
+            {
+                f"diffusion_model.blocks.{'9' * 200}.a.lora_A.weight": torch.ones(4, 4),
+                f"diffusion_model.blocks.{'9' * 200}.a.lora_B.weight": torch.ones(4, 4),
+            },
+            LoraIncompatible,
+            "999.a is not in this model",
+        ),
+        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24)}, LoraInvalid, "lacks its lora_B"),
         (
             {
                 "diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 24),
@@ -301,6 +318,7 @@ def test_files_that_are_no_lora_for_wan_are_refused(
 
 
 Q = "diffusion_model.blocks.0.self_attn.q"
+NORM = "diffusion_model.blocks.0.norm9"
 PLAIN = lora_tensors(SIZE_1B, 4, 1)
 
 
@@ -313,22 +331,23 @@ PLAIN = lora_tensors(SIZE_1B, 4, 1)
         ({f"{Q}.lora_A.weight": torch.full((4, 24), 1e300, dtype=torch.float64)}, LoraInvalid, "NaN or infinity"),
         (
             {"diffusion_model.blocks.-9999999999.self_attn.q.lora_A.weight": torch.ones(4, 24)},
-            LoraIncompatible,
-            "block numbers",
+            LoraInvalid,
+            "blocks.-9999999999.self_attn.q lacks its lora_B",
         ),
         (
             {"diffusion_model.blocks.9_999_999_999.self_attn.q.lora_A.weight": torch.ones(4, 24)},
-            LoraIncompatible,
-            "block numbers",
+            LoraInvalid,
+            "blocks.9_999_999_999.self_attn.q lacks its lora_B",
         ),
-        ({f"{'x' * 16}blocks.1_000_000_000.norm1.diff": torch.ones(4)}, LoraIncompatible, "block numbers"),
-        ({f"{Q}.lora_magnitude_vector": torch.ones(24)}, LoraIncompatible, "a DoRA"),
-        ({f"{Q}.lokr_w1": torch.ones(2, 2, 2), f"{Q}.lokr_w2": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w1"),
+        ({f"{'x' * 16}blocks.1_000_000_000.norm1.diff": torch.ones(4)}, LoraIncompatible, "is not in this model"),
+        ({f"{Q}.lora_magnitude_vector": torch.ones(23)}, LoraIncompatible, "magnitude of 23 numbers for 24 outputs"),
+        ({f"{NORM}.lokr_w1": torch.ones(2, 2, 2), f"{NORM}.lokr_w2": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w1"),
         (
-            {f"{Q}.lokr_w1": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(12, 12), f"{Q}.lokr_t2": torch.ones(2)},
+            {f"{NORM}.lokr_w1": torch.ones(2, 2), f"{NORM}.lokr_w2": torch.ones(12, 12), f"{NORM}.lokr_t2": torch.ones(2)},
             LoraIncompatible,
-            "has a lokr_t2",
+            "lokr_t2` does not go with the LoKr factors",
         ),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2)}, LoraIncompatible, "does not go with the LoKr factors"),
     ],
 )
 def test_what_the_loading_code_would_choke_on_is_refused_first(
@@ -339,24 +358,14 @@ def test_what_the_loading_code_would_choke_on_is_refused_first(
             small.check_lora(Adapter(write(PLAIN | changes)), mode)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("part", ["lora_mid.weight", "lora_A.default.weight"])
-def test_a_part_that_is_none_of_a_lora_is_refused(small: WanModel, write: Callable[..., LoraFile], part: str) -> None:
+def test_a_part_that_no_lora_has_is_refused(small: WanModel, write: Callable[..., LoraFile]) -> None:
     layer = "transformer.blocks.0.attn1.to_q"
     tensors = {f"{layer}.lora_A.weight": torch.ones(4, 24), f"{layer}.lora_B.weight": torch.ones(24, 4)}
-    with pytest.raises(LoraIncompatible, match="beside lora_A and lora_B"):
-        small.check_lora(Adapter(write(tensors | {f"{layer}.{part}": torch.ones(4)})), "merge")
-
-
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_keys_that_can_only_be_merged_say_so_before_anything_is_loaded(
-    small: WanModel, write: Callable[..., LoraFile], prefix: str
-) -> None:
-    layer = f"{prefix}blocks.0.attn1.to_q"
-    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 24), f"{layer}.lora_B.weight": torch.ones(24, 4)}
-    lora = Adapter(write(tensors | {f"{layer}.alpha": torch.tensor(2.0)}))
-    assert small.check_lora(lora, "merge") == []
-    with pytest.raises(LoraIncompatible, match="can be merged but not loaded as an adapter; set `match` to preview"):
-        small.check_lora(lora, "adapter")
+    for mode in ("adapter", "merge"):
+        with pytest.raises(LoraIncompatible, match=r"to_q.lora_mid.weight` is a part that no LoRA or LoKr for Wan has"):
+            small.check_lora(Adapter(write(tensors | {f"{layer}.lora_mid.weight": torch.ones(4, 4)})), mode)  # type: ignore[arg-type]
+    with pytest.raises(LoraInvalid, match=r"are the same part of layer blocks\.0\.attn1\.to_q"):
+        small.check_lora(Adapter(write(tensors | {f"{layer}.lora_A.default.weight": torch.ones(4, 24)})))
 
 
 @pytest.mark.parametrize("change", ["nothing", "rank", "dtype", "layers", "alpha"])
@@ -378,10 +387,73 @@ def test_a_lora_takes_the_place_of_one_of_the_same_shapes_and_of_no_other(
     small.apply_loras([])
     small.apply_loras([Adapter(one)])
     loads = []
-    load = type(small._pipe).load_lora_weights
-    monkeypatch.setattr(
-        type(small._pipe), "load_lora_weights", lambda *given, **named: loads.append(1) or load(*given, **named)
-    )
+    transformer = type(small._pipe.transformer)
+    load = transformer.load_lora_adapter
+    monkeypatch.setattr(transformer, "load_lora_adapter", lambda *given, **named: loads.append(1) or load(*given, **named))
     small.apply_loras([Adapter(two, 0.7)])
     assert np.array_equal(frames(small), alone)
-    assert len(loads) == (change != "nothing")
+    assert len(loads) == (change not in ("nothing", "alpha"))
+
+
+# Both sides in one file, as ai-toolkit writes it with split_multistage_loras: false
+
+
+@pytest.fixture
+def combined(tiny: Path, tmp_path: Path) -> LoraFile:
+    tensors = {}
+    for number, name in ((1, "high"), (2, "low")):
+        for key, value in load_file(side(tiny, name).file.path).items():
+            tensors[key.replace("diffusion_model.", f"diffusion_model.transformer_{number}.")] = value
+    save_file(tensors, tmp_path / "combined.safetensors", metadata=lora_metadata("combined", "wan_2.2_14b"))
+    return LoraFile.read(tmp_path / "combined.safetensors")
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merge"])
+def test_a_file_with_both_sides_is_the_pair_whichever_way_it_is_sent(
+    moe: WanModel, tiny: Path, combined: LoraFile, mode: Any
+) -> None:
+    moe.apply_loras([side(tiny, "high"), side(tiny, "low")], mode)
+    pair = frames(moe)
+    for sent in (["high"], ["low"], ["high", "low"]):
+        adapters = [Adapter(combined, 1.0, name) for name in sent]  # type: ignore[arg-type]
+        assert any("holds the high and the low side" in text for text in moe.check_lora(adapters[0], mode))
+        moe.apply_loras(adapters, mode)
+        assert np.array_equal(frames(moe), pair), sent
+    moe.apply_loras([])
+
+
+def test_beside_a_low_lora_a_file_with_both_sides_gives_its_high_one(moe: WanModel, tiny: Path, combined: LoraFile) -> None:
+    mixed = side(tiny, "low", "wan22_14b_t2v_mixed")
+    moe.apply_loras([side(tiny, "high"), mixed])
+    expected = frames(moe)
+    moe.apply_loras([Adapter(combined, 1.0, "high"), mixed])
+    assert np.array_equal(frames(moe), expected)
+    moe.apply_loras([])
+
+
+def test_split_lora_writes_the_two_files(tiny: Path, combined: LoraFile) -> None:
+    written = split_lora.split(combined.path, combined.path.parent)
+    assert [path.name for path in written] == ["combined_high_noise.safetensors", "combined_low_noise.safetensors"]
+    for path, name in zip(written, ("high", "low"), strict=True):
+        original = load_file(side(tiny, name).file.path)
+        assert {key: value.tolist() for key, value in load_file(path).items()} == {k: v.tolist() for k, v in original.items()}
+    with pytest.raises(BadInput, match="holds one side"):
+        split_lora.split(written[0], combined.path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("job_high_noise.safetensors", True),
+        ("job_HIGH.safetensors", True),
+        ("my-high-noise-lora.safetensors", True),
+        ("high_noise_model.safetensors", True),
+        ("job_low_noise.safetensors", False),
+        ("highlands.safetensors", False),
+        ("high_and_low.safetensors", False),
+    ],
+)
+def test_high_sent_as_low_is_noticed_by_the_name_that_the_user_gave(moe: WanModel, tiny: Path, name: str, told: bool) -> None:
+    file = side(tiny, "low", "wan22_14b_t2v").file
+    warnings = moe.check_lora(Adapter(file, 1.0, "low", name))
+    assert any(f"the file is named `{name}`, but was sent as the low side" in text for text in warnings) == told

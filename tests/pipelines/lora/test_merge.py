@@ -206,10 +206,16 @@ def test_a_lokr_file_is_merged_as_a_kronecker_product(tiny: Path, write: Write, 
     assert torch.allclose(model._pipe.transformer.get_submodule(QUERY).weight, expected, atol=1e-6)
 
 
-def test_a_lokr_file_as_an_adapter_is_refused_with_the_remedy(tiny: Path, write: Write) -> None:
+def test_a_lokr_file_that_is_sent_as_an_adapter_is_merged_and_says_so(tiny: Path, write: Write) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu")
-    with pytest.raises(LoraIncompatible, match="LORA_MODE=merge"):
-        model.check_lora(Adapter(write(lokr_tensors(True))), "adapter")
+    adapter = Adapter(write(lokr_tensors(True)))
+    (warning,) = model.check_lora(adapter, "adapter")
+    assert "which an adapter cannot carry, so it is merged" in warning
+    assert model.mode_of(adapter, "adapter") == "merge"
+    model.apply_loras([adapter], "adapter")
+    merged = weights(model)
+    model.apply_loras([adapter], "merge")
+    assert same(weights(model), merged)
 
 
 def test_a_lokr_file_that_lacks_a_factor_is_invalid(tiny: Path, write: Write) -> None:
