@@ -173,12 +173,12 @@ def _imported(checkout: Path, model_id: str) -> Iterator[tuple[Any, ModuleType]]
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__path__ = [str(checkout.joinpath(*name.split(".")))]
         for name, contents in _STAND_INS.items():
-            _stand_in(name, **{content: type(content, (), {}) for content in contents.split()})
-        _stand_in("toolkit.models.base_model", BaseModel=_BaseModel)
-        _stand_in("toolkit.prompt_utils", PromptEmbeds=_PromptEmbeds)
+            stand_in(name, **{content: type(content, (), {}) for content in contents.split()})
+        stand_in("toolkit.models.base_model", BaseModel=_BaseModel)
+        stand_in("toolkit.prompt_utils", PromptEmbeds=_PromptEmbeds)
         if "torchvision" not in sys.modules:
-            functional = _stand_in("torchvision.transforms.functional", to_tensor=_to_tensor)
-            _stand_in("torchvision.transforms", functional=functional)
+            functional = stand_in("torchvision.transforms.functional", to_tensor=_to_tensor)
+            stand_in("torchvision.transforms", functional=functional)
         module_name, class_name = _MODEL_CLASSES[model_id]
         module = importlib.import_module(module_name)
         yield getattr(module, class_name), module
@@ -189,7 +189,7 @@ def _imported(checkout: Path, model_id: str) -> Iterator[tuple[Any, ModuleType]]
         sys.modules.update(before)
 
 
-def _stand_in(name: str, **contents: Any) -> ModuleType:
+def stand_in(name: str, **contents: Any) -> ModuleType:
     parts = name.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
