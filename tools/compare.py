@@ -61,8 +61,8 @@ class Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     a, b = read_clip(args.a), read_clip(args.b)
-    settings_a = settings_of_result(args.settings_a, args.prompt) if args.settings_a else a.settings
-    settings_b = settings_of_result(args.settings_b, args.prompt) if args.settings_b else b.settings
+    settings_a = _settings_in_file(args.settings_a, args.prompt) if args.settings_a else a.settings
+    settings_b = _settings_in_file(args.settings_b, args.prompt) if args.settings_b else b.settings
     found = compare(a, b, settings_a, settings_b)
     print(json.dumps(as_json(found), indent=2) if args.json else as_text(found))
     if args.sheet:
@@ -112,26 +112,33 @@ def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
         yield f"A has {len(a.frames)} frames and B has {len(b.frames)}; compared: the first {common_count}"
 
 
-def settings_of_result(path: Path, prompt: int) -> dict[str, Any]:
-    """The settings of one prompt in a result JSON, flat as in an MP4's comment.
-
-    Takes the result itself, RunPod's answer around it (`output`), and bare settings.
-    """
+def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
+    """`settings_in` for a JSON file. Raises BadInput, OSError."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return settings_in(json.loads(path.read_text(encoding="utf-8")), prompt)
     except ValueError as error:
-        raise BadInput(f"{path}: this is no JSON ({error})") from error
+        raise BadInput(f"{path} is not JSON ({error})") from error
+    except BadInput as error:
+        raise BadInput(f"{path} {error}") from error
+
+
+def settings_in(result: Any, prompt: int) -> dict[str, Any]:
+    """The settings of one prompt in a job's result, as flat as in an MP4's comment.
+
+    `result`: the result itself, RunPod's answer with it under `output`, or the settings alone. Raises BadInput.
+    """
     for wrapper in ("output", "settings"):
         if isinstance(result, dict) and isinstance(result.get(wrapper), dict):
             result = result[wrapper]
     if not isinstance(result, dict) or "match" not in result:
-        raise BadInput(f"{path}: no `settings` in it; give the JSON that a job returned")
-    prompts = result.pop("prompts", None)
+        raise BadInput("has no `settings`; give the JSON that a job returned")
+    settings = {name: value for name, value in result.items() if name != "prompts"}
+    prompts = result.get("prompts")
     if not isinstance(prompts, list):
-        return dict(result)
+        return settings
     if not 0 <= prompt < len(prompts):
-        raise BadInput(f"{path}: it has the prompts 0 to {len(prompts) - 1}; --prompt {prompt} is none of them")
-    return {**result, **prompts[prompt]}
+        raise BadInput(f"has the prompts 0 to {len(prompts) - 1}, and not --prompt {prompt}")
+    return {**settings, **prompts[prompt]}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS, ModelSpec
 from tools.cli import FITS, BadInput, one_line_errors
 from tools.trainer_samples import RANDOM_SEED, Sample, Training, read_training
@@ -42,9 +43,6 @@ example:
   python -m tools.requests_from_config output/my_lora/config.yaml --output-format webp --out requests
   curl -H "Authorization: Bearer $RUNPOD_API_KEY" https://api.runpod.ai/v2/ENDPOINT/run -d @requests/sample_0.json
 """
-
-_LARGEST_JOB = 10_000_000
-"""Bytes; RunPod's limit on the body of `/run`. `/runsync` takes twice as much."""
 
 
 @one_line_errors
@@ -138,8 +136,9 @@ def requests_of(
         except WorkerError as error:
             raise BadInput(f"{where}: the worker would not take its request: {error}") from error
         requests.append({"input": inner})
-        if (size := len(json.dumps(requests[-1]))) > _LARGEST_JOB:
-            warnings.append(f"{where}: {size / 1e6:.0f} MB with its image, and /run takes 10 MB; put the image behind a URL")
+        if (size := len(body_of(requests[-1]))) > MAX_PAYLOAD:
+            limit = f"RunPod accepts {MAX_PAYLOAD / 1e6:.0f} MB at /run"
+            warnings.append(f"{where}: the request has {size / 1e6:.1f} MB with its image, and {limit}; use a URL")
     return requests, warnings
 
 

@@ -138,7 +138,7 @@ def test_who_reads_may_leave(words: list[str]) -> None:
         ({"status": "FAILED", "error": "LORA_NOT_FOUND: `loras[0].path`"}, 1, "LORA_NOT_FOUND: `loras[0].path`\n"),
         ({"status": "FAILED", "error": "it broke"}, 1, "JOB_FAILED: it broke\n"),
         ({"status": "CANCELLED"}, 4, "CANCELLED: the job was cancelled\n"),
-        ({"status": "TIMED_OUT"}, 4, "TIMEOUT: RunPod ended the job"),
+        ({"status": "TIMED_OUT"}, 4, "TIMEOUT: RunPod stopped the job"),
     ],
 )
 def test_a_job_that_ends_badly(
@@ -206,7 +206,7 @@ def test_a_submission_whose_answer_was_lost_is_6(run: list[str], api: Api, capsy
 def test_an_outage_is_told_on_stderr(run: list[str], api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.faults.order("status", Status(502), times=2)
     assert main(run) == 0
-    assert capsys.readouterr().err.count("status 502; trying again") == 1
+    assert capsys.readouterr().err.count("status 502; retrying") == 1
 
 
 def test_an_interrupt_leaves_the_job_and_says_how_to_go_on(run: list[str], script: Script, api: Api, tmp_path: Path) -> None:

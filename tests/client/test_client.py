@@ -69,7 +69,7 @@ def test_an_outage_is_told_once_and_each_new_one_again(client: Client, api: Api,
     for _ in range(2):
         api.faults.order("status", Status(502), times=3)
         client.status(job_id)
-    assert said == [f"{api.base_url}/endpoint: status 502; trying again"] * 2
+    assert said == [f"{api.base_url}/endpoint: status 502; retrying"] * 2
 
 
 def test_an_endpoint_that_stays_away_is_given_up_with_the_job_named(api: Api) -> None:
@@ -105,6 +105,14 @@ def test_what_a_server_says_of_the_time_to_wait_is_heeded(
     assert pauses == [pytest.approx(pause, rel=0.3)]
 
 
+def test_without_patience_a_failure_ends_at_once_and_no_retry_is_announced(api: Api, said: list[str]) -> None:
+    client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0, say=said.append)
+    api.faults.order("status", Status(502))
+    with pytest.raises(Unreachable, match="status 502"):
+        client.status(client.submit(REQUEST))
+    assert (api.times("status"), said) == (1, [])
+
+
 # A submission.
 
 
@@ -135,7 +143,7 @@ def test_a_submission_has_a_connection_of_its_own(client: Client, api: Api) -> N
 
 def test_where_nothing_listens_a_submission_is_tried_for_a_while_and_nothing_was_started(said: list[str]) -> None:
     client = Client.local(f"http://127.0.0.1:{free_port()}", patience=0.2, say=said.append)
-    with pytest.raises(Unreachable, match="nothing was started"):
+    with pytest.raises(Unreachable, match="no job was started"):
         client.submit(REQUEST)
 
 
@@ -151,6 +159,11 @@ def test_a_local_api_takes_the_same_calls_without_a_key(api: Api, script: Script
     assert client.status("job-1").percent == 40
     assert client.cancel("job-1") == "CANCELLED"
     assert all("Authorization" not in headers for _, headers in api.asked)
+
+
+def test_the_address_of_a_local_api_is_checked() -> None:
+    with pytest.raises(Refused, match="localhost:8000 is not an http"):
+        Client.local("localhost:8000")
 
 
 def test_a_local_submission_whose_answer_is_lost_is_not_made_again_either(api: Api) -> None:
@@ -178,7 +191,7 @@ def test_a_local_api_is_not_looked_for_behind_a_proxy(api: Api, monkeypatch: pyt
 # What no second try would change.
 
 
-def test_a_wrong_key_is_told_at_once_and_not_repeated(api: Api) -> None:
+def test_a_wrong_key_is_reported_at_once_and_not_printed(api: Api) -> None:
     client = Client.endpoint("endpoint", "rpa_WRONG", base_url=api.base_url)
     with pytest.raises(NotAuthorized) as caught:
         client.submit(REQUEST)
@@ -249,6 +262,13 @@ def test_neither_netrc_nor_a_message_knows_the_key(
     assert KEY not in "".join(said)
 
 
+def test_a_key_that_the_server_repeats_is_in_no_error(client: Client, script: Script) -> None:
+    script.answers = [{"status": "FAILED", "error": f"INTERNAL: Bearer {KEY} is not welcome"}]
+    with pytest.raises(JobFailed, match="is not welcome") as caught:
+        client.run(REQUEST)
+    assert KEY not in str(caught.value)
+
+
 # How a job ends.
 
 
@@ -295,7 +315,7 @@ def test_a_job_that_was_stopped_is_told_from_one_that_failed(
 
 def test_a_result_that_was_lost_is_told_with_where_the_files_may_be(client: Client, script: Script) -> None:
     script.answers = [{"status": "COMPLETED"}]
-    with pytest.raises(JobFailed, match="bucket under job-1/"):
+    with pytest.raises(JobFailed, match="bucket, below job-1/"):
         client.run(REQUEST)
 
 
@@ -326,8 +346,8 @@ def test_pauses_grow_and_stay_within_bounds(monkeypatch: pytest.MonkeyPatch) -> 
     pauses: list[float] = []
     monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.5)
     monkeypatch.setattr(calls.time, "sleep", pauses.append)
-    patience = calls.Patience(100, [].append)
+    retry = calls.Retry(100, [].append)
     for _ in range(12):
-        assert patience.wait("away")
+        assert retry.wait("away")
     assert pauses[0] < 0.7 < pauses[4]
     assert max(pauses) <= 30 * 1.25

@@ -36,7 +36,7 @@ def test_there_is_one_example_per_model_and_the_table_has_them() -> None:
 @pytest.mark.parametrize("model_id", MODELS)
 def test_an_example_is_valid_and_made_as_it_asks(model_id: str) -> None:
     job = example(model_id)
-    assert job_of(job, EXAMPLES, here=False) == job
+    assert job_of(job, EXAMPLES, is_local=False) == job
     spec = MODELS[model_id]
     request = parse(job["input"], spec)
     recipe = preview(spec, "", "") if request.match == "preview" else documented(spec)

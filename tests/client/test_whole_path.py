@@ -94,7 +94,7 @@ def test_a_local_error_is_the_workers(worker: LocalApi, tmp_path: Path, capsys: 
     assert main(["run", "--url", worker.url, *request]) == 1
     assert "\nLORA_NOT_FOUND: " in capsys.readouterr().err
     assert main(["resume", "test-0", "--url", worker.url]) == 3
-    assert "OUTPUT_DIR, under test-0/" in capsys.readouterr().err
+    assert "below test-0/ in the bucket or in OUTPUT_DIR" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["RunPod", "local"])

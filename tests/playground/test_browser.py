@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from playground.target import Target
+from client import Client
 from tests.playground.conftest import Page as Server
 from tests.playground.conftest import serving
 from tests.worker_process import LocalApi, free_port
@@ -60,7 +60,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def playground(worker: LocalApi, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("playground")
-    with serving(Target(worker.url), folder, example=EXAMPLE, loras=tiny / "loras") as server:
+    with serving(Client.local(worker.url, patience=0), folder, example=EXAMPLE, loras=tiny / "loras") as server:
         yield server
 
 
@@ -245,7 +245,7 @@ def test_what_only_the_worker_knows_comes_back_to_the_fields_too(page: Page) -> 
     for path, name in zip(page.locator("[name=path]").all(), ("one", "two"), strict=True):
         path.fill(f"{name}.safetensors")
     page.keyboard.press("Control+Enter")
-    page.get_by_text("was not made").wait_for()
+    page.locator(".failed .big", has_text="failed").wait_for()
     assert page.locator(".code").inner_text() == "LORA_NOT_FOUND"
     assert page.locator("[name=path][aria-invalid]").count() == 2
     assert page.evaluate("document.activeElement === document.querySelector('[name=path]')")
@@ -328,7 +328,7 @@ def test_the_snapped_size_and_frames_are_shown_as_one_types(page: Page) -> None:
         readout = page.locator(".prompt .readout", has_text=shown[0])
         readout.filter(has_text=shown[1]).wait_for()
     field(page, "width").fill("")
-    page.locator(".prompt .readout", has_text="is shown here").wait_for()
+    page.locator(".prompt .readout", has_text="size is shown here").wait_for()
 
 
 def test_several_prompts_give_several_posters(page: Page) -> None:
@@ -373,8 +373,8 @@ def test_what_is_copied_runs_and_means_the_same(page: Page) -> None:
 
 
 def test_for_an_endpoint_the_key_is_named_and_never_written(open_page: Open, tmp_path: Path) -> None:
-    target = Target("https://api.runpod.ai/v2/ep", "ep", "rpa_SECRET0123456789")
-    with serving(target, tmp_path, example=EXAMPLE) as server:
+    client = Client.endpoint("ep", "rpa_SECRET0123456789", base_url="https://api.runpod.ai/v2", patience=0)
+    with serving(client, tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         texts = [copied(page, kind) for kind in ("curl", "Python", "JSON")]
         assert "RunPod endpoint ep" in page.locator("#target").inner_text()
@@ -392,7 +392,7 @@ def test_markup_in_what_comes_back_stays_text(page: Page) -> None:
 
 
 def test_a_worker_that_is_away_is_told_with_a_way_to_try_again(open_page: Open, tmp_path: Path, worker: LocalApi) -> None:
-    with serving(Target(f"http://127.0.0.1:{free_port()}"), tmp_path, example=EXAMPLE) as server:
+    with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         page.keyboard.press("Control+Enter")
         page.get_by_role("alert").get_by_text("No worker answers at").wait_for()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS
 from tools.cli import BadInput
 from tools.requests_from_config import main, told_by
@@ -259,6 +260,16 @@ def test_the_worker_gets_the_pixels_that_the_trainer_sees(kind, tmp_path, capsys
     assert sent == path.read_bytes()
     with Image.open(path) as image:
         assert decode(sent, request["match"]).tobytes() == image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(7_490_000, False), (7_510_000, True)])
+def test_a_request_above_the_10_mb_of_run_is_a_warning(size, is_told, tmp_path, capsys):
+    image = picture(tmp_path / "a.png")
+    image.write_bytes(image.read_bytes().ljust(size, b"\0"))  # decoders ignore the bytes after a PNG's end
+    section = {"samples": [{"prompt": "a", "ctrl_img": "a.png"}]}
+    [request], warnings = converted(capsys, config(tmp_path, section, {"arch": "wan22_5b"}))
+    assert is_told == (len(body_of({"input": request})) > MAX_PAYLOAD)
+    assert ["RunPod accepts 10 MB at /run" in warning for warning in warnings] == [True] * is_told
 
 
 def test_an_image_model_without_an_image_is_bad_input_and_a_text_model_leaves_it_out(tmp_path, capsys):
