@@ -17,7 +17,7 @@ from PIL import Image
 from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS
 from tools.cli import BadInput
-from tools.requests_from_config import main, told_by
+from tools.requests_from_config import main, model_named_by
 from tools.trainer_samples import resolve
 from worker.images import decode
 from worker.request import parse
@@ -172,7 +172,7 @@ def test_the_multiplier_of_a_sample_is_that_of_its_loras(tmp_path, capsys):
     ],
 )
 def test_arch_and_name_tell_the_model(arch, name, model):
-    assert told_by({"arch": arch, "name_or_path": name}) == model
+    assert model_named_by({"arch": arch, "name_or_path": name}) == model
 
 
 def test_a_model_that_the_config_does_not_tell_is_asked_for(tmp_path, capsys):
@@ -288,7 +288,7 @@ def test_what_the_schema_cannot_take_is_said_and_the_nearest_is_sent(tmp_path, c
     [request], warnings = converted(capsys, config(tmp_path, section))
     prompt = request["prompts"][0]
     assert (request["loras"][0]["network_multiplier"], prompt["sample_steps"], prompt["width"]) == (2.0, 150, 4096)
-    assert "sample 0: network_multiplier 3 is outside what the worker takes; 2 is sent" in warnings
+    assert "sample 0: network_multiplier 3 is outside the worker's limits; 2 is sent" in warnings
     assert len(warnings) == 4
 
 
@@ -312,7 +312,7 @@ def test_quantized_and_tiled_previews_are_said_to_be_met_only_closely(tmp_path, 
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["a"], "width": None}, "`width` is empty"),
         ({"prompts": ["a"], "fps": "fast"}, "fps of sample 0 is 'fast'"),
-        ({"prompts": ["a"], "seed": 2**64}, "torch takes none"),
+        ({"prompts": ["a"], "seed": 2**64}, "torch accepts at most 64 bits"),
         ({"prompts": [42]}, "not a text"),
         ({"samples": ["a"]}, "list of objects"),
         ({"prompts": ["a"], "guidance_scale": float("nan")}, "guidance_scale"),
