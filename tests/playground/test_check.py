@@ -41,7 +41,7 @@ def test_sizes_and_frames_are_those_that_the_worker_makes(model_id: str, match: 
             )
 
 
-def test_a_number_that_is_none_makes_nothing_and_is_a_problem() -> None:
+def test_an_invalid_number_has_no_size_and_is_a_problem() -> None:
     found = check(request_for("wan21_1b", width="wide", height=480, num_frames=41), False)
     assert found["prompts"] == [None]
     assert [problem["field"] for problem in found["problems"]] == ["prompts[0].width"]
@@ -53,7 +53,7 @@ def test_a_good_request_has_no_problem_for_any_model() -> None:
 
 
 @pytest.mark.parametrize("request_", [None, [], "x", {}, {"prompts": 3}, {"model": "wan21_1b", "prompts": [None, 3]}])
-def test_whatever_is_sent_gets_problems(request_: Any) -> None:
+def test_any_other_value_has_problems(request_: Any) -> None:
     assert check(request_, False)["problems"]
 
 

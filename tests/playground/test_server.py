@@ -76,12 +76,12 @@ def written(target: Path, output_format: str = "mp4", frames: np.ndarray = FRAME
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1.evil.example"])
-def test_a_name_that_is_not_this_machines_is_refused(local: Page, host: str) -> None:
+def test_a_host_name_of_another_computer_is_refused(local: Page, host: str) -> None:
     assert local.get("/", Host=host).status_code == 403
     assert local.post("/api/jobs", REQUEST, Host=host, Origin=f"http://{host}").status_code == 403
 
 
-def test_another_page_in_the_same_browser_can_neither_read_nor_start(local: Page, cloud: FakeCloud) -> None:
+def test_another_page_in_the_same_browser_can_neither_read_nor_start_jobs(local: Page, cloud: FakeCloud) -> None:
     assert local.post("/api/jobs", REQUEST, Origin="http://evil.example").status_code == 403
     assert local.post("/api/jobs", REQUEST, Origin="null").status_code == 403
     assert local.get("/api/jobs", Origin="http://evil.example").status_code == 403
@@ -91,13 +91,13 @@ def test_another_page_in_the_same_browser_can_neither_read_nor_start(local: Page
     assert not cloud.asked
 
 
-def test_a_form_of_another_page_sends_no_json(local: Page, cloud: FakeCloud) -> None:
+def test_a_form_of_another_page_cannot_start_a_job(local: Page, cloud: FakeCloud) -> None:
     body = json.dumps(REQUEST).encode()
     assert local.post("/api/jobs", data=body, **{"Content-Type": "text/plain"}).status_code == 415
     assert not cloud.asked
 
 
-def test_a_post_without_an_origin_is_no_browsers(local: Page) -> None:
+def test_a_post_without_an_origin_is_refused(local: Page) -> None:
     with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:
         host = local.url.removeprefix("http://")
         line.sendall(f"POST /api/jobs/1/cancel HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
@@ -113,7 +113,7 @@ def test_a_browser_that_is_closed_leaves_no_traceback(local: Page, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-def test_it_listens_on_this_machine_only(local: Page) -> None:
+def test_it_listens_on_loopback_only(local: Page) -> None:
     others = [address for *_, (address, *_) in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     for address in {address for address in others if not address.startswith("127.")}:
         with pytest.raises(OSError), socket.create_connection((address, int(local.url.rpartition(":")[2])), 2):
@@ -128,7 +128,7 @@ def test_every_answer_forbids_foreign_scripts_and_frames(local: Page) -> None:
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_makes_no_markup_of_data_and_loads_nothing_from_elsewhere() -> None:
+def test_the_page_makes_no_markup_from_data_and_loads_nothing_from_other_hosts() -> None:
     for path in STATIC.iterdir():
         text = path.read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), path
@@ -139,7 +139,7 @@ def test_the_page_makes_no_markup_of_data_and_loads_nothing_from_elsewhere() -> 
 # The key
 
 
-def test_the_key_goes_to_the_endpoint_and_into_no_answer(remote: Page, cloud: FakeCloud) -> None:
+def test_the_key_is_sent_to_the_endpoint_and_is_in_no_answer(remote: Page, cloud: FakeCloud) -> None:
     cloud.files["/bucket/0.mp4"] = VIDEO_IN_BUCKET
     cloud.answer = {"status": "FAILED", "error": f"INTERNAL: who sends Bearer {KEY}?"}
     answers = [remote.post("/api/jobs", REQUEST), remote.get("/api/jobs/1"), remote.post("/api/jobs/1/cancel")]
@@ -200,7 +200,7 @@ def test_the_pictures_of_a_result_are_served_too(local: Page, cloud: FakeCloud, 
         "//etc/passwd",
     ],
 )
-def test_no_other_path_leads_to_a_file(local: Page, cloud: FakeCloud, tmp_path: Path, path: str) -> None:
+def test_no_other_path_serves_a_file(local: Page, cloud: FakeCloud, tmp_path: Path, path: str) -> None:
     finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:  # a library would tidy the path
         host = local.url.removeprefix("http://")
@@ -209,18 +209,18 @@ def test_no_other_path_leads_to_a_file(local: Page, cloud: FakeCloud, tmp_path: 
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "file:///proc/self/environ", "ftp://example.com/0.mp4", "/etc/0.mp4"])
-def test_a_result_cannot_name_what_is_no_output(local: Page, cloud: FakeCloud, url: str) -> None:
+def test_only_output_files_of_a_result_are_served(local: Page, cloud: FakeCloud, url: str) -> None:
     finished(local, cloud, completed(url))
     assert local.get("/files/1/0").status_code == 404
 
 
-def test_an_endpoint_cannot_name_a_file_of_this_machine(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+def test_an_endpoint_cannot_name_a_file_of_this_computer(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     finished(remote, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     answer = remote.get("/files/1/0")
     assert (answer.status_code, "the worker's own disk" in answer.json()["error"]) == (404, True)
 
 
-def test_a_worker_on_another_host_cannot_name_a_file_of_this_machine(tmp_path: Path) -> None:
+def test_a_worker_on_another_host_cannot_name_a_file_of_this_computer(tmp_path: Path) -> None:
     jobs = Jobs(Client.local("http://worker.example:8000", patience=0), tmp_path)
     jobs._jobs[1] = job = Job(1, "job-1", REQUEST)
     job.update({"id": "job-1"} | completed(written(tmp_path / "0.mp4").as_uri()))
@@ -228,7 +228,7 @@ def test_a_worker_on_another_host_cannot_name_a_file_of_this_machine(tmp_path: P
         jobs.file(1, 0)
 
 
-def test_a_request_cannot_name_a_file_of_this_machine(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+def test_a_request_cannot_name_a_file_of_this_computer(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     (tmp_path / "private.png").write_bytes(bytes(10_000))
     prompt = {"prompt": "x", "ctrl_img": str(tmp_path / "private.png")}
     assert remote.post("/api/jobs", REQUEST | {"model": "wan21_i2v_14b", "prompts": [prompt]}).ok
@@ -286,7 +286,7 @@ def test_the_result_of_another_worker_is_a_failure(local: Page, cloud: FakeCloud
         (502, "the job may run, or it may not", False),
     ],
 )
-def test_a_refusal_says_what_would_do(remote: Page, cloud: FakeCloud, status: int, text: str, again: bool) -> None:
+def test_a_failed_submission_says_what_to_do(remote: Page, cloud: FakeCloud, status: int, text: str, again: bool) -> None:
     cloud.status = status
     answer = remote.post("/api/jobs", REQUEST)
     assert answer.status_code == 502
@@ -294,7 +294,7 @@ def test_a_refusal_says_what_would_do(remote: Page, cloud: FakeCloud, status: in
     assert answer.json()["again"] is again
 
 
-def test_a_request_that_runpod_would_not_take_is_not_sent(remote: Page, local: Page, cloud: FakeCloud) -> None:
+def test_a_request_that_is_too_large_for_runpod_is_not_sent(remote: Page, local: Page, cloud: FakeCloud) -> None:
     request = REQUEST | {"model": "wan21_i2v_14b", "prompts": [{"prompt": "x", "ctrl_img": "A" * 10_000_000}]}
     (problem, at_image) = remote.post("/api/check", request).json()["problems"]
     assert "10.0 MB, and RunPod accepts 10 MB" in problem["text"] and at_image["field"] == "prompts[0].ctrl_img"
@@ -341,7 +341,7 @@ def test_a_sample_is_compared_with_a_result(local: Page, cloud: FakeCloud, tmp_p
     assert difference.mean() > 2 * together[0, :, 128:].mean()
 
 
-def test_a_sample_that_is_none_is_named_as_its_user_named_it(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_sample_has_the_users_file_name(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     answer = local.post("/api/compare?name=notes.txt&b=1/0", data=b"no video")
     assert answer.status_code == 400
@@ -372,7 +372,7 @@ def test_two_runs_are_compared_with_the_settings_that_differ(local: Page, cloud:
         (["--tiny", "/nowhere"], "has no tiny checkpoints"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_missing(
+def test_the_command_reports_in_one_line_what_is_missing(
     arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
