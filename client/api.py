@@ -148,8 +148,9 @@ class Api:
             return None
 
     def _unreachable(self, failure: str, retry: Retry) -> Unreachable:
-        text = f"{self.url}: {failure}; gave up after {retry.failing_for:.0f} s"
-        return Unreachable(text if self._key else f"no worker answers at {text}; start one with `make serve`")
+        tried = f"; gave up after {retry.failing_for:.0f} s" if retry.failing_for >= 1 else ""
+        text = f"{self.url}: {failure}{tried}"
+        return Unreachable(text if self._key else f"no worker answers at {text}. Start one with `make serve`")
 
     def _raise_for_refusal(self, response: requests.Response, answer: Any) -> None:
         """Raise for a status that a retry would not change."""

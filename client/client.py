@@ -110,7 +110,7 @@ class Client:
             missing = "no local API of a worker" if self.is_local else "no such endpoint for this key; check its id"
             raise JobNotFound(f"{error}: there is {missing}") from None
         except Unreachable as error:
-            raise Unreachable(f"{error}; no job was started") from None
+            raise Unreachable(f"no job was started: {error}") from None
         except SubmissionUnknown as error:
             raise SubmissionUnknown(
                 f"the request was sent, but its answer was lost ({error}): the job may run, or it may not. Look for it among "

@@ -18,7 +18,7 @@ class ClientError(Exception):
     """The job that failed, if one was started. It may still run."""
 
     problems: tuple[Problem, ...] = ()
-    """What is wrong with the request: each problem has a `code`, a `field` such as `prompts[1].width`, and a `text`."""
+    """The problems of the request. Each has a `code`, a `field` such as `prompts[1].width`, and a `text`."""
 
     def __init__(self, code: str, message: str) -> None:
         self.code = code

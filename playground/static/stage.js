@@ -112,7 +112,7 @@ export class Stage {
         "div",
         { class: "making" },
         h("h2", {}, `Run ${job.number}`),
-        asked(job),
+        promptsOf(job),
         this.percent,
         this.bar,
         h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel),
@@ -186,7 +186,7 @@ export class Stage {
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), asked(job), again));
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again));
   }
 }
 
@@ -228,7 +228,7 @@ function sized(picture, item) {
 }
 
 /** The prompts, shown until there is a result. */
-function asked(job) {
+function promptsOf(job) {
   return h("ol", { class: "asked" }, job.request.prompts.map(({ prompt }) => h("li", {}, prompt)));
 }
 

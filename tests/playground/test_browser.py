@@ -395,7 +395,7 @@ def test_without_a_worker_the_page_says_so_and_offers_a_retry(open_page: Open, t
     with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         page.keyboard.press("Control+Enter")
-        page.get_by_role("alert").get_by_text("No worker answers at").wait_for()
+        page.get_by_role("alert").get_by_text("No job was started: no worker answers at").wait_for()
         with page.expect_response("**/api/jobs") as again:
             page.get_by_role("button", name="Try again").click()
         assert again.value.status == 502
