@@ -1,4 +1,4 @@
-"""A client of the worker: a request out, files back, on a network that fails. Nothing of the worker but its schema is in here.
+"""A client for the worker: it sends a request, waits, and downloads the files, also over a network that fails.
 
     from client import Client
 
@@ -6,7 +6,8 @@
     result = client.run({"model": "wan22_14b_t2v", "loras": [...], "prompts": [...]}, on_progress=print)
     paths = client.download(result, Path("videos"))
 
-The same as a command is `python -m client`. Every error is a ClientError with a `code`.
+It imports no more of the worker than its request schema and errors. `python -m client` does the same on the command line.
+Every error is a ClientError with a `code`.
 """
 
 from client.client import Client

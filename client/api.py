@@ -1,6 +1,6 @@
-"""One call to the API with everything that can go wrong with it: what is tried again, how often, and what is not.
+"""HTTP calls to the API: which failures are retried, for how long, and which are final.
 
-The key goes to the endpoint's host and nowhere else: no redirect is followed, and no message repeats a header or a body.
+The key is sent to the API's host and nowhere else: no redirect is followed, and no answer or error repeats the key.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from client.errors import JobNotFound, NotAuthorized, Refused, SubmissionUnknown
 from worker.net.statuses import is_refusal
 
 Say = Callable[[str], None]
-"""Takes a line for whoever waits."""
+"""Receives one line of text for the user."""
 
-Answer = dict[str, Any]
+TIMEOUT = (10.0, 60.0)
+"""Seconds to connect, and between two pieces of an answer. A worker that cancels a job answers after its current step."""
 
-_SECONDS_TO_CONNECT = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+"""Seconds."""
 _NO_CONNECTION = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
-_DID_NOT_COUNT = (429, 503)
-"""By these a server says that it has not begun to handle the request."""
+_NOT_STARTED = (429, 503)
+"""Statuses of a server that has not begun to handle the request."""
 
 
 class Auth(AuthBase):
-    """The bearer key, or nothing: never what requests would find in ~/.netrc."""
+    """Sends the bearer key, or no credentials. Without it, requests would send those in ~/.netrc."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -43,43 +44,46 @@ class Auth(AuthBase):
         return request
 
 
-class Patience:
-    """Tries again with growing pauses, until nothing has gone right for so many seconds."""
+class Retry:
+    """Waits between attempts, longer each time, and gives up `patience` seconds after the last success."""
 
-    def __init__(self, seconds: float, say: Say) -> None:
-        self._seconds = seconds
+    def __init__(self, patience: float, say: Say) -> None:
+        self._patience = patience
         self._say = say
-        self.again()
+        self.succeeded()
 
-    def again(self) -> None:
-        """Something went right."""
+    def succeeded(self) -> None:
         self._failing_since: float | None = None
         self._pause = _FIRST_PAUSE
 
     @property
-    def tried_for(self) -> float:
-        """Seconds since something went right."""
+    def failing_for(self) -> float:
+        """Seconds since the first failure after the last success."""
         return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
 
-    def wait(self, what: str, at_least: float = 0) -> bool:
-        """Sleep before the next try. False, at once, when there shall be none; `what` went wrong, in a few words."""
+    def wait(self, failure: str, at_least: float = 0) -> bool:
+        """Sleep before the next attempt, `at_least` seconds; False, at once, if there should be none.
+
+        The first of several failures is reported to the user.
+        """
         now = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = now
-            self._say(f"{what}; trying again")
+        is_first = self._failing_since is None
+        self._failing_since = now if self._failing_since is None else self._failing_since
         pause = max(self._pause * random.uniform(0.75, 1.25), at_least)
-        if now + pause - self._failing_since > self._seconds:
+        if now + pause - self._failing_since > self._patience:
             return False
+        if is_first:
+            self._say(f"{failure}; retrying")
         time.sleep(pause)
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         return True
 
 
 class Api:
-    """The calls of one endpoint, or of a local API, below `url`."""
+    """The API of one endpoint, or a worker's local API, which needs no key."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self._url = url
+        self.url = url
         self._key = key
         self._auth = Auth(key)
         self._session = self._new_session()
@@ -88,113 +92,106 @@ class Api:
         self,
         method: Literal["GET", "POST"],
         path: str,
-        wanted: str,
-        patience: Patience,
+        field: str,
+        retry: Retry,
         body: bytes | None = None,
         may_repeat: bool = True,
-        read_timeout: float | None = 30,
-    ) -> Answer:
-        """The JSON object that `path` answers, with the text that is `wanted` in it, as `status`.
+    ) -> dict[str, Any]:
+        """Return the JSON object at `path`. It must have a text under `field`, such as `status`.
 
-        `may_repeat`: the call can be made twice without harm. Without it, one whose answer is lost is not made again.
+        `may_repeat`: a second identical call does no harm. Otherwise a call whose answer is lost is not repeated.
         Raises NotAuthorized, JobNotFound, Refused, Unreachable, and SubmissionUnknown without `may_repeat`.
         """
-        # A kept connection may have been closed by the server: a call that goes out on it is lost, and nobody can tell.
+        # The server may have closed a connection that was kept open. A call sent on it is lost without a trace.
         session = self._session if may_repeat else self._new_session()
         while True:
             try:
                 response = session.request(
                     method,
-                    f"{self._url}{path}",
+                    f"{self.url}{path}",
                     data=body,
                     headers={"Content-Type": "application/json"} if body is not None else None,
                     auth=self._auth,
-                    timeout=(_SECONDS_TO_CONNECT, read_timeout),
+                    timeout=TIMEOUT,
                     allow_redirects=False,
                 )
             except requests.RequestException as error:
                 if isinstance(error, ValueError):
-                    raise Unreachable(f"{self._url} is no http(s) URL") from None
+                    raise Unreachable(f"{self.url} is not an http(s) URL") from None
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    raise Unreachable(f"{self._url} has no valid certificate") from None
-                failure, counted, at_least = _words(error), not _never_left(error), 0.0
+                    raise Unreachable(f"{self.url} does not have a valid certificate") from None
+                failure, may_have_arrived, at_least = _words_for(error), not _never_sent(error), 0.0
             else:
-                self._raise_for_refusal(response)
-                answer = _json_object(response)
-                if answer is not None and isinstance(answer.get(wanted), str):
-                    patience.again()
+                answer = self._json(response)
+                self._raise_for_refusal(response, answer)
+                if response.status_code < 300 and isinstance(answer, dict) and isinstance(answer.get(field), str):
+                    retry.succeeded()
                     return answer
-                failure, at_least = _words_of(response), _retry_after(response)
-                counted = response.status_code not in _DID_NOT_COUNT
-            if counted and not may_repeat:
+                failure, at_least = _words_for_status(response.status_code), _retry_after(response)
+                may_have_arrived = response.status_code not in _NOT_STARTED
+            if may_have_arrived and not may_repeat:
                 raise SubmissionUnknown(failure)
-            if not patience.wait(f"{self._url}: {failure}", at_least):
-                raise Unreachable(f"{self._url}: {failure}; given up after {patience.tried_for:.0f} s")
+            if not retry.wait(f"{self.url}: {failure}", at_least):
+                raise self._unreachable(failure, retry)
 
     def _new_session(self) -> requests.Session:
         session = requests.Session()
-        session.trust_env = self._key is not None  # a local API is not behind the proxy of the environment
+        session.trust_env = self._key is not None  # a proxy of the environment does not lead to a local API
         return session
 
-    def _raise_for_refusal(self, response: requests.Response) -> None:
-        """Raises for the answers that will be the same next time."""
+    def _json(self, response: requests.Response) -> Any:
+        """The response's JSON without the key, which a server may repeat; None for a body that is not JSON."""
+        body = response.content.replace(self._key.encode(), b"***") if self._key else response.content
+        try:
+            return json.loads(body)
+        except ValueError:
+            return None
+
+    def _unreachable(self, failure: str, retry: Retry) -> Unreachable:
+        tried = f"; gave up after {retry.failing_for:.0f} s" if retry.failing_for >= 1 else ""
+        text = f"{self.url}: {failure}{tried}"
+        return Unreachable(text if self._key else f"no worker answers at {text}. Start one with `make serve`")
+
+    def _raise_for_refusal(self, response: requests.Response, answer: Any) -> None:
+        """Raise for a status that a retry would not change."""
         status = response.status_code
         if status in (401, 403):
-            raise NotAuthorized(
-                f"{self._url} does not take the key (status {status}); check RUNPOD_API_KEY and the endpoint's id"
-            )
+            raise NotAuthorized(f"{self.url} rejects the key (status {status}); check RUNPOD_API_KEY and the endpoint's id")
         if status == 404:
-            raise JobNotFound(f"{self._url} answers 404")
+            raise JobNotFound(f"{self.url} answers with status 404")
         if status == 405:
             raise Refused(
-                f"{self._url} does not know RunPod's calls (status 405 for {response.request.method}); the worker of this "
-                "project does: start it with `python handler.py --rp_serve_api`"
+                f"{self.url} does not support RunPod's API (status 405 for {response.request.method}); this project's worker "
+                "does: start it with `python handler.py --rp_serve_api`"
             )
         if 300 <= status < 400:
-            raise Refused(f"{self._url} sends the call on to another address, which is not followed; check the URL")
+            raise Refused(f"{self.url} redirects to another address, which the client does not follow; check the URL")
         if is_refusal(status):
-            raise Refused(f"{self._url} refused the call (status {status}){_told(response)}")
+            reason = (answer.get("error") or answer.get("detail") or answer) if isinstance(answer, dict) else "no reason given"
+            raise Refused(f"{self.url} rejects the request (status {status}): {json.dumps(reason)[:300]}")
 
 
-def _json_object(response: requests.Response) -> Answer | None:
-    if response.status_code >= 300:
-        return None
-    try:
-        answer = response.json()
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
+def _words_for_status(status: int) -> str:
+    if status < 300:
+        return "the answer is not one of RunPod's API"
+    return "too many requests; wait a little" if status == 429 else f"status {status}"
 
 
-def _told(response: requests.Response) -> str:
-    """What a refusal says of itself, cut short."""
-    try:
-        answer = response.json()
-        return f": {json.dumps(answer.get('error') or answer.get('detail') or answer)[:300]}"
-    except (ValueError, AttributeError):
-        return ""
-
-
-def _words_of(response: requests.Response) -> str:
-    status = response.status_code
-    return "the answer was not understood" if status < 300 else "too many requests" if status == 429 else f"status {status}"
-
-
-def _words(error: requests.RequestException) -> str:
+def _words_for(error: requests.RequestException) -> str:
     """A few words without the address, which can be a secret."""
     if isinstance(error, requests.Timeout):
         return "no answer in time"
-    return "no connection" if _never_left(error) else "the connection broke off"
+    return "no connection" if _never_sent(error) else "the connection broke"
 
 
-def _never_left(error: requests.RequestException) -> bool:
-    """Whether there was no connection on which the request could have gone out."""
+def _never_sent(error: requests.RequestException) -> bool:
+    """Whether the request was not sent, because there was no connection."""
     cause = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_CONNECTION)
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Seconds, from either form of the header; an hour at most."""
+    """Seconds in the Retry-After header, which has a number or a date; an hour at most, 0 without it."""
     value = response.headers.get("Retry-After", "")
     try:
         seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()

@@ -1,6 +1,6 @@
 """`python -m client`: run, resume, status, cancel, models.
 
-stdout has the paths of the files, one a line, or with --json one JSON object; everything else goes to stderr.
+stdout has the paths of the files, one per line, or one JSON object with --json. Everything else is on stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from client.client import LOCAL_URL, PATIENCE, PATIENCE_HERE, Client
+from client.client import LOCAL_PATIENCE, LOCAL_URL, PATIENCE, Client
 from client.display import Display, line_of
 from client.errors import (
     ClientError,
@@ -31,7 +31,7 @@ from client.errors import (
 )
 from client.models import fields_table, models_table
 from client.options import add_request_options, request_of
-from client.result import Result
+from client.result import File, Result
 
 DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 """Exit statuses; docs/client.md has the table."""
@@ -58,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     with Display() as display:
         try:
-            command: Callable[[argparse.Namespace, Client, Display], int] = options.does
+            command: Callable[[argparse.Namespace, Client, Display], int] = options.run_command
             return command(options, _client(options, display), display)
         except KeyboardInterrupt:
             return INTERRUPTED
         except ClientError as error:
             display.say(f"{error.code}: {error}" if not str(error).startswith(f"{error.code}: ") else str(error))
             if error.job_id and not isinstance(error, JobFailed | JobStopped | JobNotFound):
-                display.say(_what_now(options, error.job_id))
+                display.say(_next_commands(options, error.job_id))
             if options.json:
                 print(json.dumps({"job_id": error.job_id, "error": {"code": error.code, "message": str(error)}}))
             return _STATUS_OF[type(error)]
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, client: Client, display: Display) -> int:
     try:
         job_id = client.submit(request, folder)
     except KeyboardInterrupt:
-        display.say("interrupted while the request was sent: a job may run")
+        display.say("interrupted while the request was sent: the job may run")
         return INTERRUPTED
     display.say(f"job {job_id}")
     return _finish(job_id, options, client, display)
@@ -94,24 +94,24 @@ def _resume(options: argparse.Namespace, client: Client, display: Display) -> in
 
 
 def _finish(job_id: str, options: argparse.Namespace, client: Client, display: Display) -> int:
-    """Wait for the job and fetch its files."""
+    """Wait for the job and download its files."""
     try:
-        return _fetch(client.wait(job_id, display.show), options, client, display)
+        return _download(client.wait(job_id, display.show), options, client, display)
     except KeyboardInterrupt:
-        display.say(f"interrupted. {_what_now(options, job_id)}")
+        display.say(f"interrupted. {_next_commands(options, job_id)}")
         return INTERRUPTED
 
 
-def _fetch(result: Result, options: argparse.Namespace, client: Client, display: Display) -> int:
+def _download(result: Result, options: argparse.Namespace, client: Client, display: Display) -> int:
     for warning in result.warnings:
         display.say(f"warning: {warning}")
     for failed in result.failed:
         display.say(f"prompts[{failed.prompt_index}] failed: {failed.code}: {failed.message}")
     lost: list[DownloadFailed] = []
 
-    def fetched(download: Callable[..., Path], *arguments: Any) -> str | None:
+    def download(file: File, name: str) -> str | None:
         try:
-            path = download(*arguments)
+            path = client.download_file(file, options.output_dir, name)
         except DownloadFailed as error:
             display.say(f"{error.code}: {error}")
             lost.append(error)
@@ -125,14 +125,12 @@ def _fetch(result: Result, options: argparse.Namespace, client: Client, display:
         display.say(
             f"prompts[{output.prompt_index}]: {output.width}x{output.height}, {output.num_frames} frames, seed {output.seed}"
         )
-        video = fetched(client.download_one, output, options.output_dir)
+        video = download(output, output.name())
         if video is None:
             continue
         pictures = output.pictures(options.posters)
-        beside: dict[str, str | None] = {
-            picture.kind: fetched(client.download_picture, picture, Path(video)) for picture in pictures
-        }
-        files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": video, **beside})
+        paths: dict[str, str | None] = {picture.kind: download(picture, picture.name_for(Path(video))) for picture in pictures}
+        files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": video, **paths})
     if options.json:
         print(json.dumps({"job_id": result.job_id, "files": files, "result": result.raw}))
     return INCOMPLETE if lost or result.failed else DONE
@@ -152,48 +150,49 @@ def _cancel(options: argparse.Namespace, client: Client, display: Display) -> in
     return DONE
 
 
-def _what_now(options: argparse.Namespace, job_id: str) -> str:
-    """How to go on with a job that was left."""
+def _next_commands(options: argparse.Namespace, job_id: str) -> str:
+    """The commands that resume and cancel a job which still runs."""
     job = [job_id, *(["--endpoint", options.endpoint] if options.endpoint else ["--url", options.url])]
     folder = ["--output-dir", str(options.output_dir)] if getattr(options, "output_dir", _FOLDER) != _FOLDER else []
-    goes_on = "The job goes on" if options.endpoint else "The job goes on while its worker runs"
+    still_runs = "The job still runs" if options.endpoint else "The job runs as long as its worker does"
     resume, cancel = shlex.join(["resume", *job, *folder]), shlex.join(["cancel", *job])
-    return f"{goes_on}.\n  get it:  python -m client {resume}\n  stop it: python -m client {cancel}"
+    return f"{still_runs}.\n  get it:  python -m client {resume}\n  stop it: python -m client {cancel}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client",
-        description="Videos from a worker: on RunPod with --endpoint and RUNPOD_API_KEY, otherwise from a local API.",
-        epilog="Exit status: 0 done; 1 the job failed; 2 bad usage or request; 3 no connection, key or job; 4 cancelled or out "
-        "of time; 5 some of it is missing; 6 unknown whether a job was started; 130 interrupted.",
+        description="Make videos on RunPod, with --endpoint and RUNPOD_API_KEY, or on a worker's local API.",
+        epilog="Exit status: 0 done; 1 the job failed; 2 bad usage or request; 3 no connection, or the key, the "
+        "endpoint or the job is not valid; 4 cancelled or out of time; 5 some prompts or files are missing; 6 the job may run, "
+        "or it may not; 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, does: Any, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run_command: Any, help: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=help, description=help)
-        one.set_defaults(does=does)
+        one.set_defaults(run_command=run_command)
         where = one.add_mutually_exclusive_group()
-        where.add_argument("--endpoint", metavar="ID", help="RunPod endpoint; the key comes from RUNPOD_API_KEY")
-        where.add_argument("--url", default=LOCAL_URL, help=f"a local API (default: {LOCAL_URL})")
-        one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        where.add_argument("--endpoint", metavar="ID", help="a RunPod endpoint; the key comes from RUNPOD_API_KEY")
+        where.add_argument("--url", default=LOCAL_URL, help=f"a worker's local API (default: {LOCAL_URL})")
+        one.add_argument("--json", action="store_true", help="print one JSON object")
         one.add_argument(
             "--patience",
             type=float,
             metavar="SECONDS",
-            help=f"without any answer, then give up (default: {PATIENCE:.0f}; of a local API {PATIENCE_HERE:.0f})",
+            help=f"give up after so long without an answer (default: {PATIENCE:.0f}; for a local API {LOCAL_PATIENCE:.0f})",
         )
         return one
 
-    run = command("run", _run, "make videos and fetch them")
-    resume = command("resume", _resume, "wait for a job that runs already, and fetch its files")
-    status = command("status", _status, "say how far a job is")
-    cancel = command("cancel", _cancel, "stop a job")
+    run = command("run", _run, "make videos and download them")
+    resume = command("resume", _resume, "wait for a job that was submitted before, and download its files")
+    status = command("status", _status, "print the status of a job")
+    cancel = command("cancel", _cancel, "cancel a job")
     for one in (run, resume):
         one.add_argument("--output-dir", type=Path, default=_FOLDER, metavar="DIR", help="for the files (default: %(default)s)")
-        one.add_argument("--posters", action="store_true", help="fetch the first frame of each video too, as a JPEG")
+        one.add_argument("--posters", action="store_true", help="also download the first frame of each video, as a JPEG")
     for one in (resume, status, cancel):
         one.add_argument("job", metavar="JOB")
     add_request_options(run)
-    commands.add_parser("models", help="what each model takes")
+    commands.add_parser("models", help="list the models, and the fields of a request")
     return parser

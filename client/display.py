@@ -1,4 +1,4 @@
-"""How far a job is, on stderr: a bar in a terminal, and lines elsewhere."""
+"""Shows a job's progress on stderr: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tqdm import tqdm
 from client.result import Progress
 
 _SECONDS_BETWEEN_LINES = 30.0
-"""Within a stage, where there is no terminal."""
+"""While the stage stays the same, and stderr is not a terminal."""
 
 _WORDS = {"IN_QUEUE": "waiting for a worker", "IN_PROGRESS": "running"}
 
 
 class Display:
-    """A context manager. `show` takes progress, `say` a line."""
+    """Prints progress with `show` and lines with `say`. A context manager: at its end the bar is removed."""
 
     def __init__(self) -> None:
         form = "{desc} {bar} {percentage:3.0f}% {elapsed}{postfix}"
         self._bar = tqdm(total=100, file=sys.stderr, bar_format=form, leave=False, delay=1e-9) if sys.stderr.isatty() else None
-        self._last = ""
-        self._said_at = 0.0
+        self._shown = ""
+        self._shown_at = 0.0
 
     def __enter__(self) -> Display:
         return self
@@ -37,16 +37,16 @@ class Display:
 
     def show(self, progress: Progress) -> None:
         if progress.status not in _WORDS:
-            self._close()  # paths on stdout begin at a line's start
+            self._close()  # the paths on stdout start on a new line
             return
-        what = _what(progress)
+        stage = _stage(progress)
         if self._bar is not None:
-            self._bar.set_description_str(what, refresh=False)
+            self._bar.set_description_str(stage, refresh=False)
             self._bar.set_postfix_str(_left(progress), refresh=False)
             self._bar.n = progress.percent or 0
             self._bar.refresh()
-        elif what != self._last or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
-            self._last, self._said_at = what, time.monotonic()
+        elif stage != self._shown or time.monotonic() - self._shown_at > _SECONDS_BETWEEN_LINES:
+            self._shown, self._shown_at = stage, time.monotonic()
             self.say(line_of(progress))
 
     def _close(self) -> None:
@@ -55,13 +55,14 @@ class Display:
 
 
 def line_of(progress: Progress) -> str:
+    """One line, such as `denoise, step 4 of 10, 40%, 1 min 24 s left`."""
     step = f", step {progress.step} of {progress.steps}" if progress.stage == "denoise" else ""
     percent = "" if progress.percent is None else f", {progress.percent}%"
     left = _left(progress)
-    return f"{_what(progress)}{step}{percent}{', ' if left else ''}{left}"
+    return f"{_stage(progress)}{step}{percent}{', ' if left else ''}{left}"
 
 
-def _what(progress: Progress) -> str:
+def _stage(progress: Progress) -> str:
     if progress.stage is None:
         return _WORDS.get(progress.status, progress.status)
     return (

@@ -1,6 +1,6 @@
-"""A finished output → a file of its own name, whole or not there.
+"""Downloads a finished file under its own name, completely or not at all.
 
-A presigned URL is a secret that needs no other: no key goes with it, and no message repeats it.
+A presigned URL is a secret and needs no other one: no key is sent with it, and no message repeats it.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ from urllib.request import url2pathname
 import requests
 import urllib3
 
-from client.api import Auth, Patience
+from client.api import TIMEOUT, Auth, Retry
 from client.errors import DownloadFailed
 from client.result import File
 from worker.net.statuses import is_refusal
 
 _CHUNK = 1 << 20
-_TIMEOUT = (10.0, 60.0)
-"""Seconds to connect, and between two chunks."""
+"""Bytes."""
 
 
-def download(output: File, folder: Path, name: str, patience: Patience, here: bool) -> Path:
-    """Fetch `output` into `folder` as `name`, going on where a connection broke off. Returns where it is.
+def download(file: File, folder: Path, name: str, retry: Retry, is_local: bool) -> Path:
+    """Download `file` into `folder` as `name`, and resume where a connection breaks. Returns its path.
 
-    `here`: file:// URLs are of this computer. Raises DownloadFailed.
+    `is_local`: a file:// URL is a file of this computer, and is copied. Raises DownloadFailed.
     """
-    what = output.what
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder) as part:
-            if urlsplit(output.url).scheme == "file":
-                _copy(output, part, here, what)
+            if urlsplit(file.url).scheme == "file":
+                _copy(file, part, is_local)
             else:
-                _fetch(output, part, patience, what)
-            return _placed(part, folder, name)
+                _fetch(file, part, retry)
+            return _give_name(part, folder, name)
     except OSError as error:
-        raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: {folder} cannot be written to ({error.strerror})") from error
+        raise _failed(file, f"{folder} cannot be written to ({error.strerror})") from error
+
+
+def _failed(file: File, text: str, code: str = "DOWNLOAD_FAILED") -> DownloadFailed:
+    return DownloadFailed(code, f"{file.title}: {text}")
 
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
-    """A new file with the permissions of any other, which those of `tempfile` have not; gone with the block."""
+    """A new file that is deleted at the end. Unlike one of `tempfile`, it has the permissions that files have by default."""
     path = folder / f".download-{uuid.uuid4().hex}"
     path.open("xb").close()
     try:
@@ -60,102 +62,100 @@ def _temporary(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _copy(output: File, part: Path, here: bool, what: str) -> None:
-    source = Path(url2pathname(urlsplit(output.url).path))
-    if not here or not source.is_file():
-        text = f"{what}: the worker left it on its own disk, as {source}, which is not here; give the worker a bucket"
-        raise DownloadFailed("DOWNLOAD_FAILED", text)
+def _copy(file: File, part: Path, is_local: bool) -> None:
+    source = Path(url2pathname(urlsplit(file.url).path))
+    if not is_local or not source.is_file():
+        raise _failed(
+            file, f"the file is on the worker's own disk, as {source}, not on this computer; give the worker a bucket"
+        )
     shutil.copyfile(source, part)
-    if part.stat().st_size != output.bytes:
-        text = f"{what}: {source} has not the {output.bytes} bytes that the worker wrote; is it another's?"
-        raise DownloadFailed("DOWNLOAD_FAILED", text)
+    if part.stat().st_size != file.bytes:
+        raise _failed(file, f"{source} does not have the {file.bytes} bytes that the worker wrote; another job replaced it")
 
 
-def _fetch(output: File, part: Path, patience: Patience, what: str) -> None:
-    """Write the body of the URL to `part`, in as many attempts as it takes."""
-    with requests.Session() as session, part.open("r+b") as file:
-        transfer = _Transfer(output, file, patience, what)
+def _fetch(file: File, part: Path, retry: Retry) -> None:
+    """Write the body of the URL to `part`, in as many attempts as `retry` allows."""
+    with requests.Session() as session, part.open("r+b") as opened:
+        transfer = _Transfer(file, opened, retry)
         while True:
             try:
                 transfer.attempt(session)
                 return
             except _Interrupted as interrupted:
-                if not patience.wait(f"{what}: {interrupted}"):
-                    raise _lost(output, what, str(interrupted)) from None
+                if not retry.wait(f"{file.title}: {interrupted}"):
+                    raise _in_bucket(file, str(interrupted)) from None
 
 
 class _Interrupted(Exception):
-    """Another attempt can bring the rest."""
+    """The attempt ended early, and another one can continue."""
 
 
 class _Transfer:
-    """What has come of a file so far."""
+    """A download over several attempts."""
 
-    def __init__(self, output: File, file: BinaryIO, patience: Patience, what: str) -> None:
-        self._output = output
+    def __init__(self, file: File, part: BinaryIO, retry: Retry) -> None:
         self._file = file
-        self._patience = patience
-        self._what = what
+        self._part = part
+        self._retry = retry
         self._etag = ""
         self._furthest = 0
+        """Bytes; getting further counts as success."""
 
     def attempt(self, session: requests.Session) -> None:
-        """Fetch the rest. Raises DownloadFailed and _Interrupted."""
-        start = self._file.seek(0, os.SEEK_END)
+        """Download the rest. Raises DownloadFailed and _Interrupted."""
+        start = self._part.seek(0, os.SEEK_END)
         headers = {"Accept-Encoding": "identity"}
         if start and self._etag:
-            # If-Range: to another version of the file the rest would not fit, and a server sends the whole.
+            # If-Range: if the file has changed, the server sends all of it, since the rest would not fit.
             headers |= {"Range": f"bytes={start}-", "If-Range": self._etag}
         try:
-            with session.get(self._output.url, headers=headers, auth=Auth(None), timeout=_TIMEOUT, stream=True) as response:
-                _raise_for_refusal(response, self._output, self._what)
+            with session.get(self._file.url, headers=headers, auth=Auth(None), timeout=TIMEOUT, stream=True) as response:
+                _raise_for_refusal(response, self._file)
                 if not response.ok:
                     raise _Interrupted(f"status {response.status_code}")
-                goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-                self._file.truncate(self._file.seek(start if response.status_code == 206 and goes_on else 0))
+                resumes = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                self._part.truncate(self._part.seek(start if response.status_code == 206 and resumes else 0))
                 self._etag = response.headers.get("ETag", "")
                 self._read(response)
         except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             raise _Interrupted("no answer in time") from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
-            raise _lost(self._output, self._what, "its URL is none") from None
+            raise _in_bucket(self._file, "its URL is not valid") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError):
-            raise _Interrupted("the connection broke off") from None
+            raise _Interrupted("the connection broke") from None
 
     def _read(self, response: requests.Response) -> None:
-        wanted, size = self._output.bytes, self._file.tell()
-        # read1 gives what is there; `iter_content` waits for a whole chunk, and loses it when the connection breaks.
+        wanted, size = self._file.bytes, self._part.tell()
+        # read1 returns what has arrived; `iter_content` waits for a whole chunk, and loses it if the connection breaks.
         while size <= wanted and (chunk := response.raw.read1(_CHUNK, decode_content=True)):
-            self._file.write(chunk)
+            self._part.write(chunk)
             size += len(chunk)
             if size > self._furthest:
                 self._furthest = size
-                self._patience.again()
+                self._retry.succeeded()
         if size == wanted:
             return
-        failure = f"{size} bytes came instead of {wanted}"
-        if size > wanted or "Content-Length" in response.headers:  # not cut short: it is another file
-            raise _lost(self._output, self._what, failure)
+        failure = f"received {size} bytes instead of {wanted}"
+        if size > wanted or "Content-Length" in response.headers:  # the connection did not break: this is another file
+            raise _in_bucket(self._file, failure)
         raise _Interrupted(failure)
 
 
-def _lost(output: File, what: str, failure: str) -> DownloadFailed:
-    return DownloadFailed("DOWNLOAD_FAILED", f"{what}: {failure}; the file lies in the bucket as {output.key}")
+def _in_bucket(file: File, failure: str, code: str = "DOWNLOAD_FAILED") -> DownloadFailed:
+    return _failed(file, f"{failure}; the file is in the bucket as {file.key}", code)
 
 
-def _raise_for_refusal(response: requests.Response, output: File, what: str) -> None:
-    """Raises DownloadFailed for the answers that will be the same next time."""
-    status = response.status_code
-    if not is_refusal(status):
+def _raise_for_refusal(response: requests.Response, file: File) -> None:
+    """Raise DownloadFailed for a status that a retry would not change."""
+    if not is_refusal(response.status_code):
         return
-    if output.expires_at and datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") >= output.expires_at:
-        text = f"{what}: its URL expired at {output.expires_at}; the file lies in the bucket as {output.key}"
-        raise DownloadFailed("URL_EXPIRED", text)
-    raise DownloadFailed("DOWNLOAD_FAILED", f"{what}: the bucket answers with status {status} for {output.key}")
+    if file.expires_at and datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") >= file.expires_at:
+        raise _in_bucket(file, f"its URL expired at {file.expires_at}", "URL_EXPIRED")
+    raise _failed(file, f"the bucket answers with status {response.status_code} for {file.key}")
 
 
-def _placed(part: Path, folder: Path, name: str) -> Path:
-    """Give `part` its name, or that of the same file that is there already, or the next free one."""
+def _give_name(part: Path, folder: Path, name: str) -> Path:
+    """Rename `part` to `name`, or to the next free `name-2`, unless an equal file is found on the way. Returns the path."""
     for number in count(1):
         target = folder / (name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}")
         try:
@@ -164,7 +164,7 @@ def _placed(part: Path, folder: Path, name: str) -> Path:
             if target.is_file() and filecmp.cmp(part, target, shallow=False):
                 return target
             continue
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             try:
                 target.open("xb").close()
             except FileExistsError:

@@ -1,4 +1,4 @@
-"""What the models take, as text: from the same tables that the worker is made of."""
+"""Tables of the models and of the request's fields, from the definitions that the worker uses."""
 
 from __future__ import annotations
 

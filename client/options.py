@@ -1,4 +1,4 @@
-"""The options of `run` → a request: those of the schema under the same names, and a file that they change."""
+"""The options of `run`: the fields of a request, under the same names. They replace what a request file says."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from client.errors import InvalidRequest
 from client.request import is_file
 from pipelines.catalog import MODELS, Match, Sampler
+from worker.errors import Code, Problem
 from worker.request import OutputFormat, Prompt, Request
 
 _NUMBERS: dict[str, type] = {
@@ -22,16 +23,16 @@ _NUMBERS: dict[str, type] = {
     "num_frames": int,
     "fps": int,
 }
-_THE_REQUEST = ("model", "trigger_word", "match", "output_format", "contact_sheet")
-_EVERY_PROMPT = ("neg", *_NUMBERS, "sampler", "ctrl_img")
-"""Fields of a prompt that an option sets, in every prompt of the request."""
+_REQUEST_FIELDS = ("model", "trigger_word", "match", "output_format", "contact_sheet")
+_PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", "ctrl_img")
+"""Fields of a prompt. An option sets them in every prompt of the request."""
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", nargs="?", type=Path, metavar="REQUEST.json", help="a request, or a job with `input`; - is stdin"
+        "file", nargs="?", type=Path, metavar="REQUEST.json", help="a request, or a job with `input`; - reads stdin"
     )
-    group = parser.add_argument_group("request", "In place of a file, or of what the file says.")
+    group = parser.add_argument_group("request", "Options replace the fields of a file, or make a request without one.")
     group.add_argument("--model", metavar="ID", help=", ".join(MODELS))
     group.add_argument(
         "--lora",
@@ -40,8 +41,10 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         help="file below the worker's LORA_DIR, or a URL; high=… and low=… for Wan 2.2 14B",
     )
     group.add_argument("--trigger-word", metavar="WORD")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="several make several videos")
-    group.add_argument("--image", dest="ctrl_img", metavar="FILE_OR_URL", help="the control image; a file is sent along")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeat it for several videos")
+    group.add_argument(
+        "--image", dest="ctrl_img", metavar="FILE_OR_URL", help="control image; a file is sent inside the request"
+    )
     group.add_argument("--neg", metavar="TEXT", help=Prompt.model_fields["neg"].description)
     for name, kind in _NUMBERS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=Prompt.model_fields[name].description)
@@ -50,11 +53,15 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-format", choices=get_args(OutputFormat))
     sheet = Request.model_fields["contact_sheet"].description
     group.add_argument("--contact-sheet", action="store_true", default=None, help=sheet)
-    group.add_argument("--send-hf-token", action="store_true", help="send HF_TOKEN of the environment, for LoRAs on the Hub")
+    group.add_argument(
+        "--send-hf-token",
+        action="store_true",
+        help="send the environment's HF_TOKEN, to download private LoRAs from the Hugging Face Hub",
+    )
 
 
 def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any], Path]:
-    """The request, and the folder that its images are relative to. Raises InvalidRequest."""
+    """The request, and the base folder of its relative image paths. Raises InvalidRequest."""
     job: dict[str, Any] = {}
     folder = Path()
     if options.file is not None:
@@ -62,29 +69,29 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
         folder = options.file.parent
     request = dict(job["input"]) if isinstance(job.get("input"), dict) else job
     given = {name: value for name, value in vars(options).items() if value is not None}
-    request |= {name: given[name] for name in _THE_REQUEST if name in given}
+    request |= {name: given[name] for name in _REQUEST_FIELDS if name in given}
     if options.lora:
         request["loras"] = [lora_of(text) for text in options.lora]
     if options.send_hf_token:
-        request["hf_token"] = os.environ.get("HF_TOKEN") or _complain("hf_token", "HF_TOKEN is not set in the environment")
+        request["hf_token"] = os.environ.get("HF_TOKEN") or _reject("hf_token", "HF_TOKEN is not set in the environment")
     prompts = request.get("prompts")
     prompts = prompts if isinstance(prompts, list) else []
     if options.prompt:
         first = prompts[0] if prompts and isinstance(prompts[0], dict) else {}
         prompts = [first | {"prompt": text} for text in options.prompt]
-    changes = {name: given[name] for name in _EVERY_PROMPT if name in given}
+    changes = {name: given[name] for name in _PROMPT_FIELDS if name in given}
     if "ctrl_img" in changes:
-        changes["ctrl_img_1"] = None  # the same field by another name
+        changes["ctrl_img_1"] = None  # another name of the same field
         if not changes["ctrl_img"].lower().startswith(("http://", "https://", "data:")):
-            image = Path(changes["ctrl_img"]).absolute()  # not relative to the file's folder
-            changes["ctrl_img"] = str(image) if is_file(image) else _complain("--image", f"there is no file {image}")
+            image = Path(changes["ctrl_img"]).absolute()  # relative to the current folder, not to the file's
+            changes["ctrl_img"] = str(image) if is_file(image) else _reject("--image", f"there is no file {image}")
     if changes or options.prompt:
         request["prompts"] = [prompt | changes if isinstance(prompt, dict) else prompt for prompt in prompts]
     return ({**job, "input": request} if "input" in job else request), folder
 
 
 def lora_of(text: str) -> dict[str, Any]:
-    """`high=job/name.safetensors@0.8` as an item of `loras`."""
+    """An item of `loras` from text such as `high=job/name.safetensors@0.8`."""
     lora: dict[str, Any] = {}
     side, _, rest = text.partition("=")
     if side in ("high", "low"):
@@ -100,11 +107,11 @@ def _read(path: Path, stdin: Any) -> dict[str, Any]:
     try:
         job = json.loads(stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
     except OSError as error:
-        _complain(str(path), f"cannot be read: {error.strerror}")
+        _reject(str(path), f"cannot be read: {error.strerror}")
     except ValueError as error:
-        _complain(str(path), f"is no JSON ({error})")
-    return job if isinstance(job, dict) else _complain(str(path), "must be a JSON object")
+        _reject(str(path), f"is not JSON ({error})")
+    return job if isinstance(job, dict) else _reject(str(path), "must be a JSON object")
 
 
-def _complain(field: str, text: str) -> Any:
-    raise InvalidRequest("INVALID_INPUT", [f"`{field}`: {text}"])
+def _reject(field: str, text: str) -> NoReturn:
+    raise InvalidRequest([Problem(Code.INVALID_INPUT, field, text)])

@@ -1,20 +1,24 @@
-"""What comes back, as dataclasses: how far a job is, and what it made. The fields are those of docs/api.md."""
+"""A job's progress and its result, as dataclasses. The fields are those of docs/api.md."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from client.errors import JobFailed, JobStopped
+
 _LONGEST_SLUG = 100
-"""Bytes; file systems take 255 in a name."""
+"""Bytes; file systems allow 255 in a name."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A job on its way. Below `status` everything is None until the worker says it."""
+    """The status of a job. The fields after `status` are None until the worker reports them."""
 
     job_id: str
     status: str
@@ -22,14 +26,16 @@ class Progress:
     stage: str | None = None
     prompt_index: int | None = None
     prompts: int | None = None
+    """The number of prompts."""
     step: int | None = None
     steps: int | None = None
     percent: int | None = None
     seconds_left: float | None = None
-    """Of the denoising."""
+    """Until the denoising ends."""
 
     @classmethod
     def of(cls, job_id: str, answer: dict[str, Any]) -> Progress:
+        """The progress in an answer to /status."""
         update = answer.get("output") if answer["status"] == "IN_PROGRESS" else None
         if not isinstance(update, dict) or "stage" not in update:
             return cls(job_id, answer["status"])
@@ -39,37 +45,37 @@ class Progress:
 
 @dataclass(frozen=True)
 class File:
-    """What can be fetched. `url` is a secret until it expires."""
+    """A file that can be downloaded. Its `url` is a secret until it expires."""
 
     prompt_index: int
     url: str
     expires_at: str | None
     """UTC in ISO 8601; None for a local file."""
     key: str
+    """The file's name in the bucket, or below OUTPUT_DIR."""
     width: int
     height: int
     bytes: int
 
     @property
-    def what(self) -> str:
-        """In a message."""
+    def title(self) -> str:
+        """The file's name in messages."""
         return f"prompts[{self.prompt_index}]"
 
 
 @dataclass(frozen=True)
 class Picture(File):
-    """A JPEG of a video: its first frame, or up to 16 frames."""
+    """A JPEG for a video: its first frame, or a sheet of up to 16 frames."""
 
     kind: Literal["poster", "contact_sheet"]
 
     @property
-    def what(self) -> str:
-        return f"{super().what}, {self.kind.replace('_', ' ')}"
+    def title(self) -> str:
+        return f"{super().title}, {self.kind.replace('_', ' ')}"
 
-    @property
-    def suffix(self) -> str:
-        """What comes after the video's name, as in the bucket."""
-        return ".poster.jpg" if self.kind == "poster" else ".sheet.jpg"
+    def name_for(self, video: Path) -> str:
+        """The picture's file name beside its video, with the same ending as in the bucket."""
+        return f"{video.stem}{'.poster.jpg' if self.kind == 'poster' else '.sheet.jpg'}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Output(File):
 
     kind: Literal["image", "video"]
     prompt: str
-    """With the trigger word in its place."""
+    """With the trigger word filled in."""
     format: Literal["mp4", "webp", "gif", "png"]
     num_frames: int
     fps: int
@@ -87,23 +93,23 @@ class Output(File):
     contact_sheet: Picture | None = None
 
     def pictures(self, posters: bool) -> list[Picture]:
-        """Those to fetch: the contact sheet, which was asked for, and the poster for who wants it."""
+        """The contact sheet, if there is one, and with `posters` the poster."""
         return [picture for picture in (self.contact_sheet, self.poster if posters else None) if picture]
 
     @property
     def suffix(self) -> str:
-        """Of the file: lossless frames come as a zip."""
+        """The file's suffix. Lossless frames are a zip."""
         return ".zip" if self.kind == "video" and self.format == "png" else f".{self.format}"
 
     def name(self) -> str:
-        """A file name that says what is in it, as `sks-a-sailing-boat-at-sunset-42.mp4`."""
+        """A file name from the prompt and the seed, such as `sks-a-sailing-boat-at-sunset-42.mp4`."""
         slug = re.sub(r"[\W_]+", "-", self.prompt.lower()).encode()[:_LONGEST_SLUG].decode(errors="ignore").strip("-")
         return f"{slug or self.kind}-{self.seed}{self.suffix}"
 
 
 @dataclass(frozen=True)
 class FailedPrompt:
-    """A prompt that made nothing, in a job that made something."""
+    """A prompt that failed in a job of which other prompts succeeded."""
 
     prompt_index: int
     code: str
@@ -123,11 +129,11 @@ class Result:
     settings: dict[str, Any]
     timings: dict[str, float]
     raw: dict[str, Any]
-    """The worker's answer as it came."""
+    """The worker's answer, unchanged."""
 
     @classmethod
     def of(cls, job_id: str, raw: Any) -> Result:
-        """Raises ValueError for what is no result of this worker."""
+        """The result in the `output` of an answer to /status. Raises ValueError if it is not a result of this worker."""
         try:
             prompts = {item["prompt_index"]: item["prompt"] for item in raw.get("settings", {}).get("prompts", [])}
             outputs = [
@@ -148,7 +154,7 @@ class Result:
                 raw=raw,
             )
         except (AttributeError, KeyError, TypeError, ValidationError) as error:
-            raise ValueError(f"no result of worker-wan-lora ({type(error).__name__})") from error
+            raise ValueError(f"not a result of worker-wan-lora ({type(error).__name__})") from error
 
 
 def _pictures(item: dict[str, Any]) -> dict[str, Any]:
@@ -158,3 +164,37 @@ def _pictures(item: dict[str, Any]) -> dict[str, Any]:
 
 _OUTPUT = TypeAdapter(Output)
 _FAILED = TypeAdapter(FailedPrompt)
+
+
+def has_ended(answer: dict[str, Any]) -> bool:
+    """Whether an answer to /status is a job's last one."""
+    return answer["status"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+
+
+def result_of(job_id: str, answer: dict[str, Any]) -> Result:
+    """The result in the last answer to /status. Raises JobFailed and JobStopped."""
+    status = answer["status"]
+    if status == "CANCELLED":
+        raise JobStopped("CANCELLED", "the job was cancelled")
+    if status == "TIMED_OUT":
+        raise JobStopped("TIMEOUT", "RunPod stopped the job at its time limit; raise the endpoint's execution timeout")
+    if status == "FAILED":
+        text = _error_text(answer.get("error"))
+        if re.match("(CANCELLED|TIMEOUT): ", text):
+            raise JobStopped(text.partition(":")[0], text)
+        raise JobFailed(text)
+    if answer.get("output") is None:
+        raise JobFailed(f"the job completed, but its result was lost; its files may be in the bucket, below {job_id}/")
+    try:
+        return Result.of(job_id, answer["output"])
+    except ValueError as error:
+        raise JobFailed(f"the job completed, but its answer is {error}; does another worker run at this address?") from error
+
+
+def _error_text(error: Any) -> str:
+    """The text of a failed job's error. RunPod sends an uncaught exception of a worker as JSON with a traceback."""
+    try:
+        uncaught = json.loads(error) if isinstance(error, str) else error
+        return str(uncaught["error_message"])
+    except (ValueError, TypeError, KeyError):
+        return str(error or "RunPod gives no reason; look at the worker's log")

@@ -17,10 +17,10 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from client import Client
 from playground.__main__ import tiny_example, tiny_worker
 from playground.jobs import temporary_folder
 from playground.server import Playground, server
-from playground.target import Target
 
 IMAGES = Path(__file__).parent / "images"
 SIZE: Any = {"width": 1440, "height": 900}
@@ -32,7 +32,7 @@ _WITHIN = 120_000
 def main(tiny: Path) -> None:
     IMAGES.mkdir(exist_ok=True)
     with tiny_worker(tiny) as url, temporary_folder() as folder:
-        playground = Playground(Target(url), Path(folder), tiny_example(), tiny / "loras")
+        playground = Playground(Client.local(url, patience=0), Path(folder), tiny_example(), tiny / "loras")
         with server(playground, 0) as web, sync_playwright() as playwright:
             threading.Thread(target=web.serve_forever, daemon=True).start()
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -1,8 +1,8 @@
 """Serve the playground.
 
-python -m playground --url http://localhost:8000     a worker's local API (`make serve`)
-RUNPOD_API_KEY=… python -m playground --endpoint ID  a RunPod endpoint
-python -m playground --tiny .tiny                    starts a worker of its own, with tiny checkpoints (`make playground`)
+python -m playground --url http://localhost:8000     for a worker's local API (`make serve`)
+RUNPOD_API_KEY=… python -m playground --endpoint ID  for a RunPod endpoint
+python -m playground --tiny .tiny                    starts a worker with tiny checkpoints (`make playground`)
 """
 
 from __future__ import annotations
@@ -23,75 +23,68 @@ from typing import Any
 
 import requests
 
+from client import Client, ClientError
 from playground.jobs import temporary_folder
 from playground.server import Playground, server
-from playground.target import Target
 
 ROOT = Path(__file__).parent.parent
 _TINY_MODEL = "wan22_14b_t2v"
-_STARTS_WITHIN = 120
-"""Seconds."""
+_SECONDS_TO_START = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worker and the temporary files go with this process
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker and the temporary files are cleaned up
     try:
         _serve(args)
     except KeyboardInterrupt:
         print()
-    except _CannotStart as error:
+    except (_CannotStart, ClientError) as error:
         print(f"playground: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _serve(args: argparse.Namespace) -> None:
-    """Until the process is told to end. Raises _CannotStart."""
+    """Serve until the process is stopped. Raises _CannotStart, ClientError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder()))
         if args.tiny:
-            target = Target(stack.enter_context(tiny_worker(args.tiny)))
-            playground = Playground(target, folder, tiny_example(), args.tiny / "loras")
+            url = stack.enter_context(tiny_worker(args.tiny))
+            playground = Playground(Client.local(url, patience=0), folder, tiny_example(), args.tiny / "loras")
         else:
-            target = _target(args)
-            playground = Playground(target, folder, loras=args.loras)
+            playground = Playground(_client(args), folder, loras=args.loras)
         try:
             web = stack.enter_context(server(playground, args.port))
         except OSError as error:
             raise _CannotStart(f"port {args.port}: {error.strerror}; choose another with --port") from error
-        print(f"the playground: http://127.0.0.1:{web.server_address[1]}/  ({target.label}; Ctrl+C ends it)", flush=True)
+        print(f"the playground: http://127.0.0.1:{web.server_address[1]}/  ({playground.name}; Ctrl+C stops it)", flush=True)
         web.serve_forever()
 
 
 class _CannotStart(Exception):
-    """One line for the terminal."""
+    """The playground cannot start; the text is one line for the terminal."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m playground", description="A page on this machine to try the worker with.")
+    parser = argparse.ArgumentParser(prog="python -m playground", description="Serve a page to try the worker.")
     to = parser.add_mutually_exclusive_group()
     to.add_argument("--url", default="http://localhost:8000", help="a worker's local API (default: %(default)s)")
     to.add_argument("--endpoint", metavar="ID", help="a RunPod endpoint; needs RUNPOD_API_KEY in the environment")
     to.add_argument(
-        "--tiny", metavar="DIR", type=Path, help="start a worker with the checkpoints of builder/tiny_checkpoints.py"
+        "--tiny", metavar="DIR", type=Path, help="start a worker with the checkpoints that builder/tiny_checkpoints.py wrote"
     )
-    parser.add_argument("--port", type=int, default=8080, help="of the page, on 127.0.0.1 (default: %(default)s)")
-    parser.add_argument("--loras", metavar="DIR", type=Path, help="the worker's LORA_DIR, to suggest the files in it")
+    parser.add_argument("--port", type=int, default=8080, help="port of the page on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--loras", metavar="DIR", type=Path, help="the worker's LORA_DIR; the form suggests the files in it")
     return parser
 
 
-def _target(args: argparse.Namespace) -> Target:
-    if not args.endpoint:
-        if not args.url.startswith(("http://", "https://")):
-            raise _CannotStart(f"--url {args.url}: is no http(s) URL; use one such as http://localhost:8000")
-        return Target(args.url.rstrip("/"))
-    key = os.environ.get("RUNPOD_API_KEY")
-    if not key:
-        raise _CannotStart("RUNPOD_API_KEY is not set; set it to an API key of the account that owns the endpoint")
-    base = os.environ.get("RUNPOD_ENDPOINT_BASE_URL", "https://api.runpod.ai/v2").rstrip("/")  # the SDK's variable for it
-    return Target(f"{base}/{args.endpoint}", args.endpoint, key)
+def _client(args: argparse.Namespace) -> Client:
+    """A client that never retries, since the page shows each failure and retries. Raises ClientError."""
+    if args.endpoint:
+        return Client.endpoint(args.endpoint, os.environ.get("RUNPOD_API_KEY", ""), patience=0)
+    return Client.local(args.url, patience=0)
 
 
 def tiny_example() -> dict[str, Any]:
@@ -101,16 +94,16 @@ def tiny_example() -> dict[str, Any]:
 
 @contextmanager
 def tiny_worker(tiny: Path) -> Iterator[str]:
-    """A worker that serves the tiny 14B T2V; yields the URL of its local API."""
+    """Run a worker with the tiny 14B T2V model; yields the URL of its local API."""
     if not (tiny / "loras").is_dir():
-        raise _CannotStart(f"{tiny}: no tiny checkpoints; make them with python builder/tiny_checkpoints.py {tiny}")
+        raise _CannotStart(f"{tiny} has no tiny checkpoints; make them with python builder/tiny_checkpoints.py {tiny}")
     with create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {"DEVICE": "cpu", "CHECKPOINT_DIR": str(tiny.resolve()), "LORA_DIR": str((tiny / "loras").resolve())}
     command = [sys.executable, str(ROOT / "handler.py"), "--rp_serve_api", "--rp_api_port", str(port)]
     print("starting a worker with tiny checkpoints …", flush=True)
     env |= {"MODEL_ID": _TINY_MODEL}
-    with subprocess.Popen(command, env=os.environ | env, start_new_session=True) as worker:  # noqa: S603 it is our own
+    with subprocess.Popen(command, env=os.environ | env, start_new_session=True) as worker:  # noqa: S603 the command is ours
         try:
             _wait_for(worker, f"http://127.0.0.1:{port}")
             yield f"http://127.0.0.1:{port}"
@@ -123,8 +116,8 @@ def tiny_worker(tiny: Path) -> Iterator[str]:
 
 
 def _wait_for(worker: subprocess.Popen[bytes], url: str) -> None:
-    give_up_at = time.monotonic() + _STARTS_WITHIN
-    while worker.poll() is None and time.monotonic() < give_up_at:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while worker.poll() is None and time.monotonic() < deadline:
         try:
             requests.get(url, timeout=5)
             return

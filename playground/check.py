@@ -1,43 +1,33 @@
-"""What the worker's own code says of a request before it is sent, and the problems that an error's text lists."""
+"""Checks a request before it is sent, with the client's and the worker's own code, and says what each prompt would make."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from client.errors import InvalidRequest
+from client.request import job_of
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.recipes import Recipe, documented, preview
-from worker.errors import Code, WorkerError
-from worker.request import parse
+from worker.errors import Code, Problem
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem of a request; `field` is the path of its field, "" where it has none."""
-
-    code: str
-    field: str
-    text: str
-
-
-def check(request: Any) -> dict[str, Any]:
-    """`problems`: as in `findings`; `prompts`: what each would make, or None where a number of it is none."""
-    request = request if isinstance(request, dict) else {}
-    spec = MODELS.get(str(request.get("model")))
-    problems: list[Finding] = []
+def check(request: Any, is_local: bool) -> dict[str, Any]:
+    """The request's `problems`, and for each of its `prompts` the video's size, frames and seconds; None for bad numbers."""
+    problems: Sequence[Problem] = ()
     try:
-        parse(request, spec or next(iter(MODELS.values())))
-    except WorkerError as error:
-        problems = [Finding(problem.code, problem.field, problem.text) for problem in error.problems] or findings(str(error))
-    prompts = request.get("prompts")
-    made = [_made(spec, request.get("match"), prompt) for prompt in prompts] if spec and isinstance(prompts, list) else []
-    return {"problems": [vars(problem) for problem in problems], "prompts": made}
+        job_of(request, None, is_local)
+    except InvalidRequest as error:
+        problems = error.problems
+    request = request if isinstance(request, dict) else {}
+    spec, prompts = MODELS.get(str(request.get("model"))), request.get("prompts")
+    sizes = [_video(spec, request.get("match"), prompt) for prompt in prompts] if spec and isinstance(prompts, list) else []
+    return {"problems": [vars(problem) for problem in problems], "prompts": sizes}
 
 
-def _made(spec: ModelSpec, match: Any, prompt: Any) -> dict[str, Any] | None:
-    """Size, frames and seconds that come of the numbers of a prompt."""
+def _video(spec: ModelSpec, match: Any, prompt: Any) -> dict[str, Any] | None:
+    """Effective size and frame count of a prompt's video, and its seconds."""
     if not isinstance(prompt, dict):
         return None
     asked: dict[str, Any] = {name: prompt.get(name) for name in ("width", "height", "num_frames", "fps")}
@@ -52,30 +42,11 @@ def _made(spec: ModelSpec, match: Any, prompt: Any) -> dict[str, Any] | None:
 
 
 def recipe_of(spec: ModelSpec, match: Any) -> Recipe:
-    """The rules for sizes and frames; they are the same in both eras of the trainer."""
+    """The recipe with the rules for sizes and frame counts, which are the same for all versions of the trainer."""
     return preview(spec, "flowmatch", "") if match == "preview" else documented(spec)
 
 
-def findings(error: str) -> list[Finding]:
-    """The problems that a job's error lists, see `WorkerError.of`. Of any other text one, without a field."""
-    begins = re.match(r"([A-Z][A-Z_]+): ", error)
-    code, text = (begins[1], error[begins.end() :]) if begins else ("", error)
-    several = re.match(r"(\d+) problems: ", text)
-    return [_finding(part, code) for part in (_parts(text[several.end() :], int(several[1])) if several else [text])]
-
-
-def _parts(text: str, count: int) -> Iterable[str]:
-    """`(1) first; (2) second` → first, second."""
-    text = text.removeprefix("(1) ")
-    for number in range(2, count + 1):
-        part, _, text = text.partition(f"; ({number}) ")
-        yield part
-    yield text
-
-
-def _finding(text: str, code: str) -> Finding:
-    own = re.match(r"([A-Z][A-Z_]+): ", text)
-    if own and own[1] in Code.__members__:
-        code, text = own[1], text[own.end() :]
-    field = re.match(r"`([^`]+)`: ", text)
-    return Finding(code, field[1], text[field.end() :]) if field else Finding(code, "", text)
+def served_model(problems: Sequence[Problem], asked: Any) -> str | None:
+    """The model id that a MODEL_NOT_SERVED error names beside the requested one: the one that the worker serves."""
+    texts = [problem.text for problem in problems if problem.code is Code.MODEL_NOT_SERVED]
+    return next((name for text in texts for name in re.findall(r"\w+", text) if name in MODELS and name != asked), None)

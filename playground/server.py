@@ -1,8 +1,8 @@
-"""The HTTP side: the page, its API and the files of its jobs, for a browser on this machine and for nobody else.
+"""The HTTP server: the page, its API and the files of its jobs, for a browser on this computer only.
 
-Another page in the same browser must not reach it. So it listens on 127.0.0.1, answers only to the names of this machine
-(against DNS rebinding), changes something only for its own origin (against forged requests), and says in its headers that
-nothing may embed it. The API key is in no answer.
+Other pages in the same browser must not reach it. So it listens on 127.0.0.1, accepts only host names of this computer (against
+DNS rebinding) and only requests of its own origin (against forged requests), and its headers forbid embedding. No answer
+contains the API key.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipelines.catalog import MODELS
+from client import Client, ClientError, DownloadFailed, InvalidRequest, Unreachable
+from pipelines.catalog import DEFAULT_SEED, MODELS
 from playground.check import check, recipe_of
-from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile, item_of
+from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile
 from playground.side_by_side import side_by_side
-from playground.target import Target, TargetError
 from tools.cli import BadInput
-from tools.compare import settings_of_result
-from tools.frames import read_clip
-from worker.errors import MEANING
+from tools.compare import settings_in
+from tools.frames import Clip, read_clip
 from worker.request import Request
 
 STATIC = Path(__file__).parent / "static"
@@ -43,14 +42,15 @@ _HEADERS = {
 }
 
 _MAX_JSON = 128 * 1024**2
-"""Bytes: a request with several images."""
+"""Bytes; a request can have several images."""
 _MAX_SAMPLE = 1024**3
-_LARGEST_SAFE = 2**53 - 1
-"""Of the integers in JavaScript; a seed can be larger."""
+"""Bytes."""
+_LARGEST_INTEGER = 2**53 - 1
+"""The largest that JavaScript represents exactly. A seed can be larger."""
 
 
-class Refused(Exception):
-    """The request is not answered: `status` and why."""
+class HttpError(Exception):
+    """The browser's request fails with `status`; the text says why."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -58,19 +58,24 @@ class Refused(Exception):
 
 
 class Playground:
-    """What the page can ask for. Methods may be called from any thread."""
+    """The page's operations. Its methods may be called from any thread."""
 
-    def __init__(self, target: Target, folder: Path, example: dict[str, Any] | None = None, loras: Path | None = None) -> None:
-        """`example`: the request that the form starts with. `loras`: LORA_DIR, where its files can be suggested."""
-        self.target = target
-        self.jobs = Jobs(target, folder)
+    def __init__(self, client: Client, folder: Path, example: dict[str, Any] | None = None, loras: Path | None = None) -> None:
+        """`folder`: for temporary files. `example`: the form's first request. `loras`: LORA_DIR, for suggestions."""
+        self._client = client
+        self.jobs = Jobs(client, folder)
         self._folder = folder
         self._example = example
         self._loras = loras
 
+    @property
+    def name(self) -> str:
+        """`endpoint ID`, or the host of a worker's local API."""
+        url = self._client.url
+        return url.partition("://")[2] if self._client.is_local else f"endpoint {url.rpartition('/')[2]}"
+
     def config(self) -> dict[str, Any]:
-        key = "RUNPOD_API_KEY" if self.target.endpoint else None
-        target = {"label": self.target.label, "base": self.target.base, "endpoint": self.target.endpoint, "key_variable": key}
+        """The page's constants: the API that it uses, the schema and the models."""
         models = [
             {
                 "id": spec.id,
@@ -83,20 +88,23 @@ class Playground:
             for spec in MODELS.values()
         ]
         return {
-            "target": target,
+            "target": {"name": self.name, "url": self._client.url, "is_local": self._client.is_local},
             "schema": Request.model_json_schema(),
+            "default_seed": DEFAULT_SEED,
             "models": models,
             "example": self._example,
             "loras": sorted(str(path.relative_to(self._loras)) for path in self._loras.rglob("*.safetensors"))
             if self._loras
             else [],
-            "codes": {str(code): meaning for code, meaning in MEANING.items()},
         }
 
-    def compare(self, a: str, b: str, sample: tuple[str, Path] | None) -> dict[str, Any]:
-        """`a`, `b`: `JOB/FILE` as in /files; with `sample`, its name and file, that is A.
+    def check(self, request: Any) -> dict[str, Any]:
+        return check(request, self._client.is_local)
 
-        Raises NoFile, BadInput, TargetError.
+    def compare(self, a: str, b: str, sample: tuple[str, Path] | None) -> dict[str, Any]:
+        """Compare two outputs, given as `JOB/FILE` as in /files. A `sample`, its name and file, takes the place of A.
+
+        Raises NoFile, BadInput, DownloadFailed.
         """
         name = f"compare-{secrets.token_hex(8)}"
         clip_b, settings_b, title_b = self._output(b)
@@ -112,19 +120,17 @@ class Playground:
         found = side_by_side(clip_a, clip_b, (settings_a, settings_b), self._folder / f"{name}.mp4")
         return found | {"url": f"/compare/{name}.mp4", "titles": [title_a, title_b]}
 
-    def _output(self, place: str) -> tuple[Any, Any, str]:
+    def _output(self, place: str) -> tuple[Clip, dict[str, Any], str]:
         """(clip, settings, title) of an output."""
         number, _, file = place.partition("/")
         if not (number.isdigit() and file.isdigit()):
-            raise NoFile(f"{place[:40]!r} is no output; it has the form JOB/FILE")
+            raise NoFile(f"{place[:40]!r} is not an output; write JOB/FILE")
         job = self.jobs.get(int(number))
-        item = item_of(job, int(file))
-        result = self._folder / f"result-{number}.json"
-        result.write_text(json.dumps(job.result))
-        settings = settings_of_result(result, item["prompt_index"])
-        return read_clip(self.jobs.file(job.number, int(file))), settings, f"Run {job.number}, seed {item['seed']}"
+        output = job.output(int(file))
+        settings = settings_in(job.result, output.prompt_index)
+        return read_clip(self.jobs.file(job.number, int(file))), settings, f"Run {job.number}, seed {output.seed}"
 
-    def compared(self, name: str) -> Path:
+    def temporary(self, name: str) -> Path:
         return self._folder / name
 
 
@@ -138,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # the browser has what it wanted of a video, or was closed
+        with suppress(ConnectionError):  # the browser stops reading a video, or was closed
             super().handle()
 
     def do_GET(self) -> None:
@@ -148,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("POST")
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Quiet: the page says what happens."""
+        """Log nothing: the page shows what happens."""
 
     def _answer(self, method: str) -> None:
         self._unread = int(self.headers.get("Content-Length") or 0) if self.headers.get("Content-Length", "0").isdigit() else -1
@@ -159,30 +165,31 @@ class _Handler(BaseHTTPRequestHandler):
                 if verb == method and (found := re.fullmatch(pattern, path)):
                     act(self, *found.groups())
                     return
-            raise Refused(404, "there is nothing here")
-        except Refused as error:
+            raise HttpError(404, "this address does not exist")
+        except HttpError as error:
             self._send_json({"error": str(error), "again": False}, error.status)
-        except TargetError as error:
-            self._send_json({"error": str(error), "again": error.again}, 502)
+        except ClientError as error:
+            status = 400 if isinstance(error, InvalidRequest) else 404 if isinstance(error, DownloadFailed) else 502
+            self._send_json({"error": str(error), "again": isinstance(error, Unreachable)}, status)
         except NoFile as error:
             self._send_json({"error": str(error), "again": False}, 404)
         except BadInput as error:
             self._send_json({"error": str(error), "again": False}, 400)
 
     def _guard(self, method: str) -> None:
-        """Only this page, under a name of this machine."""
+        """Accept only this page, under a host name of this computer."""
         port = self.connection.getsockname()[1]
         own = {f"{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]")}
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host not in own:
-            raise Refused(403, "this address is none of the playground's")
+            raise HttpError(403, "the playground does not have this host name")
         if (origin is None and method == "POST") or origin not in (None, f"http://{host}"):
-            raise Refused(403, "only the playground's own page may ask for this")
-        # No header: no browser, or an old one. "none": typed by the user. A link from elsewhere may open the page itself.
+            raise HttpError(403, "only the playground's own page may do this")
+        # The header is missing without a browser, and "none" for a typed address. Other sites may link to the page itself.
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and self.path != "/":
-            raise Refused(403, "only the playground's own page may ask for this")
+            raise HttpError(403, "only the playground's own page may do this")
 
-    # What the routes do
+    # Routes
 
     def _page(self) -> None:
         self._send_file(STATIC / "index.html")
@@ -190,14 +197,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _static(self, name: str) -> None:
         known = {path.name: path for path in STATIC.iterdir()}
         if name not in known:
-            raise Refused(404, "there is nothing here")
+            raise HttpError(404, "this address does not exist")
         self._send_file(known[name])
 
     def _config(self) -> None:
         self._send_json(self._playground.config())
 
     def _check(self) -> None:
-        self._send_json(check(self._json()))
+        self._send_json(self._playground.check(self._json()))
 
     def _jobs(self) -> None:
         self._send_json({"jobs": [job.public() for job in self._playground.jobs.all()]})
@@ -205,11 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _start(self) -> None:
         request = self._json()
         if not isinstance(request, dict):
-            raise Refused(400, "a request is an object")
+            raise HttpError(400, "a request must be an object")
         self._send_job(self._playground.jobs.start(request))
 
-    def _look(self, number: str) -> None:
-        self._send_job(self._playground.jobs.look(int(number)))
+    def _refresh(self, number: str) -> None:
+        self._send_job(self._playground.jobs.refresh(int(number)))
 
     def _cancel(self, number: str) -> None:
         self._send_job(self._playground.jobs.cancel(int(number)))
@@ -233,19 +240,19 @@ class _Handler(BaseHTTPRequestHandler):
                 sample[1].unlink()
 
     def _compared(self, name: str) -> None:
-        path = self._playground.compared(name)
+        path = self._playground.temporary(name)
         if not path.is_file():
-            raise NoFile("this comparison is gone; make it again")
+            raise NoFile("this comparison does not exist; make it again")
         self._send_file(path)
 
     # Bodies
 
     def _sample(self, name: str) -> tuple[str, Path]:
-        """The body as a file, under the name that its user knows."""
+        """The body as a file, and the name that the user gave it."""
         if not 0 < self._unread <= _MAX_SAMPLE:
-            raise Refused(413, "a sample has at most 1 GB")
+            raise HttpError(413, "a sample must not be empty or larger than 1 GB")
         suffix = Path(name).suffix.lower()
-        target = self._playground.compared(f"sample-{secrets.token_hex(8)}{suffix if suffix in CONTENT_TYPES else ''}")
+        target = self._playground.temporary(f"sample-{secrets.token_hex(8)}{suffix if suffix in CONTENT_TYPES else ''}")
         with target.open("wb") as file:
             while self._unread:
                 block = self._read(min(self._unread, 1 << 20))
@@ -254,13 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self) -> Any:
         if not 0 <= self._unread <= _MAX_JSON:
-            raise Refused(413, "the request is too large")
+            raise HttpError(413, "the request is too large")
         if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "a request is JSON")
+            raise HttpError(415, "a request must be JSON")
         try:
             return json.loads(self._read(self._unread))
         except ValueError as error:
-            raise Refused(400, "this is no JSON") from error
+            raise HttpError(400, "this is not JSON") from error
 
     def _read(self, count: int) -> bytes:
         block = self.rfile.read(count)
@@ -272,17 +279,14 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers
 
     def _send_json(self, answer: Any, status: int = 200) -> None:
-        text = json.dumps(_exact(answer), ensure_ascii=False)
-        if key := self._playground.target.key:
-            text = text.replace(key, "…")  # whatever the other side repeats of it
-        body = text.encode("utf-8", "replace")
+        body = json.dumps(_exact(answer), ensure_ascii=False).encode("utf-8", "replace")
         if self._unread:
-            self.close_connection = True  # what is left of the body would be taken for the next request
+            self.close_connection = True  # the rest of the body would be read as the next request
         self._head(status, "application/json", len(body))
         self.wfile.write(body)
 
     def _send_file(self, path: Path) -> None:
-        """The file, or the range of it that a video player asks for."""
+        """Send the file, or the range of it that a video player requests."""
         size = path.stat().st_size
         first, last = _range(self.headers.get("Range"), size)
         partial_answer = (first, last) != (0, size - 1)
@@ -308,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _range(header: str | None, size: int) -> tuple[int, int]:
-    """First and last byte of the one range that is asked for; the whole file for everything else."""
+    """First and last byte of a request for one range; those of the whole file for any other request."""
     found = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", header or "")
     if not found or int(found[1]) >= size:
         return 0, size - 1
@@ -316,12 +320,12 @@ def _range(header: str | None, size: int) -> tuple[int, int]:
 
 
 def _exact(value: Any) -> Any:
-    """The same with integers as text that JavaScript would round."""
+    """The same, with the integers that JavaScript would round as text."""
     if isinstance(value, dict):
         return {name: _exact(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_exact(item) for item in value]
-    return str(value) if type(value) is int and abs(value) > _LARGEST_SAFE else value
+    return str(value) if type(value) is int and abs(value) > _LARGEST_INTEGER else value
 
 
 _Act = Callable[..., None]
@@ -332,7 +336,7 @@ _ROUTES: list[tuple[str, str, _Act]] = [
     ("POST", r"/api/check", _Handler._check),
     ("GET", r"/api/jobs", _Handler._jobs),
     ("POST", r"/api/jobs", _Handler._start),
-    ("GET", r"/api/jobs/(\d{1,9})", _Handler._look),
+    ("GET", r"/api/jobs/(\d{1,9})", _Handler._refresh),
     ("POST", r"/api/jobs/(\d{1,9})/cancel", _Handler._cancel),
     ("POST", r"/api/compare", _Handler._compare),
     ("GET", r"/files/(\d{1,9})/(\d{1,9})", _Handler._file),
@@ -342,7 +346,7 @@ _ROUTES: list[tuple[str, str, _Act]] = [
 
 
 def server(playground: Playground, port: int) -> ThreadingHTTPServer:
-    """Ready to `serve_forever`; port 0 takes a free one. Raises OSError where the port is taken."""
-    made = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, playground))
-    made.daemon_threads = True
-    return made
+    """A server to `serve_forever`; port 0 chooses a free one. Raises OSError if the port is in use."""
+    web = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, playground))
+    web.daemon_threads = True
+    return web

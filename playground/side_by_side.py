@@ -1,6 +1,6 @@
-"""Two videos in step: the numbers of `tools.compare`, and one MP4 with A, B and their difference beside each other.
+"""Compares two videos: the numbers of `tools.compare`, and one MP4 with A, B and their difference side by side.
 
-In one file they cannot come apart, whatever the browser drops; the page cuts it into its three pictures.
+In one file they stay in step even if the browser drops frames. The page cuts it into three pictures.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Frame = npt.NDArray[np.uint8]
 """[height, width, 3], RGB."""
 
 _WIDEST = 960
-"""Pixels of one picture; H.264 decoders stop at 4096 for all three."""
+"""Pixels of one picture. All three must fit into the 4096 that H.264 decoders support."""
 _FPS_OF_IMAGES = 8
 
 
 def side_by_side(a: Clip, b: Clip, settings: tuple[Any, Any], target: Path) -> dict[str, Any]:
-    """Write the MP4 to `target`; returns the comparison as JSON, with what the page needs to cut it. Raises BadInput."""
+    """Write the MP4 to `target`. Returns the comparison as JSON, with the fps and the size of one picture. Raises BadInput."""
     found = compare(a, b, *settings)
     common = list(pairs(a.frames, b.frames))
     gain = gain_for([np.abs(left.astype(np.int16) - right) for left, right in common])
@@ -40,7 +40,7 @@ def side_by_side(a: Clip, b: Clip, settings: tuple[Any, Any], target: Path) -> d
 
 
 def _even_size(width: int, height: int) -> tuple[int, int]:
-    """Of one picture; yuv420p takes even numbers only."""
+    """The size of one picture. yuv420p needs even numbers."""
     scale = min(1.0, _WIDEST / width)
     return max(2, int(width * scale) // 2 * 2), max(2, int(height * scale) // 2 * 2)
 
@@ -52,6 +52,6 @@ def _rows(common: list[tuple[Frame, Frame]], gain: int, size: tuple[int, int]) -
 
 
 def _scaled(picture: Frame, size: tuple[int, int]) -> Frame:
-    if picture.shape[1] - size[0] < 2:  # at most the last column is one too many
+    if picture.shape[1] - size[0] < 2:  # unscaled, but for an odd last column
         return picture[: size[1], : size[0]]
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))

@@ -1,1 +1,1 @@
-"""Commands for a person: why a video is not the one that the trainer showed. No part of the worker imports them."""
+"""Commands that help to find out why a video differs from the trainer's sample. The worker does not import them."""

@@ -1,4 +1,4 @@
-"""What the commands share: how one ends when it cannot use its input. No command of its own."""
+"""Exit statuses and one-line errors for the commands of this package."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Protocol
 
 
 class Main(Protocol):
-    """`argv` without the program's name; None takes the process's own. Returns the exit status."""
+    """`argv`: arguments without the program's name; None for the process's own. Returns the exit status."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 FITS, DIFFERS, BAD_INPUT = 0, 1, 2
-"""Exit statuses, the same for every command."""
+"""Exit statuses of every command."""
 
 
 class BadInput(Exception):
-    """An input that cannot be used; the text says why and what would do."""
+    """The input cannot be used; the text says why, and what to do."""
 
 
 def one_line_errors(main: Main) -> Main:
-    """Turn BadInput, and files that cannot be opened, into one line on stderr and exit status 2."""
+    """Turn BadInput and OSError into one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""Compare two videos: how far they are apart, in numbers, in words and as a picture, and which settings differ.
+"""Compare two videos: their distance in numbers, in words and as a picture, and the settings that differ.
 
     python -m tools.compare preview.webp mine.mp4 --sheet sheet.png
 
-It compares what was made. What a request would make is `tools.requests_from_config`'s.
+It compares finished videos. `tools.requests_from_config` makes requests for those of a training config.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 from tools.frames import Clip, pairs, read_clip
 from tools.metrics import WINDOW, FrameDistance, Verdict, distance, overall_psnr, verdict
 from tools.noise import noise_between
-from tools.sheet import Row, contact_sheet
+from tools.sheet import Row, comparison_sheet
 
 _EPILOG = """\
 A and B: MP4, animated WebP, GIF, a zip of PNGs, a folder of images, or one image.
 
-PSNR is over R, G and B; SSIM (Wang et al. 2004) is of the BT.709 luma, with a Gaussian window of 11x11, sigma 1.5.
-MP4 is decoded as BT.709. Where sizes or frame counts differ, the part that both have is compared, from the top left and
-from the first frame. The trainer's previews are WebP at quality 80: a request with "output_format": "webp" is encoded in
-the same way, and with "png" nothing is lost.
+PSNR is over R, G and B. SSIM (Wang et al. 2004) is over the BT.709 luma, with a Gaussian window of 11x11 and sigma 1.5.
+MP4 is decoded as BT.709. If sizes or frame counts differ, the part that both have is compared, from the top left and from
+the first frame. The trainer's previews are WebP at quality 80: a request with "output_format": "webp" is encoded in the
+same way, and "png" loses nothing.
 
-The list of settings needs both sides: the worker's MP4s carry theirs; for other files give the job's result JSON.
+Settings are compared if both sides have them. The worker's MP4s contain theirs; for other files give the job's result JSON.
 
-exit status: 0 equal, if need be within encoding noise; 1 not equal, or one has more frames or pixels; 2 bad input
+exit status: 0 equal, or equal within encoding noise; 1 not equal, or one has more frames or pixels; 2 bad input
 
 example:
   python -m tools.compare samples/1718000000__000001000_0.webp 0.webp --settings-b result.json --sheet sheet.png
@@ -41,16 +41,16 @@ example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was found out."""
+    """Two clips and their differences."""
 
     a: Clip
     b: Clip
     frames: list[FrameDistance]
     verdict: Verdict
     uncommon: list[str]
-    """What one has and the other has not, in words."""
+    """Differences in size and frame count, in words."""
     settings: dict[str, tuple[Any, Any]] | None
-    """Setting to its values in A and B where they differ; None when one side has no settings."""
+    """Path of each setting that differs → its values in A and B; None if one side has no settings."""
 
     @property
     def equal(self) -> bool:
@@ -61,13 +61,13 @@ class Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     a, b = read_clip(args.a), read_clip(args.b)
-    settings_a = settings_of_result(args.settings_a, args.prompt) if args.settings_a else a.settings
-    settings_b = settings_of_result(args.settings_b, args.prompt) if args.settings_b else b.settings
+    settings_a = _settings_in_file(args.settings_a, args.prompt) if args.settings_a else a.settings
+    settings_b = _settings_in_file(args.settings_b, args.prompt) if args.settings_b else b.settings
     found = compare(a, b, settings_a, settings_b)
     print(json.dumps(as_json(found), indent=2) if args.json else as_text(found))
     if args.sheet:
-        contact_sheet(args.sheet, (a, b), _rows(found, args.rows), found.verdict.text.partition(":")[0])
-        print(f"contact sheet: {args.sheet}", file=sys.stderr)
+        comparison_sheet(args.sheet, (a, b), _rows(found, args.rows), found.verdict.text.partition(":")[0])
+        print(f"sheet: {args.sheet}", file=sys.stderr)
     return FITS if found.equal else DIFFERS
 
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("a", metavar="A", type=Path, help="a video, an image, or a zip or folder of images")
-    parser.add_argument("b", metavar="B", type=Path, help="the other one")
+    parser.add_argument("b", metavar="B", type=Path, help="the video to compare it with")
     parser.add_argument("--sheet", metavar="OUT.png", type=Path, help="write a picture of A, B and their difference")
     parser.add_argument("--rows", metavar="N", type=int, default=5, help="frames in the sheet, evenly spaced (default: 5)")
     for side in "ab":
@@ -89,13 +89,13 @@ def _parser() -> argparse.ArgumentParser:
             type=Path,
             help=f"{side.upper()}'s settings from a job's result",
         )
-    parser.add_argument("--prompt", metavar="N", type=int, default=0, help="which prompt of a result JSON, from 0 (default: 0)")
+    parser.add_argument("--prompt", metavar="N", type=int, default=0, help="index of the prompt in a result JSON (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def compare(a: Clip, b: Clip, settings_a: dict[str, Any] | None = None, settings_b: dict[str, Any] | None = None) -> Comparison:
-    """Compare what both have. Raises BadInput when that is smaller than SSIM's window."""
+    """Compare the part that both have. Raises BadInput if the frames are smaller than SSIM's window."""
     if min(*a.frames.shape[1:3], *b.frames.shape[1:3]) < WINDOW:
         raise BadInput(f"the frames are {a.size} and {b.size} pixels; SSIM needs at least {WINDOW}x{WINDOW}")
     frames = [distance(left, right) for left, right in pairs(a.frames, b.frames)]
@@ -112,30 +112,37 @@ def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
         yield f"A has {len(a.frames)} frames and B has {len(b.frames)}; compared: the first {common_count}"
 
 
-def settings_of_result(path: Path, prompt: int) -> dict[str, Any]:
-    """The settings of one prompt in a result JSON, flat as in an MP4's comment.
-
-    Takes the result itself, RunPod's answer around it (`output`), and bare settings.
-    """
+def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
+    """`settings_in` for a JSON file. Raises BadInput, OSError."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return settings_in(json.loads(path.read_text(encoding="utf-8")), prompt)
     except ValueError as error:
-        raise BadInput(f"{path}: this is no JSON ({error})") from error
+        raise BadInput(f"{path} is not JSON ({error})") from error
+    except BadInput as error:
+        raise BadInput(f"{path} {error}") from error
+
+
+def settings_in(result: Any, prompt: int) -> dict[str, Any]:
+    """The settings of one prompt in a job's result, as flat as in an MP4's comment.
+
+    `result`: the result itself, RunPod's answer with it under `output`, or the settings alone. Raises BadInput.
+    """
     for wrapper in ("output", "settings"):
         if isinstance(result, dict) and isinstance(result.get(wrapper), dict):
             result = result[wrapper]
     if not isinstance(result, dict) or "match" not in result:
-        raise BadInput(f"{path}: no `settings` in it; give the JSON that a job returned")
-    prompts = result.pop("prompts", None)
+        raise BadInput("has no `settings`; give the JSON that a job returned")
+    settings = {name: value for name, value in result.items() if name != "prompts"}
+    prompts = result.get("prompts")
     if not isinstance(prompts, list):
-        return dict(result)
+        return settings
     if not 0 <= prompt < len(prompts):
-        raise BadInput(f"{path}: it has the prompts 0 to {len(prompts) - 1}; --prompt {prompt} is none of them")
-    return {**result, **prompts[prompt]}
+        raise BadInput(f"has the prompts 0 to {len(prompts) - 1}, and not --prompt {prompt}")
+    return {**settings, **prompts[prompt]}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Path of a setting to its two values, where they differ; a missing one counts as None."""
+    """Path of each setting that differs → its two values. A missing setting counts as None."""
     flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
     paths = [path for path in (flat_a | flat_b) if path != "prompt_index"]
     return {path: (flat_a.get(path), flat_b.get(path)) for path in paths if flat_a.get(path) != flat_b.get(path)}
@@ -153,7 +160,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _rows(found: Comparison, count: int) -> list[Row]:
-    """Evenly spaced over the common frames, the first and the last among them."""
+    """`count` of the common frames, evenly spaced from the first to the last."""
     last = len(found.frames) - 1
     count = max(1, min(count, last + 1))
     numbers = [round(i * last / max(count - 1, 1)) for i in range(count)]
@@ -162,7 +169,7 @@ def _rows(found: Comparison, count: int) -> list[Row]:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """All numbers; a PSNR of equal frames is null, since JSON has no infinity."""
+    """The comparison for programs. The PSNR of equal frames is null, since JSON has no infinity."""
     settings = found.settings
     return {
         "equal": found.equal,
@@ -191,7 +198,7 @@ def _finite(psnr: float) -> float | None:
 
 
 def as_text(found: Comparison) -> str:
-    """The same for a reader, the verdict last."""
+    """The comparison for people; the verdict comes last."""
     lines = [f"A  {found.a}", f"B  {found.b}", *(f"!  {text}" for text in found.uncommon)]
     lines += ["", "frame      PSNR    SSIM  largest difference"]
     lines += [_line(f"{number:5d}", pair.psnr, pair.ssim, pair.max_difference) for number, pair in enumerate(found.frames)]
@@ -209,9 +216,11 @@ def _line(label: str, psnr: float, ssim: float, largest: int) -> str:
 
 def _settings_lines(settings: dict[str, tuple[Any, Any]] | None) -> list[str]:
     if settings is None:
-        return ["settings: not known on both sides (an MP4 of the worker has them; else --settings-a, --settings-b)"]
+        return [
+            "settings: not known on both sides; the worker's MP4s have them, for other files use --settings-a, --settings-b"
+        ]
     if not settings:
-        return ["settings: all the same"]
+        return ["settings: no differences"]
     width = max(map(len, settings))
     shown = {path: tuple(json.dumps(value, ensure_ascii=False) for value in values) for path, values in settings.items()}
     return ["settings that differ (A, then B):", *(f"  {path:{width}}  {a}  {b}" for path, (a, b) in shown.items())]

@@ -1,4 +1,4 @@
-"""A video, an animation, a zip or folder of images, or one image → its frames. Nothing here compares them."""
+"""Reads the frames of a video, an animation, a zip or folder of images, or one image."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of one source."""
+    """The frames of one source."""
 
     name: str
     kind: str
-    """`mp4`, `webp`, `gif`, `png`, …; for a zip or a folder the kind of its images."""
+    """`mp4`, `webp`, `gif`, `png`, …; for a zip or folder, the kind of its images."""
     frames: Frames
     fps: float | None
     """None for images."""
     settings: dict[str, Any] | None
-    """What the worker noted in an MP4's comment."""
+    """The settings that the worker wrote into an MP4's comment, or None."""
 
     @property
     def size(self) -> str:
@@ -48,23 +48,23 @@ class Clip:
 
 
 def read_clip(path: Path) -> Clip:
-    """Read all frames of `path`, whatever it is. Raises BadInput, OSError."""
+    """Read all frames of a file or folder; its content decides the format. Raises BadInput, OSError."""
     if path.is_dir():
-        return _of_folder(path)
+        return _read_folder(path)
     with path.open("rb") as file:
         head = file.read(12)
         if not head:
             raise BadInput(f"{path}: the file is empty")
         if head[:4] == b"PK\x03\x04":
-            return _of_zip(path)
+            return _read_zip(path)
         file.seek(0)
         if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
-            return _of_video(path)
-        return _of_image(path, file)
+            return _read_video(path)
+        return _read_image(path, file)
 
 
-def _of_video(path: Path) -> Clip:
-    """MP4 and its like, as RGB by BT.709 in limited range, which is how the worker writes it."""
+def _read_video(path: Path) -> Clip:
+    """Decode MP4, MOV, MKV or WebM to RGB, as BT.709 in limited range, which the worker writes."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -73,7 +73,7 @@ def _of_video(path: Path) -> Clip:
             frames = [_rgb(frame) for frame in container.decode(video=0)]
             comment = container.metadata.get("comment", "")
     except av.error.FFmpegError as error:
-        raise BadInput(f"{path}: the video cannot be read, or it is cut short ({error.strerror})") from error
+        raise BadInput(f"{path}: the video is damaged or cut short ({error.strerror})") from error
     kind = "mp4" if path.suffix.lower() in (".mp4", ".m4v", ".mov", "") else path.suffix.lower()[1:]
     return Clip(path.name, kind, _stacked(frames, path), float(rate) if rate else None, _settings_in(comment))
 
@@ -97,20 +97,20 @@ def _settings_in(comment: str) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _of_image(path: Path, file: BinaryIO) -> Clip:
+def _read_image(path: Path, file: BinaryIO) -> Clip:
     kind, frames, durations = _pillow_frames(path, file)
     if len(frames) == 1:
         return Clip(path.name, kind, _stacked(frames, path), None, None)
     shortest = min(durations)
     if not shortest:
         return Clip(path.name, kind, _stacked(frames, path), None, None)
-    # The encoders store equal neighbours as one frame that is shown longer.
+    # Encoders store equal frames in a row as one frame that is shown longer.
     shown = [frame for frame, duration in zip(frames, durations, strict=True) for _ in range(round(duration / shortest))]
     return Clip(path.name, kind, _stacked(shown, path), 1000 / shortest, None)
 
 
 def _pillow_frames(path: Path | str, file: Any) -> tuple[str, list[npt.NDArray[np.uint8]], list[int]]:
-    """(format, frames, milliseconds that each is shown)."""
+    """(format, frames, milliseconds for which each is shown)."""
     frames, durations = [], []
     try:
         with Image.open(file) as image:
@@ -119,22 +119,22 @@ def _pillow_frames(path: Path | str, file: Any) -> tuple[str, list[npt.NDArray[n
                 frames.append(np.asarray(image.convert("RGB")))
                 durations.append(int(image.info.get("duration", 0)))
             return str(image.format).lower(), frames, durations
-    except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
+    except Exception as error:  # Pillow's parsers raise many types for damaged files
         raise BadInput(
-            f"{path}: neither a video nor an image that can be read; MP4, WebP, GIF, PNG, a zip or a folder will do"
+            f"{path}: neither a video nor an image that can be read; give an MP4, WebP, GIF, PNG, zip or folder"
         ) from error
 
 
-def _of_folder(path: Path) -> Clip:
+def _read_folder(path: Path) -> Clip:
     files = [file for file in path.iterdir() if file.is_file() and _is_image(file.name)]
-    return _of_stills(path, [(file.name, file.open) for file in files])
+    return _read_stills(path, [(file.name, file.open) for file in files])
 
 
-def _of_zip(path: Path) -> Clip:
+def _read_zip(path: Path) -> Clip:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if _is_image(name)]
-            return _of_stills(path, [(name, lambda _mode, name=name: archive.open(name)) for name in names])
+            return _read_stills(path, [(name, lambda _mode, name=name: archive.open(name)) for name in names])
     except zipfile.BadZipFile as error:
         raise BadInput(f"{path}: the zip is damaged or cut short") from error
 
@@ -143,10 +143,10 @@ def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in _IMAGE_SUFFIXES and not Path(name).name.startswith(".") and "__MACOSX" not in name
 
 
-def _of_stills(path: Path, openers: list[tuple[str, Any]]) -> Clip:
-    """One frame per image, in the order of the numbers in their names."""
+def _read_stills(path: Path, openers: list[tuple[str, Any]]) -> Clip:
+    """One frame per image, ordered by the numbers in their names."""
     frames, kinds = [], set()
-    for name, opener in sorted(openers, key=lambda item: _natural(item[0])):
+    for name, opener in sorted(openers, key=lambda item: _by_number(item[0])):
         with opener("rb") as file:
             kind, [frame, *_], _ = _pillow_frames(f"{path}/{name}", file)
         frames.append(frame)
@@ -155,21 +155,21 @@ def _of_stills(path: Path, openers: list[tuple[str, Any]]) -> Clip:
     return Clip(path.name, kind, _stacked(frames, path), None, None)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """2.png before 10.png."""
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts 2.png before 10.png."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _stacked(frames: list[npt.NDArray[np.uint8]], path: Path) -> Frames:
     if not frames:
-        raise BadInput(f"{path}: there is no image in it")
+        raise BadInput(f"{path}: it contains no image")
     if sizes := sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})[1:]:
         raise BadInput(f"{path}: its frames have different sizes ({frames[0].shape[1]}x{frames[0].shape[0]} and {sizes[-1]})")
     return np.stack(frames)
 
 
 def pairs(a: Frames, b: Frames) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-    """The frames that both have, cut to the width and height that both have, from the top left."""
+    """Pairs of frames with equal numbers, cut to the width and height that both have, from the top left."""
     height, width = min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2])
     for left, right in zip(a, b, strict=False):
         yield left[:height, :width], right[:height, :width]

@@ -1,6 +1,6 @@
-"""How much the encoders of two files alone would change their frames, measured on these very frames.
+"""Measures how much the encoders of two files change their frames.
 
-A fixed limit would not do: a codec changes grain and saturated colours far more than a calm picture.
+The measurement uses the frames themselves, since a codec changes grain and saturated colours far more than a calm picture.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from worker.request import OutputFormat
 from worker.video import VIDEO, encode
 
 ROUNDING = Noise(coarse=0.5, ssim_loss=0.01)
-"""What is left without any loss: rounding, and what another GPU does."""
+"""Differences without any encoding loss: rounding, and another GPU."""
 
 _MARGIN = 1.4
-"""Not every frame loses the same, and of a file that is encoded already a second encoding takes less."""
+"""Frames lose different amounts, and a file that is already encoded loses less when it is encoded again."""
 
 _FRAMES = 5
-"""Enough for frames that MP4 predicts from others."""
+"""Enough to include frames that MP4 predicts from others."""
 
 
 def noise_between(a: Clip, b: Clip) -> Noise:
-    """What may differ between two encodings of one video, in the kinds of `a` and `b`."""
+    """The largest distance between two encodings of one video, in the formats of `a` and `b`."""
     limits = [ROUNDING]
     for kind in (a.kind, b.kind):
         if kind not in ("png", "bmp"):
@@ -40,10 +40,11 @@ def noise_between(a: Clip, b: Clip) -> Noise:
 
 
 def _encoding_noise(frames: Frames, kind: str) -> Noise:
-    """At the quality that the worker and the trainer write; what they do not write counts as WebP."""
+    """The loss of encoding `frames` at the worker's and the trainer's quality. Formats that they do not write count as WebP."""
     names: dict[str, OutputFormat] = {"mp4": "mp4", "gif": "gif"}
     encoding = VIDEO[names.get(kind, "webp")]
-    even = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")  # as H.264 needs it
+    # H.264 needs even sides.
+    even = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"frames{encoding.suffix}"
         encode([even], file, encoding, 16, len(even))

@@ -2,8 +2,8 @@
 
     python -m tools.requests_from_config config.yaml --out requests
 
-How the trainer comes to its values is in `tools.trainer_samples`; here they become requests of the documented schema. It
-sends nothing: give the files to the endpoint, then compare with `tools.compare`.
+`tools.trainer_samples` reads the samples by the trainer's rules; this module writes them as requests of the worker's schema. It
+sends nothing: send the files to the endpoint, then compare the videos with `tools.compare`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS, ModelSpec
 from tools.cli import FITS, BadInput, one_line_errors
 from tools.trainer_samples import RANDOM_SEED, Sample, Training, read_training
@@ -27,14 +28,15 @@ from worker.request import Lora, Prompt, parse
 _EPILOG = """\
 CONFIG is the training's YAML or JSON; in the trainer's output folder it is config.yaml or .job_config.json.
 
-Without --lora the trainer's names are taken, below LORA_DIR: NAME/NAME.safetensors, for Wan 2.2 14B
-NAME/NAME_high_noise.safetensors and NAME/NAME_low_noise.safetensors. A preview of step 1500 is matched by that step's save,
---lora NAME/NAME_000001500.safetensors. For the 14B models write high=PATH and low=PATH, unless the names tell the side.
+Without --lora, the requests use the trainer's file names below LORA_DIR: NAME/NAME.safetensors, or for Wan 2.2 14B
+NAME/NAME_high_noise.safetensors and NAME/NAME_low_noise.safetensors. To match a preview of step 1500, use the file saved at
+that step: --lora NAME/NAME_000001500.safetensors. For the 14B models write high=PATH and low=PATH, unless the file names
+end in _high_noise and _low_noise.
 
-Control images are looked for below the current folder, as the trainer does, and then beside the config.
+Control images are read relative to the current folder, as the trainer does, or else relative to the config's folder.
 
-What the trainer ignores, what cannot be matched, and what the schema cannot take (the nearest value is sent) is said on
-stderr.
+Warnings on stderr list what the trainer ignores, what cannot be matched, and values outside the schema (the nearest allowed
+value is sent).
 
 exit status: 0 written; 2 bad input
 
@@ -43,9 +45,6 @@ example:
   curl -H "Authorization: Bearer $RUNPOD_API_KEY" https://api.runpod.ai/v2/ENDPOINT/run -d @requests/sample_0.json
 """
 
-_LARGEST_JOB = 10_000_000
-"""Bytes; RunPod's limit on the body of `/run`. `/runsync` takes twice as much."""
-
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = read_training(args.config)
     model = args.model or model_of(training.model)
     requests, warnings = requests_of(training, MODELS[model], args.lora, args.config.parent, args.output_format)
-    if args.model and (told := told_by(training.model)) and told != args.model:
-        warnings.insert(0, f"the config's model looks like {told}; the requests are for {args.model}, as you said")
+    if args.model and (named := model_named_by(training.model)) and named != args.model:
+        warnings.insert(0, f"the config's model seems to be {named}; the requests are for {args.model}, as --model says")
     folder = args.out or (None if args.json else Path(f"{training.name or args.config.stem}_requests"))
     files = _written(requests, folder) if folder else []
     print("\n".join(f"warning: {text}" for text in warnings), end="\n" * bool(warnings), file=sys.stderr)
@@ -65,39 +64,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.requests_from_config",
-        description="Make a request of every sample in an ai-toolkit training config, with the trainer's own values.",
+        description="Make a request from every sample in an ai-toolkit training config, with the trainer's own values.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="the training's config, YAML or JSON")
-    parser.add_argument("--model", metavar="ID", choices=MODELS, help=f"where the config does not tell: {', '.join(MODELS)}")
-    parser.add_argument("--lora", metavar="PATH", nargs="+", help="what to send as loras[].path")
+    parser.add_argument("--model", metavar="ID", choices=MODELS, help=f"if the config does not say which: {', '.join(MODELS)}")
+    parser.add_argument("--lora", metavar="PATH", nargs="+", help="loras[].path in the requests")
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder, one file per sample (default: NAME_requests; with --json: none)",
+        help="folder for one file per sample (default: NAME_requests; with --json: none)",
     )
     parser.add_argument(
         "--output-format",
         choices=("mp4", "webp", "gif", "png"),
-        help="write it into the requests; webp is the previews' own",
+        help="output_format in the requests; the previews are webp",
     )
     parser.add_argument("--json", action="store_true", help="print the requests as one JSON list")
     return parser
 
 
 def model_of(model: Mapping[str, Any]) -> str:
-    """The model id of a config's `model` section. Raises BadInput where it does not tell."""
-    told = told_by(model)
-    if not told:
+    """The model id of a config's `model` section. Raises BadInput if the section does not say which."""
+    named = model_named_by(model)
+    if not named:
         shown = f"arch {model.get('arch')!r} and name_or_path {model.get('name_or_path')!r}"
-        raise BadInput(f"{shown} do not tell the model; say it with --model, one of {', '.join(MODELS)}")
-    return told
+        raise BadInput(f"{shown} do not say which model it is; add --model with one of {', '.join(MODELS)}")
+    return named
 
 
-def told_by(model: Mapping[str, Any]) -> str | None:
-    """The model id that `arch` and `name_or_path` tell; the UI writes a size behind the arch, such as `wan21:1b`."""
+def model_named_by(model: Mapping[str, Any]) -> str | None:
+    """The model id that `arch` and `name_or_path` name, or None. The UI adds a size to the arch, such as `wan21:1b`."""
     arch, _, tag = str(model.get("arch") or "").partition(":")
     single = {"wan22_14b": "wan22_14b_t2v", "wan22_14b_i2v": "wan22_14b_i2v", "wan22_5b": "wan22_5b"}
     if arch in single:
@@ -106,7 +105,7 @@ def told_by(model: Mapping[str, Any]) -> str | None:
         "wan21": {r"1(\.3)?b": "wan21_1b", r"14b": "wan21_14b"},
         "wan21_i2v": {r"480p": "wan21_i2v_14b480p", r"720p|\A14b": "wan21_i2v_14b"},
     }.get(arch, {})
-    # The name is what the trainer loads; the tag is dropped there, and decides only where the name says nothing.
+    # The trainer loads the name and ignores the size after the arch, so that size counts only if the name has none.
     for text in (str(model.get("name_or_path") or ""), tag):
         ids = [id for pattern, id in sizes.items() if re.search(rf"(?<!\d)(?:{pattern})(?![a-z\d])", text, re.IGNORECASE)]
         if len(ids) == 1:
@@ -117,7 +116,7 @@ def told_by(model: Mapping[str, Any]) -> str | None:
 def requests_of(
     training: Training, spec: ModelSpec, paths: Sequence[str] | None, folder: Path, output_format: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(one request per sample, warnings), every request checked against the schema. Raises BadInput, OSError."""
+    """(one request per sample, warnings). Every request is checked against the schema. Raises BadInput, OSError."""
     loras = _loras(spec, paths, training)
     warnings = [*training.warnings, *_unmatchable(training, spec)]
     requests = []
@@ -136,10 +135,11 @@ def requests_of(
         try:
             parse(inner, spec)
         except WorkerError as error:
-            raise BadInput(f"{where}: the worker would not take its request: {error}") from error
+            raise BadInput(f"{where}: the worker would reject its request: {error}") from error
         requests.append({"input": inner})
-        if (size := len(json.dumps(requests[-1]))) > _LARGEST_JOB:
-            warnings.append(f"{where}: {size / 1e6:.0f} MB with its image, and /run takes 10 MB; put the image behind a URL")
+        if (size := len(body_of(requests[-1]))) > MAX_PAYLOAD:
+            limit = f"RunPod accepts {MAX_PAYLOAD / 1e6:.0f} MB at /run"
+            warnings.append(f"{where}: the request has {size / 1e6:.1f} MB with its image, and {limit}; use a URL")
     return requests, warnings
 
 
@@ -156,29 +156,29 @@ def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: Training) -> 
 
 def _name(training: Training) -> str:
     if not training.name:
-        raise BadInput("the config has no name, after which the LoRA would be named; say the file with --lora")
+        raise BadInput("the config has no name, and so the LoRA's file is unknown; give it with --lora")
     return training.name
 
 
 def _sided(path: str) -> dict[str, Any]:
-    """`high=PATH`, or a path whose name ends as the trainer writes it."""
+    """An item of `loras` from `high=PATH`, or from a path that ends as the trainer's files do."""
     if match := re.match(r"(high|low)=(.+)", path):
         return {"path": match[2], "transformer": match[1]}
     if match := re.search(r"_(high|low)_noise(\.safetensors)?([?#].*)?$", path):
         return {"path": path, "transformer": match[1]}
-    raise BadInput(f"{path} does not tell its side; write high={path} or low={path}")
+    raise BadInput(f"{path} does not say which side it is for; write high={path} or low={path}")
 
 
 def _unmatchable(training: Training, spec: ModelSpec) -> list[str]:
-    """What in the config keeps a preview from being met exactly."""
+    """Warnings about settings of the config that the worker cannot reproduce exactly."""
     model, texts = training.model, []
     for key, what in (("quantize", "transformer"), ("quantize_te", "text encoder")):
         if model.get(key, model.get("quantize")):
-            texts.append(f"model.{key}: the previews were made with a quantized {what}, so they can only be met closely")
+            texts.append(f"model.{key}: the previews were made with a quantized {what}, so the match is close, but not exact")
     kwargs = model.get("model_kwargs")
     tiled = model.get("low_vram") or (isinstance(kwargs, dict) and kwargs.get("vae_tiling"))
     if tiled and spec.id in ("wan21_1b", "wan21_14b", "wan22_14b_t2v", "wan22_5b"):
-        texts.append("model.low_vram: the previews were decoded in tiles, so they can only be met closely")
+        texts.append("model.low_vram: the previews were decoded in tiles, so the match is close, but not exact")
     if len({sample.network_multiplier for sample in training.samples}) > 1:
         texts.append(
             "the samples have different network_multipliers, so the trainer does not merge the LoRA; expect small differences"
@@ -187,38 +187,38 @@ def _unmatchable(training: Training, spec: ModelSpec) -> list[str]:
 
 
 def _prompt(sample: Sample, spec: ModelSpec, where: str, folder: Path, warnings: list[str]) -> dict[str, Any]:
-    """Every number is written, since the trainer's defaults are not the worker's."""
+    """An item of `prompts`. It has every number, since the trainer's defaults differ from the worker's."""
     if sample.seed == RANDOM_SEED:
-        warnings.append(f"{where}: its seed is -1, so the trainer drew one and did not note it; the preview cannot be met")
+        warnings.append(f"{where}: its seed is -1, so the trainer drew one and did not save it; the preview cannot be matched")
     numbers = {
         name: _allowed(Prompt, name, getattr(sample, name), where, warnings)
         for name in ("width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed")
     }
     prompt: dict[str, Any] = {"prompt": sample.prompt, "neg": sample.neg, **numbers}
     if sample.ctrl_img and spec.control_image == "none":
-        warnings.append(f"{where}: {spec.id} takes no control image: `ctrl_img` has no effect in the trainer, and is not sent")
+        warnings.append(f"{where}: `ctrl_img` is not sent, since it has no effect on {spec.id}, as in the trainer")
     elif sample.ctrl_img:
         prompt["ctrl_img"] = inlined(sample.ctrl_img, folder, where)
     elif spec.control_image == "required":
-        raise BadInput(f"{where} has no `ctrl_img`, and {spec.id} makes no video without one; the trainer's fails there too")
+        raise BadInput(f"{where} has no `ctrl_img`, which {spec.id} needs; the trainer fails there too")
     return prompt
 
 
 def _allowed(model: type[Lora | Prompt], name: str, value: Any, where: str, warnings: list[str]) -> Any:
-    """The value, or the nearest that the schema takes, with a warning."""
+    """The value, or with a warning the nearest that the schema allows."""
     rule = model.model_json_schema()["properties"][name]
     rule = rule | next((kind for kind in rule.get("anyOf", []) if "maximum" in kind), {})
     nearest = min(max(value, rule["minimum"]), rule["maximum"])
     if nearest != value:
-        warnings.append(f"{where}: {name} {value:g} is outside what the worker takes; {nearest:g} is sent")
+        warnings.append(f"{where}: {name} {value:g} is outside the worker's limits; {nearest:g} is sent")
     return type(value)(nearest)
 
 
 def inlined(source: str, folder: Path, where: str) -> str:
-    """The image as base64; in `preview` the worker sees in it what the trainer sees. Raises BadInput, OSError."""
+    """The image file as base64. With `preview`, the worker decodes it as the trainer does. Raises BadInput, OSError."""
     path = next((path for path in (Path(source), folder / source) if path.is_file()), None)
     if path is None:
-        raise BadInput(f"{where}: there is no control image {source}, neither from here nor beside the config")
+        raise BadInput(f"{where}: there is no control image {source}, neither in the current folder nor in the config's")
     data = path.read_bytes()
     try:
         decode(data, "preview")
@@ -228,7 +228,7 @@ def inlined(source: str, folder: Path, where: str) -> str:
 
 
 def _written(requests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """One file each, numbered like the trainer's previews."""
+    """Write one file per request, with the numbers of the trainer's previews."""
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(requests)))
     files = []
@@ -239,7 +239,7 @@ def _written(requests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def as_text(requests: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> str:
-    """One line a request."""
+    """One line per request."""
     lines = [f"{file}  {_summary(request)}" for request, file in zip(requests, files, strict=True)]
     inner = requests[0]["input"]
     return "\n".join([f"{inner['model']} with {', '.join(lora['path'] for lora in inner['loras'])}", *lines])

@@ -1,4 +1,4 @@
-"""A contact sheet: rows of A, B and their amplified difference, as one PNG. The numbers beside them come from elsewhere."""
+"""Draws a comparison as one PNG: rows of A, B and their amplified difference, with given numbers beside them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GAINS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Row:
-    """One pair of frames of one shape."""
+    """Two frames of the same shape."""
 
     number: int
     a: Frame
@@ -29,8 +29,8 @@ class Row:
     distance: FrameDistance
 
 
-def contact_sheet(target: Path, clips: tuple[Clip, Clip], rows: Sequence[Row], title: str) -> None:
-    """Write the sheet; every tile is scaled to one width, the difference after it was taken."""
+def comparison_sheet(target: Path, clips: tuple[Clip, Clip], rows: Sequence[Row], title: str) -> None:
+    """Write the sheet to `target`. All tiles are scaled to one width; differences are computed before scaling."""
     differences = [np.abs(row.a.astype(np.int16) - row.b) for row in rows]
     gain = gain_for(differences)
     height, width = rows[0].a.shape[:2]
@@ -50,7 +50,7 @@ def contact_sheet(target: Path, clips: tuple[Clip, Clip], rows: Sequence[Row], t
 
 
 def gain_for(differences: Sequence[np.ndarray]) -> int:
-    """The largest gain of 1, 2, 4, … 64 that cuts off no more than one value in fifty; 1 when nothing differs."""
+    """The largest gain of 1, 2, 4, … 64 that clips at most one value in fifty; 1 for equal frames."""
     brightest = max(float(np.quantile(difference, 0.98)) for difference in differences)
     largest = max(int(difference.max()) for difference in differences)
     if not largest:
@@ -87,7 +87,7 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut in the middle, so that both the start and the ending of a long file name stay."""
+    """The text with its middle cut out to fit the tile, so that a file name keeps its start and its suffix."""
     kept = len(text)
     shown = text
     while draw.textlength(shown, font) > _TILE_WIDTH and kept > 8:
@@ -97,5 +97,5 @@ def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFon
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, so that no font need be installed."""
+    """Pillow's built-in font, so that none must be installed."""
     return ImageFont.load_default(size)

@@ -1,7 +1,7 @@
-"""An ai-toolkit training config → the samples its trainer shows, every value as the trainer takes it.
+"""Reads the samples in an ai-toolkit training config, with every value that the trainer would use.
 
-Knows the trainer's rules and nothing of the worker; `requests_from_config` makes requests of the samples. Source: ai-toolkit
-at 0.12.26, `toolkit/config.py`, `toolkit/config_modules.py` (SampleConfig, SampleItem, GenerateImageConfig) and
+It follows the trainer's rules and does not know the worker; `requests_from_config` makes requests from the samples. Source:
+ai-toolkit 0.12.26, `toolkit/config.py`, `toolkit/config_modules.py` (SampleConfig, SampleItem, GenerateImageConfig) and
 `BaseSDTrainProcess.sample`.
 """
 
@@ -21,7 +21,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from tools.cli import BadInput
 
 RANDOM_SEED = -1
-"""The trainer draws a seed of its own."""
+"""The trainer draws a random seed."""
 
 _DEFAULTS: dict[str, Any] = {
     "width": 512,
@@ -35,10 +35,10 @@ _DEFAULTS: dict[str, Any] = {
     "num_frames": 1,
     "fps": 16,
 }
-"""What SampleConfig takes where the config says nothing."""
+"""The defaults of SampleConfig."""
 
-_VALUES = tuple(name for name in _DEFAULTS if name not in ("seed", "walk_seed"))
-"""What a sample can say of its own, beside the seed, which depends on the samples before it."""
+_SAMPLE_VALUES = tuple(name for name in _DEFAULTS if name not in ("seed", "walk_seed"))
+"""Values that a sample can override. The seed is not among them, since it depends on the samples before."""
 
 _FLAGS: dict[str, tuple[str, type]] = {
     "n": ("neg", str),
@@ -57,10 +57,10 @@ _FLAGS: dict[str, tuple[str, type]] = {
     "fps": ("fps", int),
     "ctrl_img": ("ctrl_img", str),
 }
-"""A prompt's flag to the value it replaces."""
+"""A flag in the prompt → the value that it replaces, and its type."""
 
 _FLAGS_WITHOUT_EFFECT = ("p2", "n2", "gr", "a", "ref", "ev", "extra_values", "ctrl_idx")
-"""Flags that the trainer reads and its Wan models do not look at."""
+"""Flags that the trainer reads, but its Wan models ignore."""
 
 _KEYS_WITHOUT_EFFECT = ("ctrl_idx", "ctrl_img_2", "ctrl_img_3")
 
@@ -70,41 +70,41 @@ class Sample:
     """One preview of the trainer."""
 
     prompt: str
-    """With the trigger word in its place, and without flags."""
+    """With the trigger word filled in, and without flags."""
     neg: str
     width: int
     height: int
-    """Pixels, floored to 8 and at least 64, before the model floors them further."""
+    """Width and height in pixels: multiples of 8, at least 64. The model may round them down further."""
     sample_steps: int
     guidance_scale: float
     seed: int
     """0 to 2**64 - 1, or RANDOM_SEED."""
     num_frames: int
-    """Before the model brings it to 4n+1."""
+    """Before the model rounds it to 4n+1."""
     fps: int
     network_multiplier: float
     ctrl_img: str | None
-    """A path, as the config has it."""
+    """The control image's path, as in the config."""
     warnings: tuple[str, ...] = ()
-    """What the trainer leaves out of it."""
+    """Parts of the sample that the trainer ignores."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The part of a training config that decides its samples."""
+    """The part of a training config that determines its samples."""
 
     name: str | None
-    """Of the job, after which the LoRA files are named; None for a bare process."""
+    """The job's name, which is also that of the LoRA files; None for a config without a job."""
     model: Mapping[str, Any]
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...] = field(default=())
 
 
 def read_training(path: Path) -> Training:
-    """Read a config as the trainer does: environment variables, `[name]`, then YAML or JSON. Raises BadInput, OSError."""
+    """Read a YAML or JSON config as the trainer does, with its environment variables and `[name]`. Raises BadInput, OSError."""
     document = _parsed(path, _with_environment(path.read_text(encoding="utf-8")))
     if not isinstance(document, dict):
-        raise BadInput(f"{path}: this is no training config; it should have `job` and `config`")
+        raise BadInput(f"{path} is not a training config; it should have `job` and `config`")
     config = document.get("config", document)
     name = config.get("name") if isinstance(config, dict) else None
     if isinstance(name, str):
@@ -112,8 +112,8 @@ def read_training(path: Path) -> Training:
     process = _process_of(config, path)
     section = process.get("sample")
     if not isinstance(section, dict):
-        raise BadInput(f"{path}: its process has no `sample` section, so there are no previews to make requests of")
-    warnings = ["`first_sample` describes another preview, made before the training; it is not converted"] * (
+        raise BadInput(f"{path}: its process has no `sample` section, so the trainer makes no previews")
+    warnings = ["`first_sample` describes a preview from before the training; it is not converted"] * (
         process.get("first_sample") is not None
     )
     model = process.get("model")
@@ -129,7 +129,7 @@ def read_training(path: Path) -> Training:
 def _with_environment(text: str) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise BadInput(f"the config uses ${{{match[1]}}}, and the environment has none; set it as for training")
+            raise BadInput(f"the config uses ${{{match[1]}}}, which is not set in the environment; set it as for training")
         return os.environ[match[1]]
 
     return re.sub(r"\$\{([^}]+)\}", value_of, text)
@@ -155,18 +155,18 @@ def _process_of(config: Any, path: Path) -> dict[str, Any]:
     if isinstance(process, list) and process:
         process = process[0]
     if not isinstance(process, dict):
-        raise BadInput(f"{path}: this is no training config; it should have `config.process` with a `sample` section")
+        raise BadInput(f"{path} is not a training config; it should have `config.process` with a `sample` section")
     return process
 
 
 def resolve(section: Mapping[str, Any], trigger_word: str | None) -> list[Sample]:
-    """The samples of a `sample` section, in the order in which the trainer makes them. Raises BadInput."""
+    """The samples of a `sample` section, in the trainer's order. Raises BadInput."""
     items = section.get("samples")
     if items is None:
         items = [{"prompt": prompt} for prompt in section.get("prompts") or []]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise BadInput("`sample.samples` must be a list of objects such as {prompt: …}")
-    # The trainer counts the prompts that are there, and takes the other values from the item of the same number.
+    # The trainer skips items without a prompt, but takes the nth prompt's other values from the nth of all items.
     prompts = [item["prompt"] for item in items if item.get("prompt") is not None]
     if not prompts:
         raise BadInput("the `sample` section has no prompts, so the trainer makes no previews")
@@ -178,7 +178,7 @@ def resolve(section: Mapping[str, Any], trigger_word: str | None) -> list[Sample
 
 
 def _seeds(section: Mapping[str, Any], items: list[dict[str, Any]], count: int) -> list[int]:
-    """Without walk_seed a sample's own seed stays in force for the samples after it, until the next one."""
+    """One seed per sample. Without walk_seed, a sample's own seed also applies to the samples after it, until the next one."""
     start = _number(_given(section, "seed", "sample"), int, "sample.seed")
     current, seeds = start, []
     for number, item in enumerate(items[:count]):
@@ -194,20 +194,20 @@ def _sample(
     where: str, prompt: Any, item: Mapping[str, Any], section: Mapping[str, Any], seed: int, trigger_word: str | None
 ) -> Sample:
     if not isinstance(prompt, str):
-        raise BadInput(f"{where}: its prompt is {prompt!r}, not a text; put it in quotes")
+        raise BadInput(f"{where}: its prompt is {prompt!r}, which is not a text; put it in quotes")
     if trigger_word is not None:
         prompt = prompt.replace("[name]", trigger_word).replace("[trigger]", trigger_word)
-    values: dict[str, Any] = {name: _given({**section, **item}, name, where) for name in _VALUES} | {
+    values: dict[str, Any] = {name: _given({**section, **item}, name, where) for name in _SAMPLE_VALUES} | {
         "seed": seed if seed == RANDOM_SEED else _torch_seed(seed, where),
         "ctrl_img": item.get("ctrl_img") or None,
     }
     prompt, flags, warnings = split_flags(prompt, where)
     if "seed" in flags:
-        flags["seed"] = _torch_seed(flags["seed"], where)  # where -1 is a seed like others
+        flags["seed"] = _torch_seed(flags["seed"], where)  # in a flag, -1 does not mean random
     values |= flags
     warnings += [f"{where}: `{key}` has no effect on the trainer's Wan models" for key in _KEYS_WITHOUT_EFFECT if item.get(key)]
     if item.get("ctrl_img_1") not in (None, item.get("ctrl_img")):
-        warnings.append(f"{where}: `ctrl_img_1` has no effect on the trainer's Wan models, which look at `ctrl_img`")
+        warnings.append(f"{where}: `ctrl_img_1` has no effect on the trainer's Wan models, which use `ctrl_img`")
     return Sample(
         prompt=prompt,
         neg=str(values["neg"]) if values["neg"] not in (None, False) else "",
@@ -225,10 +225,10 @@ def _sample(
 
 
 def split_flags(prompt: str, where: str) -> tuple[str, dict[str, Any], list[str]]:
-    """(the prompt before the first `--`, values of its flags, what is dropped): the trainer cuts at every `--`.
+    """(prompt before the first `--`, values of its flags, warnings about ignored flags), as the trainer splits it.
 
-    A flag ends at the first space, its value at the next `--`; the last flag of a name wins. What the trainer does not know
-    it drops, with the text after it.
+    A flag ends at the first space, and its value at the next `--`. Of several flags with one name, the last counts. The trainer
+    drops unknown flags, together with the text after them.
     """
     text, *pieces = prompt.strip().split("--")
     values: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def split_flags(prompt: str, where: str) -> tuple[str, dict[str, Any], list[str]
         elif flag in _FLAGS_WITHOUT_EFFECT:
             warnings.append(f"{where}: --{flag} has no effect on the trainer's Wan models")
         else:
-            warnings.append(f"{where}: the trainer knows no flag --{flag} and leaves `--{piece.rstrip()}` out of the prompt")
+            warnings.append(f"{where}: --{flag} is not a flag of the trainer, which drops `--{piece.rstrip()}`")
     return text.strip(), values, warnings
 
 
@@ -250,18 +250,18 @@ def _flag_number(content: str, kind: Callable[[str], Any], where: str) -> Any:
     try:
         return kind(content)
     except ValueError:
-        raise BadInput(f"{where} should be a number, not {content!r}; the trainer stops there") from None
+        raise BadInput(f"{where} should be a number, not {content!r}; the trainer fails there") from None
 
 
 def _given(section: Mapping[str, Any], name: str, where: str) -> Any:
     value = section.get(name, _DEFAULTS[name])
     if value is None and name != "neg":
-        raise BadInput(f"{where}: `{name}` is empty; the trainer stops there. Leave the line out for {_DEFAULTS[name]}")
+        raise BadInput(f"{where}: `{name}` is empty; the trainer fails there. Remove the line to use {_DEFAULTS[name]}")
     return value
 
 
 def _number(value: Any, kind: type, where: str) -> Any:
-    """YAML reads `1e0` as a text, which the trainer's own loader takes for a number."""
+    """Convert a value to `kind`. YAML reads `1e0` as a text, but the trainer's own loader reads a number."""
     try:
         number = float("nan") if isinstance(value, bool) else kind(value) if isinstance(value, str) else value
         if math.isfinite(number) and number == kind(number):
@@ -285,7 +285,7 @@ def _floored(side: int) -> int:
 
 
 def _torch_seed(seed: int, where: str) -> int:
-    """torch counts negative seeds down from 2**64."""
+    """The seed as torch uses it: it adds 2**64 to negative ones."""
     if not -(2**63) <= seed < 2**64:
-        raise BadInput(f"the seed of {where} is {seed}; torch takes none beyond 64 bits, and the trainer stops there")
+        raise BadInput(f"the seed of {where} is {seed}; torch accepts at most 64 bits, and the trainer fails there")
     return seed % 2**64

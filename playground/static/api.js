@@ -1,4 +1,4 @@
-// What the local process is asked. An answer that is no success becomes an ApiError with its text.
+// The calls to the playground's own process. An answer that is not a success is thrown as an ApiError with its text.
 
 export class ApiError extends Error {
   constructor(text, again) {
@@ -7,16 +7,16 @@ export class ApiError extends Error {
   }
 }
 
-const GONE = "the playground's own process does not answer; start it again, then try again";
+const GONE = "the playground's process does not answer; restart it, then try again";
 
 export const getConfig = () => ask("GET", "/api/config");
 export const check = (request) => ask("POST", "/api/check", json(request));
 export const allJobs = () => ask("GET", "/api/jobs");
 export const startJob = (request) => ask("POST", "/api/jobs", json(request));
-export const lookAt = (job) => ask("GET", `/api/jobs/${job}`);
+export const refreshJob = (job) => ask("GET", `/api/jobs/${job}`);
 export const cancelJob = (job) => ask("POST", `/api/jobs/${job}/cancel`);
 
-/** `a` and `b` are `JOB/FILE`; or `a` is a File. */
+/** `a` and `b` are `JOB/FILE`, or `a` is a File. */
 export function compare(a, b) {
   const query = new URLSearchParams(a instanceof File ? { name: a.name, b } : { a, b });
   return ask("POST", `/api/compare?${query}`, a instanceof File ? { body: a } : {});
@@ -36,7 +36,7 @@ async function ask(method, path, more = {}) {
 
 const json = (value) => ({ body: toJson(value), headers: { "Content-Type": "application/json" } });
 
-/** JSON with integers beyond 2^53, such as seeds, written exactly; they are BigInts here. */
+/** JSON with exact integers beyond 2^53, such as seeds. They are BigInts in JavaScript. */
 export function toJson(value, indent) {
   const marked = JSON.stringify(value, (_, item) => (typeof item === "bigint" ? `\u0001${item}` : item), indent);
   return marked.replace(/"\\u0001(-?\d+)"/g, "$1");

@@ -1,6 +1,6 @@
-// The page: it wires the form, the stage and the strip to the jobs of the local process.
+// The page: connects the form, the stage and the strip to the jobs of the playground's process.
 
-import { ApiError, allJobs, cancelJob, check, getConfig, lookAt, startJob } from "./api.js";
+import { ApiError, allJobs, cancelJob, check, getConfig, refreshJob, startJob } from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
 import { h, s, say } from "./dom.js";
@@ -9,8 +9,8 @@ import { Stage, spoken } from "./stage.js";
 import { Strip } from "./strip.js";
 
 const byId = (id) => document.getElementById(id);
-const SECONDS_BETWEEN_LOOKS = { local: 0.4, endpoint: 1.5 };
-const SECONDS_UNTIL_AGAIN = 4;
+const SECONDS_BETWEEN_POLLS = { local: 0.4, endpoint: 1.5 };
+const SECONDS_UNTIL_RETRY = 4;
 const narrow = matchMedia("(max-width: 760px)");
 
 class App {
@@ -21,7 +21,7 @@ class App {
       cancel: (job) => this.#cancel(job),
       reuse: (job, item) => this.#reuse(job, item),
       sample: (file, place) => this.#compare(file, place),
-      toField: (job) => this.#correct(job),
+      correct: (job) => this.#correct(job),
     }, Boolean(config.example));
     this.strip = new Strip(byId("strip"), {
       open: (job, item) => (this.#show(job, item), this.#toStage()),
@@ -69,27 +69,27 @@ class App {
       this.#toStage();
       this.#watch(job.number);
     } catch (error) {
-      this.#trouble(error, () => this.#run());
+      this.#showTrouble(error, () => this.#run());
     } finally {
       this.starting = false;
       byId("run").removeAttribute("aria-disabled");
     }
   }
 
-  /** Look at a job until it ends. What goes wrong on the way is said, and tried again. */
+  /** Poll a job until it ends. Failures are shown; those that can pass are retried. */
   async #watch(number) {
-    const pause = SECONDS_BETWEEN_LOOKS[this.config.target.endpoint ? "endpoint" : "local"];
+    const pause = SECONDS_BETWEEN_POLLS[this.config.target.is_local ? "local" : "endpoint"];
     for (;;) {
       try {
-        const job = await lookAt(number);
-        this.stage.calmDown();
+        const job = await refreshJob(number);
+        this.stage.hideTrouble();
         this.#take(job);
         if (!isOpen(job)) return this.#ended(job);
         await sleep(pause);
       } catch (error) {
-        this.#trouble(error, null);
+        this.#showTrouble(error, null);
         if (!(error instanceof ApiError && error.again)) return undefined;
-        await sleep(SECONDS_UNTIL_AGAIN);
+        await sleep(SECONDS_UNTIL_RETRY);
       }
     }
   }
@@ -108,9 +108,9 @@ class App {
     if (job.status === "failed" && this.shown === job.number) this.#correct(job);
   }
 
-  /** Errors of the worker at the fields of the form, as long as that is the request that failed. */
+  /** Show the worker's problems at the fields of the form. */
   #correct(job) {
-    this.form.showProblems(job.problems);
+    this.form.showProblems(job.problems, { served: job.served_model });
   }
 
   #show(job, item) {
@@ -122,7 +122,7 @@ class App {
     this.strip.mark(job.number, this.stage.item);
   }
 
-  /** In one column, the form is as tall as the screen. */
+  /** Scroll to the stage in the one-column layout, where the form fills the screen. */
   #toStage() {
     if (narrow.matches) byId("stage").scrollIntoView();
   }
@@ -131,7 +131,7 @@ class App {
     try {
       this.#take(await cancelJob(job.number));
     } catch (error) {
-      this.#trouble(error, () => this.#cancel(job));
+      this.#showTrouble(error, () => this.#cancel(job));
     }
   }
 
@@ -156,11 +156,11 @@ class App {
     await this.comparison.open(a, b);
   }
 
-  // The rest
+  // Errors and copying
 
-  #trouble(error, again) {
+  #showTrouble(error, again) {
     if (!(error instanceof ApiError)) throw error;
-    this.stage.trouble(error.message, error.again ? again : null);
+    this.stage.showTrouble(error.message, error.again ? again : null);
     this.#toStage();
   }
 
@@ -173,7 +173,7 @@ class App {
       say(`Copied as ${kind}${secret}`);
       button.textContent = "Copied";
     } catch {
-      say("The browser does not let this page copy");
+      say("The browser does not allow this page to copy");
       button.textContent = "Not allowed";
     }
     setTimeout(() => (button.textContent = kind), 1500);
@@ -183,7 +183,7 @@ class App {
 const isOpen = (job) => ["queued", "running"].includes(job.status);
 const sleep = (count) => new Promise((resolve) => setTimeout(resolve, 1000 * count));
 
-/** Half light, half dark. */
+/** An icon, half light and half dark. */
 const half = () =>
   s(
     "svg",
@@ -192,7 +192,7 @@ const half = () =>
     s("path", { d: "M7 1a6 6 0 0 1 0 12z", fill: "currentColor" }),
   );
 
-/** The colours: the system's, light or dark. */
+/** Switches the colours between the system's, light and dark. */
 function themes(button) {
   const names = ["auto", "light", "dark"];
   const apply = (name) => {
@@ -212,8 +212,7 @@ async function start() {
   byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   try {
     const config = await getConfig();
-    const kind = config.target.endpoint ? "RunPod endpoint" : "Worker at";
-    byId("target").replaceChildren(kind, " ", h("code", {}, config.target.endpoint ?? config.target.label));
+    byId("target").replaceChildren(config.target.is_local ? "Worker at " : "RunPod ", h("code", {}, config.target.name));
     const app = new App(config);
     await app.restore();
     document.body.dataset.ready = "";

@@ -1,4 +1,4 @@
-// Two videos in step, their difference, and the PSNR of every frame. One MP4 has all three pictures beside each other.
+// Plays two videos in step, with their difference and the PSNR of every frame. One MP4 has the three pictures side by side.
 
 import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
@@ -18,7 +18,7 @@ export class Comparison {
       this.found = await compare(a, b);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (!this.closed) this.#say(error.message);
+      if (!this.closed) this.#fail(error.message);
       return;
     }
     if (!this.closed) this.#build();
@@ -31,9 +31,9 @@ export class Comparison {
     this.curve?.close();
   }
 
-  #say(text) {
+  #fail(text) {
     const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
-    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "Not compared."), h("p", {}, prose(text)), back));
+    this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "The videos were not compared."), h("p", {}, prose(text)), back));
   }
 
   #build() {
@@ -84,7 +84,7 @@ export class Comparison {
       }),
       h("h3", {}, "Settings that differ"),
       found.settings === null
-        ? h("p", { class: "soft" }, "Not known on both sides; a sample of the trainer carries none.")
+        ? h("p", { class: "soft" }, "Only one of the two has settings; a sample of the trainer has none.")
         : differ.length
           ? h("table", {}, h("thead", {}, h("tr", {}, h("td"), h("th", { scope: "col" }, "A"), h("th", { scope: "col" }, "B"))), h("tbody", {}, rows))
           : h("p", { class: "soft" }, "None."),

@@ -1,6 +1,8 @@
-// The request as something to run elsewhere. A key is named, never written.
+// The request as code to run elsewhere. The code names the variable of the API key; it never contains the key.
 
 import { toJson } from "./api.js";
+
+const KEY = "RUNPOD_API_KEY";
 
 export function copyAs(kind, request, target) {
   return { curl, Python: python, JSON: (input) => toJson({ input }, 2) }[kind](request, target);
@@ -8,17 +10,15 @@ export function copyAs(kind, request, target) {
 
 function curl(input, target) {
   const lines = [`curl -sS '${quoted(address(target))}'`];
-  if (target.key_variable) lines.push(`-H "Authorization: Bearer $${target.key_variable}"`);
+  if (!target.is_local) lines.push(`-H "Authorization: Bearer $${KEY}"`);
   lines.push("-H 'Content-Type: application/json'", `-d '${quoted(toJson({ input }, 2))}'`);
   return lines.join(" \\\n  ");
 }
 
 function python(input, target) {
-  const header = target.key_variable
-    ? `\n    headers={"Authorization": f"Bearer {os.environ['${target.key_variable}']}"},`
-    : "";
+  const header = target.is_local ? "" : `\n    headers={"Authorization": f"Bearer {os.environ['${KEY}']}"},`;
   return `import json
-${target.key_variable ? "import os\n" : ""}
+${target.is_local ? "" : "import os\n"}
 import requests
 
 job = json.loads(r"""
@@ -33,8 +33,8 @@ print(response.json())
 `;
 }
 
-/** A local worker answers when it is done; an endpoint at once, with an id for /status. */
-const address = (target) => `${target.base}/${target.endpoint ? "run" : "runsync"}`;
+/** A local worker answers /runsync when the job is done. An endpoint answers /run at once, with an id for /status. */
+const address = (target) => `${target.url}/${target.is_local ? "runsync" : "run"}`;
 
-/** Inside '…' of a shell. */
+/** Escapes text between single quotes of a shell. */
 const quoted = (text) => text.replaceAll("'", `'\\''`);

@@ -1,11 +1,11 @@
-// The PSNR of every frame as a curve, which is also a slider: point at a frame, or use the arrow keys.
+// Draws the PSNR of every frame. The curve is a slider too: point at a frame, or use the arrow keys.
 
 import { h, s } from "./dom.js";
 
 const MARGIN = { left: 60, right: 16, top: 12, bottom: 40 };
 
 export class Curve {
-  /** `frames`: `{psnr}` each, null where two frames are equal. `onseek` gets a frame's number. */
+  /** `frames` have a `psnr` in dB, or null for equal frames. `onseek` receives the number of a frame. */
   constructor(frames, onseek) {
     this.frames = frames;
     this.onseek = onseek;
@@ -26,7 +26,7 @@ export class Curve {
     this.low = known.length ? Math.floor(Math.min(...known) / 5) * 5 : 0;
     this.high = known.length ? Math.max(Math.ceil(Math.max(...known) / 5) * 5, this.low + 5) : 50;
     this.anyEqual = known.length < frames.length;
-    if (this.anyEqual && known.length) this.high += 5; // equal frames lie above all others
+    if (this.anyEqual && known.length) this.high += 5; // equal frames are drawn above all others
     this.watcher = new ResizeObserver(() => this.draw());
     this.watcher.observe(this.node);
   }
@@ -76,14 +76,14 @@ export class Curve {
     this.mark(this.frame);
   }
 
-  /** Round values, four at most. */
+  /** At most four round values for the axis. */
   #levels() {
     const step = [5, 10, 20, 50].find((step) => (this.high - this.low) / step <= 3.5) ?? 100;
     const count = Math.floor((this.high - this.low) / step);
     return Array.from({ length: count + 1 }, (_, index) => this.low + index * step);
   }
 
-  /** Put the cursor on a frame; returns what it says. */
+  /** Move the cursor to a frame. Returns its text. */
   mark(frame) {
     this.frame = frame;
     const { psnr } = this.frames[frame];

@@ -1,11 +1,11 @@
-// Elements from data. Whatever comes from the worker becomes text, never markup.
+// Makes elements from data. Text from the worker stays text and never becomes markup.
 
 /** `h("p", {class: "x", onclick: f}, "text", node, …)`; attributes that are null, undefined or false are left out. */
 export function h(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
 
-/** The same for SVG. */
+/** `h` for SVG elements. */
 export function s(tag, attributes = {}, ...children) {
   return filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
@@ -29,10 +29,10 @@ export function prose(text) {
 
 export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-/** What the worker's messages leave to whoever shows them. */
+/** A worker's message as a sentence: they begin in lower case and have no full stop. */
 export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "");
 
-/** New content. Focus that was on the old stays near, since a reader would otherwise begin at the top of the page again. */
+/** Replace the content. If it had the focus, the nearest focusable parent gets it, so that it does not jump to the top. */
 export function refill(element, ...children) {
   const had = element.contains(document.activeElement);
   element.replaceChildren(...children);
@@ -45,7 +45,7 @@ export function seconds(value) {
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
 }
 
-/** Tell a screen reader. */
+/** Announce a text to screen readers. */
 export function say(text) {
   const line = document.getElementById("said");
   if (line.textContent !== text) line.textContent = text;

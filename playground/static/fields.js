@@ -1,15 +1,15 @@
-// One field of the form: a label, a control that the JSON Schema decides, and a place for what is wrong with it.
+// One field of the form: a label, a control chosen by its JSON Schema, and a place for errors.
 
 import { h, prose } from "./dom.js";
 
 let count = 0;
 
-/** The schema of a field without what is only there to say that it may be null. */
+/** The schema of a field, without the alternative that it may be null. */
 export function plain(schema) {
   return { ...schema, ...(schema.anyOf?.find((kind) => kind.type !== "null") ?? {}) };
 }
 
-/** `value` is what goes into the request; undefined leaves the field out. */
+/** A field. Its `value` goes into the request; undefined leaves the field out. */
 export class Field {
   constructor(name, schema, { label, required = false, short = false, list = null, step = 1 } = {}) {
     this.name = name;
@@ -36,7 +36,7 @@ export class Field {
     const { schema } = this;
     const common = { id, name: this.name, "aria-required": required ? "true" : null };
     if (schema.enum) {
-      const none = schema.default === null ? [h("option", { value: "" }, "as the worker is set")] : [];
+      const none = schema.default === null ? [h("option", { value: "" }, "the worker's default")] : [];
       return h("select", common, none, schema.enum.map((value) => h("option", { value }, value)));
     }
     if (schema.type === "boolean") return h("input", { ...common, type: "checkbox" });
@@ -69,7 +69,7 @@ export class Field {
     this.showError([]);
   }
 
-  /** Arrow keys count up and down, as in a number field, which the wheel of a mouse cannot change by accident. */
+  /** Arrow keys change the number, as in a number input. Unlike there, the mouse wheel cannot change it by accident. */
   #stepped(event) {
     const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
     const now = Number(this.control.value || this.schema.default || 0);
@@ -81,7 +81,7 @@ export class Field {
     this.control.dispatchEvent(new Event("input", { bubbles: true }));
   }
 
-  /** `texts`: what is wrong; none clears it. */
+  /** Show error texts; an empty list removes them. */
   showError(texts) {
     showErrorAt(this.control, this.error, texts, this.note.id);
   }
@@ -100,7 +100,7 @@ export function showErrorAt(control, error, texts, noteId) {
   else control.removeAttribute("aria-invalid");
 }
 
-/** The number that is meant; a text that is none goes to the worker's check as it is, which says what would do. */
+/** The number in a text. Any other text is sent to the worker's check unchanged, which says what is allowed. */
 function numberOf(text) {
   const trimmed = text.trim();
   if (/^[+-]?\d+$/.test(trimmed)) {
@@ -110,7 +110,7 @@ function numberOf(text) {
   return /^[+-]?(\d+\.?\d*|\.\d+)$/.test(trimmed) ? Number(trimmed) : text;
 }
 
-/** A control image: dropped, pasted, chosen, or the URL of one. */
+/** A control image: dropped, pasted, chosen, or given by its URL. */
 export class ImageField {
   constructor(schema) {
     this.name = "ctrl_img";
@@ -141,7 +141,7 @@ export class ImageField {
     takesDrops(this.node, (file) => this.take(file));
   }
 
-  /** "none", "optional" or "required", as the model's catalogue has it. */
+  /** "none", "optional" or "required", from the model table. */
   set need(need) {
     this.node.hidden = need === "none";
     this.label.replaceChildren("Control image", need === "optional" ? h("span", { class: "optional" }, " optional") : "");
@@ -163,7 +163,7 @@ export class ImageField {
 
   take(file) {
     if (!file.type.startsWith("image/")) {
-      this.showError([`${file.name} is no image; PNG, JPEG and WebP will do`]);
+      this.showError([`${file.name} is not an image; choose a PNG, JPEG or WebP`]);
       return;
     }
     const reader = new FileReader();
@@ -196,7 +196,7 @@ export class ImageField {
 
   showError(texts) {
     for (const control of [this.control, this.choose]) showErrorAt(control, this.error, texts, this.note.id);
-    this.choose.removeAttribute("aria-invalid"); // a button has no such state
+    this.choose.removeAttribute("aria-invalid"); // buttons do not have this state
   }
 
   focus() {
@@ -204,7 +204,7 @@ export class ImageField {
   }
 }
 
-/** Calls `take` with a file that is dropped on `element`. */
+/** Call `take` with a file that is dropped on `element`. */
 export function takesDrops(element, take) {
   const mark = (on) => element.classList.toggle("over", on);
   element.addEventListener("dragover", (event) => {

@@ -1,10 +1,10 @@
-// The form: fields of the JSON Schema, shaped by the model that is chosen. It knows nothing of jobs.
+// The form: the fields of the JSON Schema, arranged for the chosen model. It does not know about jobs.
 
 import { check } from "./api.js";
 import { h, prose } from "./dom.js";
 import { Field, ImageField } from "./fields.js";
 
-const ALIASES = ["ctrl_img_1"]; // another name of a field that is there
+const ALIASES = ["ctrl_img_1"]; // another name of `ctrl_img`
 const SHOWN = ["prompt", "ctrl_img", "width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed"];
 const LABELS = {
   neg: "Negative prompt",
@@ -21,6 +21,7 @@ export class Form {
   constructor(config, root) {
     this.models = config.models;
     this.schema = config.schema;
+    this.defaultSeed = config.default_seed;
     this.root = root;
     this.prompts = [];
     this.loras = [];
@@ -88,7 +89,7 @@ export class Form {
       list: "lora-files",
     });
     const scale = new Field("network_multiplier", properties.network_multiplier, { label: "Scale", short: true });
-    path.control.placeholder = side ? "none: the base model on this side" : "job/name.safetensors";
+    path.control.placeholder = side ? "none: this side uses the base model" : "job/name.safetensors";
     path.control.addEventListener("blur", () => showEnd(path.control));
     scale.value = undefined;
     return { side, path, scale, node: h("div", { class: "lora" }, path.node, scale.node) };
@@ -120,7 +121,7 @@ export class Form {
       h("div", { class: "numbers" }, SHOWN.slice(2).map((name) => fields[name].node), prompt.readout),
       h("details", { class: "fold" }, h("summary", {}, "More for this prompt"), rest.map((name) => fields[name].node)),
     );
-    fields.prompt.node.querySelector("label").classList.add("unseen"); // the section's title says it
+    fields.prompt.node.querySelector("label").classList.add("unseen"); // the title of the section names it
     const given = { ...values, ctrl_img: values.ctrl_img ?? values.ctrl_img_1 };
     for (const name of names) fields[name].value = given[name];
     this.prompts.push(prompt);
@@ -155,13 +156,13 @@ export class Form {
       prompt.title.textContent = several ? `Prompt ${index + 1}` : "Prompt";
       prompt.remove.hidden = !several;
       prompt.remove.setAttribute("aria-label", `Remove prompt ${index + 1}`);
-      prompt.fields.seed.control.placeholder = String(42 + index);
+      prompt.fields.seed.control.placeholder = String(this.defaultSeed + index);
     });
   }
 
   // The request
 
-  /** `request`, and `places`: path of a field in it to the field of the form. */
+  /** The `request`, and `places`: the form's field for each path in it, such as `prompts[0].width`. */
   read() {
     const places = new Map();
     const collect = (fields, prefix) => {
@@ -200,12 +201,12 @@ export class Form {
       showEnd(row.path.control);
       row.scale.value = lora.network_multiplier;
     }
-    this.showProblems([], false);
+    this.showProblems([], { focus: false });
     this.#changed();
   }
 
-  /** Every problem at its field and in a summary; the first one gets the focus. */
-  showProblems(problems, focus = true) {
+  /** Show each problem at its field and in a summary. `served`: the id of the model that the worker serves instead. */
+  showProblems(problems, { served, focus = true } = {}) {
     const { places } = this.read();
     const all = new Set([...places.values(), ...this.loras.flatMap((row) => [row.path, row.scale])]);
     for (const field of all) field.showError([]);
@@ -215,14 +216,14 @@ export class Form {
       if (field) at.set(field, [...(at.get(field) ?? []), problem.text]);
     }
     for (const [field, texts] of at) field.showError(texts);
-    this.#summarise(problems, places);
+    this.#summarise(problems, places, served);
     const first = [...places.values()].sort(inOrder).find((field) => at.has(field));
     if (!focus || !problems.length) return;
     if (first) first.focus();
     else this.summary.scrollIntoView({ block: "nearest" });
   }
 
-  #summarise(problems, places) {
+  #summarise(problems, places, served) {
     this.summary.hidden = !problems.length;
     const count = problems.length === 1 ? "One problem" : `${problems.length} problems`;
     const item = (problem) => {
@@ -230,46 +231,45 @@ export class Form {
       const go = field && h("button", { type: "button", class: "link", onclick: () => field.focus() }, problem.field);
       return h("li", {}, go ?? (problem.field ? h("code", {}, problem.field) : ""), problem.field ? " " : "", prose(problem.text));
     };
-    const served = /this worker serves (\w+)/.exec(problems.map((problem) => problem.text).join())?.[1];
     const use = () => {
       this.modelField.value = served;
       this.#applyModel();
-      this.showProblems([], false);
+      this.showProblems([], { focus: false });
       this.modelField.focus();
       this.#changed();
     };
     this.summary.replaceChildren(
       h("h2", {}, `${count} to correct`),
       h("ul", {}, problems.map(item)),
-      this.models.some((model) => model.id === served) ? h("button", { type: "button", onclick: use }, `Use ${served}`) : "",
+      served ? h("button", { type: "button", onclick: use }, `Use ${served}`) : "",
     );
   }
 
-  // What would be made
+  // The effective size and frame count
 
   #changed() {
     if (!this.root.querySelector("[aria-invalid]")) this.summary.hidden = true;
     clearTimeout(this.pending);
-    this.pending = setTimeout(() => this.showMade(), 100);
+    this.pending = setTimeout(() => this.#showEffective(), 100);
   }
 
-  /** Sizes and frame counts after the worker's own rules, see playground/check.py. */
-  async showMade() {
+  /** Show sizes and frame counts by the worker's rules; see playground/check.py. */
+  async #showEffective() {
     const { request } = this.read();
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
     for (const prompt of request.prompts) if (prompt.ctrl_img) prompt.ctrl_img = "https://example.com/";
-    const mine = (this.asked = Symbol());
+    const mine = (this.latest = Symbol());
     const { prompts } = await check(request).catch(() => ({ prompts: [] }));
-    if (mine !== this.asked) return;
-    this.prompts.forEach((prompt, index) => prompt.readout.replaceChildren(...made(prompts[index], request.prompts[index])));
+    if (mine !== this.latest) return;
+    this.prompts.forEach((prompt, index) => prompt.readout.replaceChildren(...effective(prompts[index], request.prompts[index])));
   }
 
   // Notes and pasting
 
-  /** What a field does stands in one quiet line, so that the form stays short. */
+  /** Show the description of the field in one line below the form, so that the form stays short. */
   #showNotes() {
     const line = document.getElementById("notes");
-    const rest = "Point at a field to read what it does.";
+    const rest = "Point at a field to read its description.";
     const show = (event) => {
       const field = event.target.closest?.("[data-field]");
       line.replaceChildren(...(field ? prose(field.querySelector("[id$=-note]").textContent) : [rest]));
@@ -289,8 +289,8 @@ export class Form {
   }
 }
 
-function made(found, asked) {
-  if (!found) return ["What it makes is shown here."];
+function effective(found, asked) {
+  if (!found) return ["The video's size is shown here."];
   const changed = (name, text) => (found[name] === asked[name] ? text : h("mark", {}, text));
   return [
     "Makes ",
@@ -303,7 +303,7 @@ function made(found, asked) {
   ];
 }
 
-/** What tells two files of a job apart, step and side, stands at the end of their paths. */
+/** Scroll to the end of a path, where the files of one training job differ: in step and side. */
 const showEnd = (control) => (control.scrollLeft = control.scrollWidth);
 
 const inOrder = (one, other) => (one.node.compareDocumentPosition(other.node) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);

@@ -1,4 +1,4 @@
-// The stage: one run, as it is made and once it is there, with what decided it beside it.
+// The stage: one run with its progress, then its video and settings.
 
 import { calm, h, prose, refill, s, seconds, sentence } from "./dom.js";
 import { takesDrops } from "./fields.js";
@@ -10,47 +10,47 @@ const STAGES = {
   denoise: "Denoising",
   decode: "Decoding",
   encode: "Encoding",
-  upload: "Storing",
+  upload: "Uploading",
 };
 const DETAILS = {
   fetch: "LoRAs and images",
-  wait: "for the GPU, which has another job",
+  wait: "until the GPU has finished another job",
   load: "the LoRAs into the model",
-  decode: "the latents to frames",
-  encode: "the frames as they are decoded",
+  decode: "the latents into frames",
+  encode: "the frames into a file",
   upload: "the result",
 };
 
-const STEPS = ["Choose the model that the worker serves.", "Name the files of the LoRA, and write a prompt.", "Press Run."];
+const STEPS = ["Choose the model that the worker serves.", "Enter the LoRA's files, and write a prompt.", "Press Run."];
 
 export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job.result?.outputs?.images ?? [])].sort(
   (one, other) => one.prompt_index - other.prompt_index,
 );
 
-/** `JOB/FILE`, by which the local process knows an output. */
+/** An output's name in the API of the playground's process: `JOB/FILE`. */
 export const placeOf = (item) => item.file.replace("/files/", "");
 
-/** After its last step a video is decoded; the worker tells of that when the first frames are there. */
+/** After the last step the video is decoded. The worker reports that only when the first frames are decoded. */
 const stageOf = (progress) =>
   progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
 
-/** Of a running job, for a screen reader: at most every quarter, not every step. */
+/** A running job's progress for screen readers: it changes every 25 percent, not every step. */
 export function spoken(job) {
-  if (job.status === "queued" || !job.progress) return `Run ${job.number} waits for a worker`;
+  if (job.status === "queued" || !job.progress) return `Run ${job.number} is waiting for a worker`;
   const stage = stageOf(job.progress);
   const quarter = Math.floor(job.progress.percent / 25) * 25;
   return `${STAGES[stage] ?? stage}${stage === "denoise" ? `, ${quarter} percent` : ""}`;
 }
 
 export class Stage {
-  /** `ready`: whether the form starts with a request that can be run as it is. */
+  /** `ready`: the form holds an example that can be run. */
   constructor(screen, facts, actions, ready) {
     Object.assign(this, { screen, facts, actions });
     this.#empty(ready);
     takesDrops(screen, (file) => this.item && this.actions.sample(file, placeOf(this.item)));
   }
 
-  /** The job as it is now, and of a finished one the output `item`. */
+  /** Show a job, and of a finished one the output `item`. */
   show(job, item) {
     const items = itemsOf(job);
     const chosen = items.find((other) => other.file === item?.file) ?? items[0];
@@ -65,20 +65,20 @@ export class Stage {
     this.state = state;
   }
 
-  /** Something else takes its place; the next `show` draws anew. */
+  /** The screen shows something else now; the next `show` draws everything. */
   leave() {
     this.state = undefined;
     this.banner = undefined;
   }
 
-  trouble(text, again) {
-    this.calmDown();
-    const retry = again && h("button", { type: "button", onclick: () => (this.calmDown(), again()) }, "Try again");
+  showTrouble(text, again) {
+    this.hideTrouble();
+    const retry = again && h("button", { type: "button", onclick: () => (this.hideTrouble(), again()) }, "Try again");
     this.banner = h("div", { class: "trouble", role: "alert" }, h("p", {}, prose(sentence(text))), retry);
     this.screen.prepend(this.banner);
   }
 
-  calmDown() {
+  hideTrouble() {
     if (this.banner?.contains(document.activeElement)) this.screen.parentElement.focus();
     this.banner?.remove();
     this.banner = undefined;
@@ -93,12 +93,12 @@ export class Stage {
 
   #empty(ready) {
     const text = ready
-      ? h("p", {}, "The form holds an example. Press ", h("b", {}, "Run"), " to make it, or change it first.")
+      ? h("p", {}, "The form has an example. Press ", h("b", {}, "Run"), " to make its video, or change it first.")
       : h("ol", {}, STEPS.map((step) => h("li", {}, step)));
     this.#fill("blank", h("div", { class: "lead" }, frame(), h("p", { class: "big" }, "Your video plays here"), text));
   }
 
-  // While it is made
+  // While the job runs
 
   #begin(job) {
     const cancel = h("button", { type: "button", onclick: () => this.#stop(job, cancel) }, "Cancel");
@@ -112,7 +112,7 @@ export class Stage {
         "div",
         { class: "making" },
         h("h2", {}, `Run ${job.number}`),
-        asked(job),
+        promptsOf(job),
         this.percent,
         this.bar,
         h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel),
@@ -123,11 +123,11 @@ export class Stage {
   #progress(job) {
     const { progress } = job;
     const name = stageOf(progress);
-    // The worker's percentage is that of the denoising; what comes before and after has none.
+    // The percentage is that of the denoising; the stages before and after it have none.
     if (name === "denoise") this.percent.replaceChildren(String(progress.percent), h("span", {}, "%"));
     else this.percent.textContent = name ? STAGES[name] ?? name : "Queued";
     this.bar.value = progress?.percent ?? 0;
-    const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "until a worker takes it"];
+    const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "waiting for a worker"];
     if (progress?.prompts > 1) parts.push(`video ${progress.prompt_index + 1} of ${progress.prompts}`);
     this.doing.textContent = parts.filter(Boolean).join(", ");
     const left = progress?.seconds_left;
@@ -142,11 +142,11 @@ export class Stage {
     this.actions.cancel(job);
   }
 
-  // When it has ended
+  // When the job has ended
 
   #done(job, item) {
     if (!item) {
-      this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "The result has no file.")));
+      this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "The result has no files.")));
       return;
     }
     const what = `Run ${job.number}, prompt ${item.prompt_index + 1}`;
@@ -154,13 +154,13 @@ export class Stage {
     file.addEventListener("change", () => file.files[0] && this.actions.sample(file.files[0], placeOf(item)));
     this.#fill(
       "player",
-      sized(picture(item, what, (text) => this.trouble(text, null)), item),
+      sized(picture(item, what, (text) => this.showTrouble(text, null)), item),
       h(
         "div",
         { class: "tools" },
         file,
         h("button", { type: "button", onclick: () => file.click() }, "Compare with a sample"),
-        h("span", { class: "soft tip" }, "or drop the trainer's file on the video"),
+        h("span", { class: "soft tip" }, "or drop the sample on the video"),
         h("span", { class: "gap" }),
         h("button", { type: "button", class: "quiet", onclick: () => this.actions.reuse(job, item) }, "Use its settings"),
         h("a", { class: "button quiet", href: item.file, download: `run-${job.number}-${nameOf(item)}` }, "Download"),
@@ -170,28 +170,27 @@ export class Stage {
   }
 
   #failed(job) {
-    const [code] = /^[A-Z_]+(?=: )/.exec(job.error) ?? ["Failed"];
     const item = ({ field, text }) => h("li", {}, field ? h("code", {}, field) : "", field ? " " : "", prose(text));
     this.#fill(
       "failed",
       h(
         "div",
         { class: "lead" },
-        h("p", { class: "code" }, code),
-        h("p", { class: "big" }, `Run ${job.number} was not made.`),
-        h("ul", { class: "problems" }, job.problems.map(item)),
-        h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.toField(job)) }, "Correct it"),
+        h("p", { class: "code" }, job.code),
+        h("p", { class: "big" }, `Run ${job.number} failed.`),
+        job.problems.length ? h("ul", { class: "problems" }, job.problems.map(item)) : h("p", {}, prose(job.error)),
+        h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.correct(job)) }, "Correct the request"),
       ),
     );
   }
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), asked(job), again));
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again));
   }
 }
 
-/** Where the video will be. */
+/** A drawing in the place of the video. */
 const frame = () =>
   s(
     "svg",
@@ -228,8 +227,8 @@ function sized(picture, item) {
   return h("div", { class: "fit" }, picture);
 }
 
-/** What was asked, as long as there is no result. */
-function asked(job) {
+/** The prompts, shown until there is a result. */
+function promptsOf(job) {
   return h("ol", { class: "asked" }, job.request.prompts.map(({ prompt }) => h("li", {}, prompt)));
 }
 
@@ -237,7 +236,7 @@ function factsOf(job, item) {
   const { result } = job;
   const settings = result.settings ?? {};
   const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index) ?? {};
-  const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] was not made: ${error.message}`);
+  const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] failed: ${error.message}`);
   return [
     h("h2", {}, `Run ${job.number}`, result.outputs.videos.length > 1 ? h("span", { class: "soft" }, ` prompt ${item.prompt_index + 1}`) : ""),
     h("p", { class: "said" }, prompt.prompt ?? ""),
@@ -281,7 +280,7 @@ export function list(values) {
   return h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
 }
 
-/** Seconds of every stage, with a bar of its share in the whole. */
+/** The seconds of each stage, with a bar for its share of the total. */
 function timings({ total, ...stages }) {
   const row = ([name, value]) => {
     const bar = h("span", { class: name === "total" ? "" : "share", "aria-hidden": "true" });

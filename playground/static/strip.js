@@ -1,9 +1,9 @@
-// The strip of runs: a poster each, to open one again or to pick two for a comparison.
+// The strip of earlier runs: open one again, or choose two to compare.
 
 import { h } from "./dom.js";
 import { itemsOf, placeOf } from "./stage.js";
 
-const HINT = "Tick two to play them in step.";
+const HINT = "Tick two to compare them.";
 
 export class Strip {
   constructor(root, actions) {
@@ -15,7 +15,7 @@ export class Strip {
     this.picked = [];
   }
 
-  /** The tiles of a job: one while it runs, then one for every output. */
+  /** Add or update the tiles of a job: one while it runs, then one per output. */
   put(job) {
     this.root.hidden = false;
     const before = this.groups.get(job.number);
@@ -32,7 +32,7 @@ export class Strip {
     } else this.tiles.append(...group.tiles);
     this.groups.set(job.number, group);
     if (this.marked?.number === job.number) this.mark(job.number, items[0]);
-    if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth; // not scrollIntoView, which moves the whole page
+    if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth; // scrollIntoView would scroll the whole page
   }
 
   #waiting(job, group) {
@@ -96,7 +96,7 @@ export class Strip {
   }
 }
 
-/** The worker's poster; without one, the video at its first frame. */
+/** The worker's poster, or else the first frame of the video. */
 function poster(item) {
   const source = item.poster?.file ?? (item.play.endsWith(".mp4") || item.format === "mp4" ? null : item.file);
   return source ? h("img", { src: source, alt: "", loading: "lazy" }) : h("video", { src: item.play, preload: "metadata" });

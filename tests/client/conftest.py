@@ -1,4 +1,4 @@
-"""What the client's tests share: a request that is valid, a result that it could have, and pauses that take no time."""
+"""Shared by the client's tests: a valid request, its result, and very short pauses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from client import Client
 from client import api as calls
-from client import client as following
+from client import client as polling
 from tests.client.endpoint import KEY, Api, Script, serve
 from tests.worker.web_server import Web
 from tests.worker.web_server import serve as serve_web
@@ -25,19 +25,19 @@ BODY = bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "_SECONDS_BETWEEN_POLLS", 0.01)
+    monkeypatch.setattr(polling, "_SECONDS_BETWEEN_POLLS", 0.01)
     monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    """Where the finished files are."""
+    """The server of the finished files."""
     with serve_web() as web:
         yield web
 
 
 def result(*urls: str, **changes: Any) -> dict[str, Any]:
-    """A completed job's answer; `changes` go into every file."""
+    """The answer of a completed job. `changes` are made to every file."""
     item = {"expires_at": "2999-01-01T00:00:00Z", "key": "job-1/0.mp4", "format": "mp4", "width": 64, "height": 64}
     item |= {"num_frames": 5, "fps": 16, "seed": 7, "bytes": len(BODY), "poster": None, "contact_sheet": None, **changes}
     videos = [{"prompt_index": index, "url": url, **item} for index, url in enumerate(urls)]
@@ -53,7 +53,7 @@ def picture(url: str) -> dict[str, Any]:
 
 
 def update(percent: int) -> dict[str, Any]:
-    """An answer while a job runs."""
+    """The answer of a running job."""
     output = {"stage": "denoise", "prompt_index": 0, "prompts": 1, "step": percent // 10, "steps": 10, "percent": percent}
     return {"status": "IN_PROGRESS", "output": output | {"seconds_left": 84.2}}
 
@@ -73,7 +73,7 @@ def api(script: Script) -> Iterator[Api]:
 
 @pytest.fixture
 def said() -> list[str]:
-    """What the client told whoever waits."""
+    """The lines that the client reported to the user."""
     return []
 
 

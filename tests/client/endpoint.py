@@ -1,7 +1,7 @@
-"""RunPod's API as a client sees it, on loopback: /v2/ID/run, /status and /cancel, with the key checked and faults on demand.
-/v2/here is a worker's local API, which takes the same calls and no key.
+"""An imitation of RunPod's API on loopback: /v2/ID/run, /status and /cancel. It checks the key and fails on demand.
+/v2/here is a worker's local API, which has the same calls and needs no key.
 
-Behind it is a queue: the emulated cloud that real workers take their jobs from, or a script of what the status says.
+Its queue is the emulated cloud of real workers, or a script of statuses.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Queue(Protocol):
     def submit(self, job_id: str, request: dict[str, Any], **more: Any) -> None: ...
 
     def status(self, job_id: str) -> dict[str, Any] | None:
-        """What /status says of the job beside its id; None: there is no such job."""
+        """The answer to /status without the id; None if the job does not exist."""
 
     def cancel(self, job_id: str) -> None: ...
 
 
 class Script:
-    """A queue without workers: the answers are given in turn to whoever asks, the last one for ever."""
+    """A queue without workers: it gives the answers in order, and repeats the last one."""
 
     def __init__(self, *answers: dict[str, Any]) -> None:
         self.answers = list(answers)
@@ -79,21 +79,21 @@ class CloudQueue:
 
 @dataclass
 class Api:
-    """A running one. `faults` are ordered for run, status and cancel."""
+    """A running API. `faults` can be ordered for run, status and cancel."""
 
     base_url: str
     queue: Queue
     faults: Faults = field(default_factory=Faults)
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """(what, headers) of every request, in order."""
+    """(verb, headers) of every request, in order."""
     ports: list[int] = field(default_factory=list)
-    """Of the client, by request: the same port is the same connection."""
+    """The client's port of every request. Requests with the same port used the same connection."""
     retry_after: str = ""
-    """With every refusal."""
+    """The Retry-After header of every refusal."""
 
     @property
     def here(self) -> str:
-        """The local API."""
+        """The URL of the local API."""
         return f"{self.base_url}/here"
 
     def times(self, kind: str) -> int:
@@ -118,7 +118,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up."""
+        """Ignore clients that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):

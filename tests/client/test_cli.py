@@ -1,4 +1,4 @@
-"""`python -m client`: what stands on stdout, what on stderr, and how it ends."""
+"""`python -m client`: its stdout, its stderr and its exit statuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _environment(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> list[str]:
-    """The arguments of a run that succeeds."""
+    """The arguments of a successful run."""
     file = tmp_path / "request.json"
     file.write_text(json.dumps(REQUEST))
     return ["run", str(file), *JOB, "--output-dir", str(tmp_path / "videos")]
@@ -88,7 +88,7 @@ def test_pictures_are_printed_after_their_video(
     assert (out, "DOWNLOAD_FAILED: prompts[0], contact sheet: " in err) == (f"{videos}.mp4\n", True)
 
 
-def test_a_job_that_was_left_can_be_resumed(run: list[str], tmp_path: Path, api: Api) -> None:
+def test_a_job_can_be_resumed_after_the_client_gave_up(run: list[str], tmp_path: Path, api: Api) -> None:
     api.faults.order("status", Dropped(), times=100)
     assert main([*run, "--patience", "0.2"]) == 3
     api.faults.forget()
@@ -97,7 +97,7 @@ def test_a_job_that_was_left_can_be_resumed(run: list[str], tmp_path: Path, api:
     assert api.times("run") == 1
 
 
-def test_status_and_cancel_say_one_word(run: list[str], script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_cancel_print_one_word(run: list[str], script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(run) == 0
     script.answers = [update(40)]
     capsys.readouterr()
@@ -111,7 +111,7 @@ def test_status_and_cancel_say_one_word(run: list[str], script: Script, capsys: 
     assert capsys.readouterr() == ("CANCELLED\n", "")
 
 
-def test_models_names_every_one_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_prints_every_model_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n{model_id} " in out for model_id in MODELS)
@@ -119,7 +119,7 @@ def test_models_names_every_one_and_every_field(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("words", [["models"], ["run", "--help"]])
-def test_who_reads_may_leave(words: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(words: list[str]) -> None:
     """As `| head` does."""
     reads, writes = os.pipe()
     os.close(reads)
@@ -138,7 +138,7 @@ def test_who_reads_may_leave(words: list[str]) -> None:
         ({"status": "FAILED", "error": "LORA_NOT_FOUND: `loras[0].path`"}, 1, "LORA_NOT_FOUND: `loras[0].path`\n"),
         ({"status": "FAILED", "error": "it broke"}, 1, "JOB_FAILED: it broke\n"),
         ({"status": "CANCELLED"}, 4, "CANCELLED: the job was cancelled\n"),
-        ({"status": "TIMED_OUT"}, 4, "TIMEOUT: RunPod ended the job"),
+        ({"status": "TIMED_OUT"}, 4, "TIMEOUT: RunPod stopped the job"),
     ],
 )
 def test_a_job_that_ends_badly(
@@ -203,13 +203,15 @@ def test_a_submission_whose_answer_was_lost_is_6(run: list[str], api: Api, capsy
     assert "the job may run, or it may not" in capsys.readouterr().err
 
 
-def test_an_outage_is_told_on_stderr(run: list[str], api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outage_is_reported_on_stderr(run: list[str], api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.faults.order("status", Status(502), times=2)
     assert main(run) == 0
-    assert capsys.readouterr().err.count("status 502; trying again") == 1
+    assert capsys.readouterr().err.count("status 502; retrying") == 1
 
 
-def test_an_interrupt_leaves_the_job_and_says_how_to_go_on(run: list[str], script: Script, api: Api, tmp_path: Path) -> None:
+def test_after_an_interrupt_the_job_runs_on_and_the_next_commands_are_printed(
+    run: list[str], script: Script, api: Api, tmp_path: Path
+) -> None:
     script.answers = [update(10)]
     process = subprocess.Popen(
         [sys.executable, "-m", "client", *run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

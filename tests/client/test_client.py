@@ -1,4 +1,4 @@
-"""The client against an endpoint that fails in every way: what is tried again, what is not, and what it says."""
+"""The client against an endpoint that fails in every way: what it retries, what it does not, and what it reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_request_becomes_a_result(client: Client, script: Script) -> None:
     assert (result.job_id, output.kind, output.seed, result.warnings) == ("job-1", "video", 7, ("a word",))
 
 
-def test_what_runpod_takes_beside_the_input_goes_along(client: Client, script: Script) -> None:
+def test_runpods_own_fields_beside_the_input_are_sent(client: Client, script: Script) -> None:
     client.submit({"input": REQUEST, "policy": {"ttl": 60000}, "id": "mine"})
     assert script.submitted == [{"id": "job-1", "input": REQUEST, "policy": {"ttl": 60000}}]
 
@@ -59,20 +59,20 @@ def test_a_job_is_followed_through_any_failure(client: Client, api: Api, said: l
     assert len(said) == (0 if isinstance(fault, Slow) else 1)
 
 
-def test_an_answer_of_another_kind_is_none(client: Client, script: Script) -> None:
+def test_an_answer_without_a_status_is_retried(client: Client, script: Script) -> None:
     script.answers.insert(0, {"message": "no healthy upstream"})
     assert client.run(REQUEST).outputs
 
 
-def test_an_outage_is_told_once_and_each_new_one_again(client: Client, api: Api, said: list[str]) -> None:
+def test_each_outage_is_reported_once(client: Client, api: Api, said: list[str]) -> None:
     job_id = client.submit(REQUEST)
     for _ in range(2):
         api.faults.order("status", Status(502), times=3)
         client.status(job_id)
-    assert said == [f"{api.base_url}/endpoint: status 502; trying again"] * 2
+    assert said == [f"{api.base_url}/endpoint: status 502; retrying"] * 2
 
 
-def test_an_endpoint_that_stays_away_is_given_up_with_the_job_named(api: Api) -> None:
+def test_the_client_gives_up_on_an_endpoint_that_stays_down_and_names_the_job(api: Api) -> None:
     client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0.4)
     job_id = client.submit(REQUEST)
     api.faults.order("status", Dropped(), times=1000)
@@ -94,9 +94,7 @@ def test_patience_counts_from_the_last_answer(api: Api, script: Script) -> None:
 @pytest.mark.parametrize(
     ("header", "pause"), [("1", 1), *((none, 0.01) for none in ("junk", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", ""))]
 )
-def test_what_a_server_says_of_the_time_to_wait_is_heeded(
-    client: Client, api: Api, header: str, pause: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_respected(client: Client, api: Api, header: str, pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(calls.time, "sleep", pauses.append)
     api.retry_after = header
@@ -105,11 +103,19 @@ def test_what_a_server_says_of_the_time_to_wait_is_heeded(
     assert pauses == [pytest.approx(pause, rel=0.3)]
 
 
+def test_without_patience_a_failure_ends_at_once_and_no_retry_is_announced(api: Api, said: list[str]) -> None:
+    client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0, say=said.append)
+    api.faults.order("status", Status(502))
+    with pytest.raises(Unreachable, match="status 502"):
+        client.status(client.submit(REQUEST))
+    assert (api.times("status"), said) == (1, [])
+
+
 # A submission.
 
 
 @pytest.mark.parametrize("fault", [Status(429), Status(503)], ids=str)
-def test_a_submission_that_did_not_count_is_made_again(client: Client, api: Api, script: Script, fault: Fault) -> None:
+def test_a_submission_that_did_not_arrive_is_retried(client: Client, api: Api, script: Script, fault: Fault) -> None:
     api.faults.order("run", fault, times=2)
     client.submit(REQUEST)
     assert len(script.submitted) == 1
@@ -118,7 +124,7 @@ def test_a_submission_that_did_not_count_is_made_again(client: Client, api: Api,
 @pytest.mark.parametrize(
     "fault", [Unanswered(), CutShort(), Dropped(), Garbage(), Status(500), Status(502), Status(504)], ids=str
 )
-def test_a_submission_whose_answer_is_lost_is_not_made_again_and_that_is_said(client: Client, api: Api, fault: Fault) -> None:
+def test_a_submission_whose_answer_is_lost_is_not_retried_and_the_error_says_so(client: Client, api: Api, fault: Fault) -> None:
     client.wait(client.submit(REQUEST))
     api.faults.order("run", fault)
     with pytest.raises(SubmissionUnknown, match="may run, or it may not"):
@@ -126,23 +132,23 @@ def test_a_submission_whose_answer_is_lost_is_not_made_again_and_that_is_said(cl
     assert api.times("run") == 2
 
 
-def test_a_submission_has_a_connection_of_its_own(client: Client, api: Api) -> None:
-    """On a kept one that the server has closed by now it would be lost, and count as one that may have arrived."""
+def test_a_submission_uses_a_new_connection(client: Client, api: Api) -> None:
+    """On an open connection that the server has closed meanwhile, it would be lost, and the job might run or not."""
     client.status(client.submit(REQUEST))
     client.submit(REQUEST)
     assert api.ports[2] not in api.ports[:2]
 
 
-def test_where_nothing_listens_a_submission_is_tried_for_a_while_and_nothing_was_started(said: list[str]) -> None:
+def test_without_a_server_a_submission_is_retried_for_a_while_and_no_job_is_started(said: list[str]) -> None:
     client = Client.local(f"http://127.0.0.1:{free_port()}", patience=0.2, say=said.append)
-    with pytest.raises(Unreachable, match="nothing was started"):
+    with pytest.raises(Unreachable, match="no job was started"):
         client.submit(REQUEST)
 
 
 # A local API.
 
 
-def test_a_local_api_takes_the_same_calls_without_a_key(api: Api, script: Script) -> None:
+def test_a_local_api_has_the_same_calls_without_a_key(api: Api, script: Script) -> None:
     client = Client.local(api.here)
     seen: list[Progress] = []
     assert client.run(REQUEST, seen.append).outputs
@@ -153,15 +159,20 @@ def test_a_local_api_takes_the_same_calls_without_a_key(api: Api, script: Script
     assert all("Authorization" not in headers for _, headers in api.asked)
 
 
-def test_a_local_submission_whose_answer_is_lost_is_not_made_again_either(api: Api) -> None:
+def test_the_address_of_a_local_api_is_checked() -> None:
+    with pytest.raises(Refused, match="localhost:8000 is not an http"):
+        Client.local("localhost:8000")
+
+
+def test_a_local_submission_whose_answer_is_lost_is_not_retried_either(api: Api) -> None:
     api.faults.order("run", Unanswered())
     with pytest.raises(SubmissionUnknown, match="a local worker's log"):
         Client.local(api.here).submit(REQUEST)
     assert api.times("run") == 1
 
 
-def test_a_local_api_that_cannot_be_asked_how_far_it_is_is_told_from_a_worker(api: Api) -> None:
-    """The SDK's own has no GET /status."""
+def test_a_local_api_without_a_status_call_is_refused(api: Api) -> None:
+    """The local API of RunPod's SDK has no GET /status."""
     client = Client.local(api.here)
     job_id = client.submit(REQUEST)
     api.faults.order("status", Status(405))
@@ -169,16 +180,16 @@ def test_a_local_api_that_cannot_be_asked_how_far_it_is_is_told_from_a_worker(ap
         client.wait(job_id)
 
 
-def test_a_local_api_is_not_looked_for_behind_a_proxy(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_api_is_called_without_a_proxy(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("NO_PROXY", "")
     assert Client.local(api.here, patience=0.2).submit(REQUEST) == "job-1"
 
 
-# What no second try would change.
+# Final failures.
 
 
-def test_a_wrong_key_is_told_at_once_and_not_repeated(api: Api) -> None:
+def test_a_wrong_key_is_reported_at_once_and_not_printed(api: Api) -> None:
     client = Client.endpoint("endpoint", "rpa_WRONG", base_url=api.base_url)
     with pytest.raises(NotAuthorized) as caught:
         client.submit(REQUEST)
@@ -187,24 +198,24 @@ def test_a_wrong_key_is_told_at_once_and_not_repeated(api: Api) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "rpa_A\n", "rpa A", "schlüssel"])
-def test_a_key_that_cannot_be_one_is_not_sent(api: Api, key: str) -> None:
+def test_a_key_that_cannot_be_valid_is_not_sent(api: Api, key: str) -> None:
     with pytest.raises(NotAuthorized):
         Client.endpoint("endpoint", key, base_url=api.base_url)
 
 
-def test_an_unknown_endpoint_is_told_from_an_unknown_job(api: Api, client: Client) -> None:
+def test_an_unknown_endpoint_and_an_unknown_job_have_different_errors(api: Api, client: Client) -> None:
     with pytest.raises(JobNotFound, match="no such endpoint"):
         Client.endpoint("another", KEY, base_url=api.base_url).submit(REQUEST)
     with pytest.raises(JobNotFound, match="30 minutes"):
         client.wait("job-99")
 
 
-def test_a_job_that_is_not_known_at_once_is_asked_for_again(client: Client, api: Api) -> None:
+def test_a_job_that_is_not_known_at_once_is_polled_again(client: Client, api: Api) -> None:
     api.faults.order("status", Status(404), times=2)
     assert client.run(REQUEST).outputs
 
 
-def test_a_refusal_tells_what_the_server_says(client: Client, api: Api) -> None:
+def test_a_refusal_contains_the_servers_reason(client: Client, api: Api) -> None:
     api.faults.order("run", Status(400))
     with pytest.raises(Refused, match="a fault on demand"):
         client.submit(REQUEST)
@@ -213,7 +224,7 @@ def test_a_refusal_tells_what_the_server_says(client: Client, api: Api) -> None:
 # The key.
 
 
-def test_the_key_goes_with_calls_and_not_with_downloads(client: Client, api: Api, web: Web, folder: Any) -> None:
+def test_the_key_is_sent_with_calls_and_not_with_downloads(client: Client, api: Api, web: Web, folder: Any) -> None:
     client.download(client.run(REQUEST), folder)
     assert {headers["Authorization"] for _, headers in api.asked} == {f"Bearer {KEY}"}
     assert all("Authorization" not in headers for _, headers in web.requests)
@@ -226,18 +237,18 @@ def test_the_key_does_not_follow_a_redirect(client: Client, api: Api) -> None:
     assert [kind for kind, _ in api.asked] == ["run"]
 
 
-def test_the_key_is_not_sent_in_the_clear() -> None:
+def test_the_key_is_not_sent_unencrypted() -> None:
     with pytest.raises(Refused, match="unencrypted"):
         Client.endpoint("endpoint", KEY, base_url="http://example.com/v2")
 
 
 @pytest.mark.parametrize("endpoint_id", ["", "a/b", "../x", "a?b", "a b"])
-def test_an_endpoint_id_is_no_path(endpoint_id: str) -> None:
+def test_an_endpoint_id_cannot_be_a_path(endpoint_id: str) -> None:
     with pytest.raises(Refused, match="endpoint's id"):
         Client.endpoint(endpoint_id, KEY)
 
 
-def test_neither_netrc_nor_a_message_knows_the_key(
+def test_netrc_is_ignored_and_no_message_contains_the_key(
     client: Client, api: Api, web: Web, folder: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
@@ -247,6 +258,13 @@ def test_neither_netrc_nor_a_message_knows_the_key(
     assert {headers["Authorization"] for _, headers in api.asked} == {f"Bearer {KEY}"}
     assert all("Authorization" not in headers for _, headers in web.requests)
     assert KEY not in "".join(said)
+
+
+def test_a_key_that_the_server_repeats_is_in_no_error(client: Client, script: Script) -> None:
+    script.answers = [{"status": "FAILED", "error": f"INTERNAL: Bearer {KEY} is not welcome"}]
+    with pytest.raises(JobFailed, match="is not welcome") as caught:
+        client.run(REQUEST)
+    assert KEY not in str(caught.value)
 
 
 # How a job ends.
@@ -269,7 +287,7 @@ def test_a_failed_job_has_the_workers_code(client: Client, script: Script) -> No
         ({"a": 1}, "{'a': 1}"),
     ],
 )
-def test_a_failure_without_a_code_is_told_too(client: Client, script: Script, error: Any, text: str) -> None:
+def test_a_failure_without_a_code_is_an_error_too(client: Client, script: Script, error: Any, text: str) -> None:
     script.answers = [{"status": "FAILED", "error": error}]
     with pytest.raises(JobFailed) as caught:
         client.run(REQUEST)
@@ -284,7 +302,7 @@ def test_a_failure_without_a_code_is_told_too(client: Client, script: Script, er
         ({"status": "FAILED", "error": "TIMEOUT: the job took longer than 570 s"}, "TIMEOUT"),
     ],
 )
-def test_a_job_that_was_stopped_is_told_from_one_that_failed(
+def test_a_job_that_was_stopped_has_another_error_than_one_that_failed(
     client: Client, script: Script, answer: dict[str, Any], code: str
 ) -> None:
     script.answers = [answer]
@@ -293,9 +311,9 @@ def test_a_job_that_was_stopped_is_told_from_one_that_failed(
     assert caught.value.code == code
 
 
-def test_a_result_that_was_lost_is_told_with_where_the_files_may_be(client: Client, script: Script) -> None:
+def test_the_error_for_a_lost_result_says_where_the_files_may_be(client: Client, script: Script) -> None:
     script.answers = [{"status": "COMPLETED"}]
-    with pytest.raises(JobFailed, match="bucket under job-1/"):
+    with pytest.raises(JobFailed, match="bucket, below job-1/"):
         client.run(REQUEST)
 
 
@@ -315,7 +333,7 @@ def test_a_job_can_be_cancelled_through_failures(client: Client, api: Api) -> No
         client.wait(job_id)
 
 
-def test_nothing_is_sent_of_a_request_that_is_not_valid(client: Client, api: Api) -> None:
+def test_an_invalid_request_is_not_sent(client: Client, api: Api) -> None:
     with pytest.raises(InvalidRequest) as caught:
         client.submit({**REQUEST, "prompts": [{"prompt": "a boat", "width": 32, "stesp": 3}]})
     assert len(caught.value.problems) == 2
@@ -326,8 +344,8 @@ def test_pauses_grow_and_stay_within_bounds(monkeypatch: pytest.MonkeyPatch) -> 
     pauses: list[float] = []
     monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.5)
     monkeypatch.setattr(calls.time, "sleep", pauses.append)
-    patience = calls.Patience(100, [].append)
+    retry = calls.Retry(100, [].append)
     for _ in range(12):
-        assert patience.wait("away")
+        assert retry.wait("away")
     assert pauses[0] < 0.7 < pauses[4]
     assert max(pauses) <= 30 * 1.25

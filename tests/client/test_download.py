@@ -1,4 +1,4 @@
-"""Finished files: whole or not there, under names that say what is in them, and never in place of another."""
+"""Downloads: complete or not at all, named after the prompt, and never over another file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Fetch = Callable[..., list[Path]]
 
 @pytest.fixture
 def fetch(folder: Path, said: list[str]) -> Fetch:
-    """Download what is under the URLs; `changes` go into what the result says of them."""
+    """Download the URLs. `changes` are made to the files of the result."""
     client = Client.endpoint("endpoint", KEY, patience=0.5, say=said.append)
 
     def fetch(*urls: str, **changes: Any) -> list[Path]:
@@ -65,7 +65,7 @@ def test_lossless_frames_are_a_zip(fetch: Fetch, web: Web) -> None:
     assert fetch(web.gives("/0.zip", BODY), format="png")[0].suffix == ".zip"
 
 
-def test_a_contact_sheet_lies_beside_its_video_and_a_poster_if_one_wants_it(web: Web, folder: Path) -> None:
+def test_a_contact_sheet_is_saved_beside_its_video_and_a_poster_on_request(web: Web, folder: Path) -> None:
     for path in ("/0.mp4", "/0.poster.jpg", "/0.sheet.jpg"):
         web.gives(path, path.encode() + BODY[len(path) :])
     pictures = {"poster": picture(web.url("/0.poster.jpg")), "contact_sheet": picture(web.url("/0.sheet.jpg"))}
@@ -80,12 +80,12 @@ def test_a_contact_sheet_lies_beside_its_video_and_a_poster_if_one_wants_it(web:
 
 
 @pytest.mark.parametrize("format", ["../x", "mp4/../../x", "exe", None])
-def test_a_format_that_is_none_makes_no_file_name(format: Any) -> None:
+def test_an_unknown_format_is_an_error(format: Any) -> None:
     with pytest.raises(ValueError):
         Result.of("job-1", result("https://example.com/0", format=format)["output"])
 
 
-def test_another_file_of_the_name_is_kept(fetch: Fetch, web: Web, folder: Path) -> None:
+def test_another_file_of_the_same_name_is_kept(fetch: Fetch, web: Web, folder: Path) -> None:
     folder.mkdir()
     (folder / "a-sailing-boat-at-sunset-7.mp4").write_bytes(b"mine")
     (folder / "a-sailing-boat-at-sunset-7-2.mp4").write_bytes(b"mine too")
@@ -100,7 +100,7 @@ def test_the_same_file_is_not_written_twice(fetch: Fetch, web: Web, folder: Path
     assert len(names(folder)) == 1
 
 
-def test_a_folder_without_hard_links_will_do(fetch: Fetch, web: Web, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_hard_links_works(fetch: Fetch, web: Web, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError
 
@@ -112,30 +112,30 @@ def test_a_folder_without_hard_links_will_do(fetch: Fetch, web: Web, folder: Pat
     assert names(folder) == ["a-sailing-boat-at-sunset-7-2.mp4", "a-sailing-boat-at-sunset-7.mp4"]
 
 
-def test_a_download_goes_on_where_it_broke_off(fetch: Fetch, web: Web) -> None:
+def test_a_download_resumes_where_the_connection_broke(fetch: Fetch, web: Web) -> None:
     (path,) = fetch(web.continues("/0.mp4", BODY, breaks=[1000, 3000], ETag='"v1"'))
     assert path.read_bytes() == BODY
     assert [headers.get("Range") for _, headers in web.requests] == [None, "bytes=1000-", "bytes=3000-"]
 
 
-def test_a_file_of_unknown_length_that_is_cut_short_is_fetched_again(fetch: Fetch, web: Web) -> None:
+def test_a_file_of_unknown_length_that_is_cut_short_is_downloaded_again(fetch: Fetch, web: Web) -> None:
     web.in_pieces("/0.mp4", [BODY[:3000]])
     assert fetch(web.in_pieces("/0.mp4", [BODY[:5000], BODY[5000:], b""]))[0].read_bytes() == BODY
 
 
-def test_a_server_that_knows_no_parts_sends_the_whole_again(fetch: Fetch, web: Web) -> None:
+def test_a_server_without_ranges_sends_the_whole_file_again(fetch: Fetch, web: Web) -> None:
     web.breaks_off("/0.mp4", BODY[:500], declared=len(BODY), ETag='"v1"')
     (path,) = fetch(web.gives("/0.mp4", BODY))
     assert path.read_bytes() == BODY
 
 
-def test_a_part_that_was_not_asked_for_goes_where_it_belongs(fetch: Fetch, web: Web) -> None:
+def test_a_part_that_was_not_requested_is_written_to_its_own_place(fetch: Fetch, web: Web) -> None:
     web.breaks_off("/0.mp4", BODY[:500], declared=len(BODY), ETag='"v1"')
     web.gives("/0.mp4", BODY, status=206, Content_Range=f"bytes 0-{len(BODY) - 1}/{len(BODY)}")
     assert fetch(web.url("/0.mp4"))[0].read_bytes() == BODY
 
 
-def test_parts_of_two_versions_are_not_put_together(fetch: Fetch, web: Web) -> None:
+def test_parts_of_two_versions_are_not_joined(fetch: Fetch, web: Web) -> None:
     newer = BODY[::-1]
 
     def serve(handler: BaseHTTPRequestHandler) -> None:
@@ -151,14 +151,14 @@ def test_parts_of_two_versions_are_not_put_together(fetch: Fetch, web: Web) -> N
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_bucket_that_is_busy_is_asked_again(fetch: Fetch, web: Web, status: int, said: list[str]) -> None:
+def test_a_busy_bucket_is_retried(fetch: Fetch, web: Web, status: int, said: list[str]) -> None:
     web.gives("/0.mp4", status=status)
     assert fetch(web.gives("/0.mp4", BODY))[0].read_bytes() == BODY
     assert len(said) == 1
 
 
-def test_a_download_that_never_gets_further_is_given_up(fetch: Fetch, web: Web, folder: Path) -> None:
-    with pytest.raises(DownloadFailed, match="broke off"):
+def test_a_download_without_progress_fails(fetch: Fetch, web: Web, folder: Path) -> None:
+    with pytest.raises(DownloadFailed, match="the connection broke"):
         fetch(web.breaks_off("/0.mp4", BODY[:500], declared=len(BODY)))
     assert names(folder) == []
 
@@ -171,17 +171,17 @@ def test_a_file_of_another_size_is_refused(fetch: Fetch, web: Web, folder: Path,
     assert web.hits("/0.mp4") == 1
 
 
-def test_no_more_is_read_than_there_should_be(fetch: Fetch, web: Web) -> None:
+def test_no_more_than_the_expected_size_is_read(fetch: Fetch, web: Web) -> None:
     endless = web.writes("/0.mp4", b"HTTP/1.0 200 OK\r\n\r\n", then=bytes(1 << 16))
     with pytest.raises(DownloadFailed):
         fetch(endless)
     assert web.left.wait(5)
 
 
-def test_an_expired_url_says_when_and_what_to_do(fetch: Fetch, web: Web) -> None:
+def test_the_error_for_an_expired_url_says_when_and_what_to_do(fetch: Fetch, web: Web) -> None:
     url = web.gives("/0.mp4?X-Amz-Signature=s3cret", status=403)
     with pytest.raises(
-        DownloadFailed, match=r"expired at 2020-01-01T00:00:00Z; the file lies in the bucket as job-1/0\.mp4"
+        DownloadFailed, match=r"expired at 2020-01-01T00:00:00Z; the file is in the bucket as job-1/0\.mp4"
     ) as caught:
         fetch(url, expires_at="2020-01-01T00:00:00Z")
     assert caught.value.code == "URL_EXPIRED"
@@ -189,7 +189,7 @@ def test_an_expired_url_says_when_and_what_to_do(fetch: Fetch, web: Web) -> None
 
 
 @pytest.mark.parametrize("status", [403, 404, 400])
-def test_a_refusal_is_told_at_once(fetch: Fetch, web: Web, status: int, folder: Path) -> None:
+def test_a_refusal_is_reported_at_once(fetch: Fetch, web: Web, status: int, folder: Path) -> None:
     with pytest.raises(DownloadFailed, match=f"status {status}") as caught:
         fetch(web.gives("/0.mp4", status=status))
     assert caught.value.code == "DOWNLOAD_FAILED"
@@ -197,19 +197,19 @@ def test_a_refusal_is_told_at_once(fetch: Fetch, web: Web, status: int, folder: 
     assert names(folder) == []
 
 
-def test_a_store_that_stays_away_is_given_up_and_its_url_is_not_told(fetch: Fetch, said: list[str]) -> None:
+def test_the_error_for_a_store_that_stays_down_does_not_contain_its_url(fetch: Fetch, said: list[str]) -> None:
     with pytest.raises(DownloadFailed) as caught:
         fetch(f"http://127.0.0.1:{free_port()}/0.mp4?X-Amz-Signature=s3cret")
     assert "s3cret" not in str(caught.value) + "".join(said)
 
 
 @pytest.mark.parametrize("url", ["", "ftp://example.com/0", "http://", "not a url"])
-def test_a_url_that_is_none_is_told_at_once(fetch: Fetch, url: str) -> None:
-    with pytest.raises(DownloadFailed, match="URL is none"):
+def test_an_invalid_url_is_reported_at_once(fetch: Fetch, url: str) -> None:
+    with pytest.raises(DownloadFailed, match="URL is not valid"):
         fetch(url)
 
 
-def test_a_local_worker_left_its_file_here(folder: Path, tmp_path: Path) -> None:
+def test_the_file_of_a_local_worker_is_copied(folder: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "a folder" / "0.mp4"
     theirs.parent.mkdir()
     theirs.write_bytes(BODY)
@@ -217,17 +217,17 @@ def test_a_local_worker_left_its_file_here(folder: Path, tmp_path: Path) -> None
     (path,) = Client.local().download(done, folder)
     assert path.read_bytes() == theirs.read_bytes() == BODY
     theirs.write_bytes(b"another file")
-    with pytest.raises(DownloadFailed, match="is it another's"):
+    with pytest.raises(DownloadFailed, match="another job replaced it"):
         Client.local().download(done, folder)
 
 
-def test_a_file_on_another_machine_is_not_looked_for_here(fetch: Fetch, tmp_path: Path) -> None:
+def test_a_file_on_another_computer_is_not_searched_here(fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "0.mp4").write_bytes(BODY)
     with pytest.raises(DownloadFailed, match="give the worker a bucket"):
         fetch((tmp_path / "0.mp4").as_uri())
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(fetch: Fetch, web: Web, folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_an_error(fetch: Fetch, web: Web, folder: Path) -> None:
     folder.write_text("a file")
     with pytest.raises(DownloadFailed, match="cannot be written to"):
         fetch(web.gives("/0.mp4", BODY))

@@ -1,4 +1,4 @@
-"""The files of examples/: valid, made exactly as they ask, and run on tiny models."""
+"""The files of examples/ are valid, need no rounding, and run on tiny models."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_there_is_one_example_per_model_and_the_table_has_them() -> None:
 
 
 @pytest.mark.parametrize("model_id", MODELS)
-def test_an_example_is_valid_and_made_as_it_asks(model_id: str) -> None:
+def test_an_example_is_valid_and_made_without_rounding(model_id: str) -> None:
     job = example(model_id)
-    assert job_of(job, EXAMPLES, here=False) == job
+    assert job_of(job, EXAMPLES, is_local=False) == job
     spec = MODELS[model_id]
     request = parse(job["input"], spec)
     recipe = preview(spec, "", "") if request.match == "preview" else documented(spec)
@@ -45,7 +45,7 @@ def test_an_example_is_valid_and_made_as_it_asks(model_id: str) -> None:
 
 @pytest.mark.parametrize("model_id", MODELS)
 def test_an_example_runs(model_id: str, tiny: Path, tmp_path: Path) -> None:
-    """On the tiny model and its LoRAs, and with fewer pixels, frames and steps; all else is the file's."""
+    """Uses the tiny model and its LoRAs, and fewer pixels, frames and steps; the rest is the file's."""
     settings = Settings(
         model_id=model_id,
         checkpoint_dir=tiny,

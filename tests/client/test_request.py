@@ -1,4 +1,4 @@
-"""What is sent: the options and the file, checked as the worker will check them, with local images inside."""
+"""The request that is sent: made from options and a file, checked as the worker does, with local images inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from client import InvalidRequest
 from client.options import add_request_options, lora_of, request_of
-from client.request import MAX_PAYLOAD, job_of
+from client.request import MAX_PAYLOAD, body_of, job_of
 from pipelines.catalog import MODELS
 from tests.client.conftest import REQUEST
 from worker.request import Prompt, Request, parse
@@ -22,16 +22,16 @@ I2V: dict[str, Any] = {**REQUEST, "model": "wan21_i2v_14b"}
 
 
 def given(*words: str, stdin: str = "") -> dict[str, Any]:
-    """The request of this command line."""
+    """The request that a command line makes."""
     parser = argparse.ArgumentParser()
     add_request_options(parser)
     return request_of(parser.parse_args(words), io.StringIO(stdin))[0]
 
 
-def problems(request: Any, here: bool = False, folder: Path = Path()) -> str:
+def problems(request: Any, is_local: bool = False, folder: Path = Path()) -> str:
     with pytest.raises(InvalidRequest) as caught:
-        job_of(request, folder, here)
-    return "\n".join(caught.value.problems)
+        job_of(request, folder, is_local)
+    return "\n".join(map(str, caught.value.problems))
 
 
 def with_image(image: str) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def test_a_request_can_come_from_stdin() -> None:
     assert given("-", stdin=json.dumps(REQUEST)) == REQUEST
 
 
-@pytest.mark.parametrize(("text", "why"), [("{", "is no JSON"), ("[]", "must be a JSON object")])
-def test_a_file_that_is_no_request_is_named(tmp_path: Path, text: str, why: str) -> None:
+@pytest.mark.parametrize(("text", "why"), [("{", "is not JSON"), ("[]", "must be a JSON object")])
+def test_the_error_for_a_bad_file_names_the_file(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(InvalidRequest, match=why):
         given(str(tmp_path / "r.json"))
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_request_is_named(tmp_path: Path, text: str, why: str)
         given(str(tmp_path / "s.json"))
 
 
-def test_an_image_option_is_relative_to_where_one_is_and_replaces_that_of_the_file(
+def test_an_image_option_is_relative_to_the_current_folder_and_replaces_the_files_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -111,11 +111,11 @@ def test_an_image_option_is_relative_to_where_one_is_and_replaces_that_of_the_fi
     (tmp_path / "elsewhere/r.json").write_text(json.dumps({**I2V, "prompts": [{"prompt": "x", "ctrl_img_1": "https://h/i"}]}))
     monkeypatch.chdir(tmp_path)
     request = given("elsewhere/r.json", "--image", "photo.png")
-    (prompt,) = job_of(request, Path("elsewhere"), here=False)["input"]["prompts"]
+    (prompt,) = job_of(request, Path("elsewhere"), is_local=False)["input"]["prompts"]
     assert prompt["ctrl_img"] == f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"
 
 
-def test_the_hub_token_comes_from_the_environment_and_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_token_of_the_environment_is_sent_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     assert "hf_token" not in given("--model", "wan21_1b")
     assert given("--send-hf-token")["hf_token"] == "hf_x"
@@ -127,7 +127,7 @@ def test_the_hub_token_comes_from_the_environment_and_only_when_asked(monkeypatc
 # The check.
 
 
-def test_every_problem_is_told_with_its_field() -> None:
+def test_every_problem_is_listed_with_its_field() -> None:
     told = problems({"model": "wan22_14b_i2v", "loras": [{"path": "a"}], "prompts": [{"prompt": "x", "width": 32}]})
     for field in ("`loras[0].transformer`", "`prompts[0].width`", "`prompts[0].ctrl_img`"):
         assert field in told
@@ -137,38 +137,38 @@ def test_every_problem_is_told_with_its_field() -> None:
 @pytest.mark.parametrize(
     "request_", [None, [], {}, "text", {"input": None}, {"input": {"prompts": 3, "loras": {}}}, {"model": 3}]
 )
-def test_what_is_no_request_is_an_error(request_: Any) -> None:
+def test_a_value_that_is_not_a_request_is_an_error(request_: Any) -> None:
     assert problems(request_)
 
 
 # Images.
 
 
-def test_a_local_image_is_sent_along(tmp_path: Path) -> None:
+def test_a_local_image_is_sent_inside_the_request(tmp_path: Path) -> None:
     (tmp_path / "photo.JPG").write_bytes(b"pixels")
-    (prompt,) = job_of(with_image("photo.JPG"), tmp_path, here=False)["input"]["prompts"]
+    (prompt,) = job_of(with_image("photo.JPG"), tmp_path, is_local=False)["input"]["prompts"]
     assert prompt["ctrl_img"] == f"data:image/jpeg;base64,{base64.b64encode(b'pixels').decode()}"
 
 
 @pytest.mark.parametrize(
     "image", ["https://example.com/a.png", "data:image/png;base64,AAAA", "iVBORw0KGgo=", "QUJD" * 100, "QUJD" * 3000]
 )
-def test_an_image_that_is_no_file_goes_as_it_is(image: str) -> None:
-    assert job_of(with_image(image), Path(), here=False)["input"]["prompts"][0]["ctrl_img"] == image
+def test_an_image_that_is_not_a_file_is_sent_unchanged(image: str) -> None:
+    assert job_of(with_image(image), Path(), is_local=False)["input"]["prompts"][0]["ctrl_img"] == image
 
 
 def test_the_request_of_the_caller_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"pixels")
     request = with_image("a.png")
-    job_of(request, tmp_path, here=False)
+    job_of(request, tmp_path, is_local=False)
     assert request["prompts"][0]["ctrl_img"] == "a.png"
 
 
-def test_an_image_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_image_is_an_error(tmp_path: Path) -> None:
     assert "`prompts[0].ctrl_img`: there is no file" in problems(with_image("missing.png"), folder=tmp_path)
 
 
-def test_an_image_option_that_names_no_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_of_an_image_option_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="`--image`: there is no file"):
         given("--image", str(tmp_path / "missing"))
     with pytest.raises(InvalidRequest, match="`--image`: there is no file"):
@@ -181,11 +181,23 @@ def test_an_image_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     assert "64 MiB" in problems(with_image("a.png"), folder=tmp_path)
 
 
-def test_a_request_that_runpod_would_not_take_is_told_which_image_it_is(tmp_path: Path) -> None:
+def test_the_error_for_a_request_that_is_too_large_names_the_image(tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(MAX_PAYLOAD))
     told = problems(with_image("large.png"), folder=tmp_path)
-    assert "13.3 MiB, and RunPod takes 10 MiB" in told and "`prompts[0].ctrl_img`" in told
-    assert job_of(with_image("large.png"), tmp_path, here=True)
+    assert "13.3 MB, and RunPod accepts 10 MB" in told and "`prompts[0].ctrl_img`" in told
+    assert job_of(with_image("large.png"), tmp_path, is_local=True)
+
+
+def test_the_limit_is_runpods_10_mb_to_the_byte() -> None:
+    room = 10_000_000 - len(body_of({"input": with_image("")}))
+    assert len(body_of(job_of(with_image("A" * room), Path(), is_local=False))) == MAX_PAYLOAD == 10_000_000
+    assert "RunPod accepts 10 MB" in problems(with_image("A" * (room + 1)))
+
+
+def test_without_a_folder_no_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "private.png").write_bytes(b"pixels")
+    request = with_image(str(tmp_path / "private.png"))
+    assert job_of(request, None, is_local=False)["input"] == request
 
 
 # LoRAs.
@@ -201,10 +213,10 @@ def test_a_lora_of_this_computer_is_refused_with_what_to_do(path: str, tmp_path:
 
 
 def test_a_lora_below_lora_dir_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert job_of(REQUEST, Path(), here=False)["input"] == REQUEST
+    assert job_of(REQUEST, Path(), is_local=False)["input"] == REQUEST
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job").mkdir()
     (tmp_path / "job/name.safetensors").touch()
-    assert job_of(REQUEST, Path(), here=True)["input"] == REQUEST
-    told = problems({**REQUEST, "loras": [{"path": "./job/name.safetensors"}]}, here=True)
-    assert "not below the worker's LORA_DIR" in told
+    assert job_of(REQUEST, Path(), is_local=True)["input"] == REQUEST
+    told = problems({**REQUEST, "loras": [{"path": "./job/name.safetensors"}]}, is_local=True)
+    assert "not a path below the worker's LORA_DIR" in told

@@ -1,4 +1,4 @@
-"""The client as a user starts it, a real worker on a tiny model, and everything between them."""
+"""The client's command, a real worker with a tiny model, and everything between them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_command_becomes_a_video_in_a_folder_though_everything_fails_once(api:
     assert KEY not in done.stderr
 
 
-def test_a_local_worker_shows_how_far_it_is_and_its_files_are_copied(
+def test_a_local_worker_reports_progress_and_its_files_are_copied(
     worker: LocalApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "request.json"
@@ -94,12 +94,12 @@ def test_a_local_error_is_the_workers(worker: LocalApi, tmp_path: Path, capsys: 
     assert main(["run", "--url", worker.url, *request]) == 1
     assert "\nLORA_NOT_FOUND: " in capsys.readouterr().err
     assert main(["resume", "test-0", "--url", worker.url]) == 3
-    assert "OUTPUT_DIR, under test-0/" in capsys.readouterr().err
+    assert "below test-0/ in the bucket or in OUTPUT_DIR" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["RunPod", "local"])
 def long_job(request: pytest.FixtureRequest) -> tuple[Client, dict[str, Any]]:
-    """A client, and a request that takes its worker a minute."""
+    """A client, and a request that keeps its worker busy for a minute."""
     prompt: dict[str, Any] = {"prompt": "a boat", "width": 128, "height": 128, "num_frames": 81, "sample_steps": 150}
     if request.param == "local":
         client = Client.local(request.getfixturevalue("worker").url)

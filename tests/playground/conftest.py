@@ -1,4 +1,4 @@
-"""The playground in this process, before a real worker with tiny checkpoints, or before a stand-in for RunPod's cloud."""
+"""A playground in this process, and an imitation of RunPod's API for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import requests
 
+from client import Client
 from playground.server import Playground, server
-from playground.target import Target
 
 Request = dict[str, Any]
 
 
 class Page:
-    """What the page's scripts can do, without a browser: requests from the playground's own origin."""
+    """Sends the requests that the page's scripts send, from the playground's own origin, without a browser."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -36,9 +36,9 @@ Serve = Callable[..., AbstractContextManager[Page]]
 
 
 @contextmanager
-def serving(target: Target, folder: Path, **more: Any) -> Iterator[Page]:
+def serving(client: Client, folder: Path, **more: Any) -> Iterator[Page]:
     folder.mkdir(exist_ok=True)
-    with server(Playground(target, folder, **more), 0) as web:
+    with server(Playground(client, folder, **more), 0) as web:
         thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -48,29 +48,29 @@ def serving(target: Target, folder: Path, **more: Any) -> Iterator[Page]:
             thread.join()
 
 
-class StandIn:
-    """RunPod's cloud as far as the playground sees it: /run, /status, /cancel and the bucket, with scripted answers."""
+class FakeCloud:
+    """RunPod's /run, /status and /cancel, and a bucket, with scripted answers."""
 
     def __init__(self, port: int) -> None:
         self.base = f"http://127.0.0.1:{port}"
         self.answer: dict[str, Any] = {"status": "IN_QUEUE"}
-        """To /status."""
+        """The answer to /run, /status and /cancel."""
         self.status = 200
-        """Of every answer but the bucket's."""
+        """The HTTP status of all answers but the bucket's."""
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         """(method, path, headers)."""
 
 
 @pytest.fixture
-def cloud() -> Iterator[StandIn]:
+def cloud() -> Iterator[FakeCloud]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            stand_in.asked.append((self.command, self.path, dict(self.headers)))
+            fake.asked.append((self.command, self.path, dict(self.headers)))
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            file = stand_in.files.get(self.path)
-            body = file if file is not None else json.dumps({"id": "job-1"} | stand_in.answer).encode()
-            self.send_response(200 if file is not None else stand_in.status)
+            file = fake.files.get(self.path)
+            body = file if file is not None else json.dumps({"id": "job-1"} | fake.answer).encode()
+            self.send_response(200 if file is not None else fake.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -81,9 +81,9 @@ def cloud() -> Iterator[StandIn]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
-        stand_in = StandIn(web.server_address[1])
+        fake = FakeCloud(web.server_address[1])
         thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield stand_in
+        yield fake
         web.shutdown()
         thread.join()

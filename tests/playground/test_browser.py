@@ -1,4 +1,4 @@
-"""The page in a real Chromium, before the real worker with tiny checkpoints."""
+"""The page in a real Chromium, with a real worker and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from playground.target import Target
+from client import Client
 from tests.playground.conftest import Page as Server
 from tests.playground.conftest import serving
 from tests.worker_process import LocalApi, free_port
@@ -42,7 +42,7 @@ EXAMPLE = {
     "prompts": [{"prompt": "[trigger] a boat", "width": 96, "height": 64, "num_frames": 5, "sample_steps": 2, "fps": 5}],
 }
 WITHIN = 20_000
-"""Milliseconds; the busiest of the waits below takes three seconds."""
+"""Milliseconds. The longest wait below takes three seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # Chromium's sandbox does not start as root, as which a container runs these tests.
+        # Chromium's sandbox does not start as root, and containers run these tests as root.
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
         yield browser
@@ -60,7 +60,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def playground(worker: LocalApi, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("playground")
-    with serving(Target(worker.url), folder, example=EXAMPLE, loras=tiny / "loras") as server:
+    with serving(Client.local(worker.url, patience=0), folder, example=EXAMPLE, loras=tiny / "loras") as server:
         yield server
 
 
@@ -69,7 +69,7 @@ Open = Callable[..., "Page"]
 
 @pytest.fixture
 def open_page(browser: Browser, playground: Server) -> Iterator[Open]:
-    """Opens the page; whatever its console complains of fails the test, a broken content policy for example."""
+    """Opens the page. Errors in its console fail the test, for example of the content security policy."""
     contexts, complaints = [], []
 
     def open(server: Server = playground, width: int = 1440, height: int = 900, **options: Any) -> Page:
@@ -87,7 +87,7 @@ def open_page(browser: Browser, playground: Server) -> Iterator[Open]:
     yield open
     for context in contexts:
         context.close()
-    # A refusal that a test provokes is one of the console's, too.
+    # The console also lists the failed requests that tests provoke.
     assert [text for text in complaints if not re.search("status of (400|502)", text)] == []
 
 
@@ -101,7 +101,7 @@ def field(page: Page, name: str) -> Locator:
 
 
 def run(page: Page, tap: bool = False, **values: str) -> None:
-    """Fill in, run by key or by finger, and wait for the video."""
+    """Fill in the form, run it with the keyboard or a tap, and wait for the video."""
     for name, value in values.items():
         field(page, name).fill(value)
     runs = [int(tile.get_attribute("data-run") or 0) for tile in page.locator("#tiles .open").all()]
@@ -114,12 +114,12 @@ def run(page: Page, tap: bool = False, **values: str) -> None:
 
 
 def axe(page: Page, *rules: str) -> list[str]:
-    """What axe finds against WCAG 2.2 A and AA, and its best practices; or against these rules of it alone."""
+    """The violations that axe finds of WCAG 2.2 A and AA and of its best practices, or only of `rules`."""
     import axe_playwright_python
 
     if not page.evaluate("'axe' in window"):
         page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
-    options: dict[str, Any] = {"resultTypes": ["violations"]}  # the rest costs as much and is not looked at
+    options: dict[str, Any] = {"resultTypes": ["violations"]}  # other results take as long and are not used
     options |= {"runOnly": list(rules)} if rules else {}
     found = page.evaluate("options => axe.run(document, options)", options)
     return [f"{item['id']}: {node['html'][:160]}" for item in found["violations"] for node in item["nodes"]]
@@ -211,7 +211,7 @@ def test_a_sample_of_the_trainer_is_dropped_on_a_video(page: Page, playground: S
 
 
 def drop(page: Page, selector: str, file: Path, kind: str) -> None:
-    """As the system's file manager would."""
+    """Drop a file, as from the file manager."""
     code = """([bytes, name, type]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], name, {type}));
@@ -222,7 +222,7 @@ def drop(page: Page, selector: str, file: Path, kind: str) -> None:
         page.dispatch_event(selector, event, {"dataTransfer": data})
 
 
-def test_every_problem_stands_at_its_field_and_the_first_has_the_focus(page: Page) -> None:
+def test_every_problem_is_shown_at_its_field_and_the_first_has_the_focus(page: Page) -> None:
     runs = page.locator("#tiles li").count()
     field(page, "width").fill("20")
     field(page, "seed").fill("often")
@@ -241,11 +241,11 @@ def test_every_problem_stands_at_its_field_and_the_first_has_the_focus(page: Pag
     assert page.evaluate("document.activeElement.name") == "seed"
 
 
-def test_what_only_the_worker_knows_comes_back_to_the_fields_too(page: Page) -> None:
+def test_problems_that_only_the_worker_finds_are_shown_at_the_fields_too(page: Page) -> None:
     for path, name in zip(page.locator("[name=path]").all(), ("one", "two"), strict=True):
         path.fill(f"{name}.safetensors")
     page.keyboard.press("Control+Enter")
-    page.get_by_text("was not made").wait_for()
+    page.locator(".failed .big", has_text="failed").wait_for()
     assert page.locator(".code").inner_text() == "LORA_NOT_FOUND"
     assert page.locator("[name=path][aria-invalid]").count() == 2
     assert page.evaluate("document.activeElement === document.querySelector('[name=path]')")
@@ -300,12 +300,12 @@ def test_the_form_takes_the_shape_of_the_model(page: Page, tmp_path: Path) -> No
 
 
 def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> None:
-    made_otherwise = {"prompts", "loras", "transformer", "ctrl_img_1"}  # of parts, by the place, by another name
+    without_field = {"prompts", "loras", "transformer", "ctrl_img_1"}  # made of parts, by position, another name
     fields = [
         (name, info.description)
         for model in (Request, Lora, Prompt)
         for name, info in model.model_fields.items()
-        if name not in made_otherwise
+        if name not in without_field
     ]
     shown = page.evaluate("""() => [...document.querySelectorAll("#fields [data-field]")].map((field) => {
         const control = field.querySelector("[name]");
@@ -316,7 +316,7 @@ def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> 
     assert page.locator("#notes").inner_text() == Prompt.model_fields["width"].description
 
 
-def test_the_snapped_size_and_frames_are_shown_as_one_types(page: Page) -> None:
+def test_the_effective_size_and_frames_are_shown_while_typing(page: Page) -> None:
     for model, width, frames, shown in (
         ("wan22_14b_t2v", "1000", "40", ["992 × 64", "41 frames"]),
         ("wan22_14b_i2v", "1000", "40", ["992 × 64", "37 frames"]),
@@ -328,7 +328,7 @@ def test_the_snapped_size_and_frames_are_shown_as_one_types(page: Page) -> None:
         readout = page.locator(".prompt .readout", has_text=shown[0])
         readout.filter(has_text=shown[1]).wait_for()
     field(page, "width").fill("")
-    page.locator(".prompt .readout", has_text="is shown here").wait_for()
+    page.locator(".prompt .readout", has_text="size is shown here").wait_for()
 
 
 def test_several_prompts_give_several_posters(page: Page) -> None:
@@ -372,9 +372,9 @@ def test_what_is_copied_runs_and_means_the_same(page: Page) -> None:
         assert (result["settings"]["prompts"][0]["prompt"], result["settings"]["prompts"][0]["seed"]) == (AWKWARD, 2**64 - 1)
 
 
-def test_for_an_endpoint_the_key_is_named_and_never_written(open_page: Open, tmp_path: Path) -> None:
-    target = Target("https://api.runpod.ai/v2/ep", "ep", "rpa_SECRET0123456789")
-    with serving(target, tmp_path, example=EXAMPLE) as server:
+def test_for_an_endpoint_the_copied_code_names_the_key_and_never_contains_it(open_page: Open, tmp_path: Path) -> None:
+    client = Client.endpoint("ep", "rpa_SECRET0123456789", base_url="https://api.runpod.ai/v2", patience=0)
+    with serving(client, tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         texts = [copied(page, kind) for kind in ("curl", "Python", "JSON")]
         assert "RunPod endpoint ep" in page.locator("#target").inner_text()
@@ -391,11 +391,11 @@ def test_markup_in_what_comes_back_stays_text(page: Page) -> None:
     assert page.locator("#facts b, #facts img").count() == 0
 
 
-def test_a_worker_that_is_away_is_told_with_a_way_to_try_again(open_page: Open, tmp_path: Path, worker: LocalApi) -> None:
-    with serving(Target(f"http://127.0.0.1:{free_port()}"), tmp_path, example=EXAMPLE) as server:
+def test_without_a_worker_the_page_says_so_and_offers_a_retry(open_page: Open, tmp_path: Path, worker: LocalApi) -> None:
+    with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         page.keyboard.press("Control+Enter")
-        page.get_by_role("alert").get_by_text("No worker answers at").wait_for()
+        page.get_by_role("alert").get_by_text("No job was started: no worker answers at").wait_for()
         with page.expect_response("**/api/jobs") as again:
             page.get_by_role("button", name="Try again").click()
         assert again.value.status == 502
@@ -417,7 +417,7 @@ def test_every_kind_of_result_is_shown(page: Page) -> None:
             page.wait_for_function("() => document.querySelector('.sheet img').naturalWidth > 96")
 
 
-def test_its_settings_go_back_into_the_form(page: Page) -> None:
+def test_the_settings_of_a_run_can_be_used_in_the_form(page: Page) -> None:
     run(page, seed="-1", prompt="a drawn seed")
     drawn = page.locator("#facts dl div", has_text="Seed").locator("dd").inner_text()
     field(page, "prompt").fill("something else")
@@ -425,7 +425,7 @@ def test_its_settings_go_back_into_the_form(page: Page) -> None:
     assert (field(page, "prompt").input_value(), field(page, "seed").input_value()) == ("a drawn seed", drawn)
 
 
-def test_who_wants_less_motion_starts_the_video_himself(open_page: Open) -> None:
+def test_with_reduced_motion_the_video_does_not_start_by_itself(open_page: Open) -> None:
     page = open_page(reduced_motion="reduce")
     run(page)
     page.wait_for_function("() => document.querySelector('video.made').readyState >= 2")

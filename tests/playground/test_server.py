@@ -1,4 +1,4 @@
-"""The playground's process: who may ask it for what, which files it shows, and that the key stays in it."""
+"""The playground's server: which requests it accepts, which files it serves, and that it never shows the key."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
+from client import Client
 from playground.__main__ import main
+from playground.jobs import Job, Jobs, NoFile
 from playground.server import STATIC
-from playground.target import Target, TargetError
-from tests.playground.conftest import Page, StandIn, serving
+from tests.playground.conftest import FakeCloud, Page, serving
 from tests.worker_process import free_port
 from tools.frames import read_clip
+from worker.errors import Code, Problem, WorkerError
 from worker.video import VIDEO, encode
 
+VIDEO_IN_BUCKET = b"video"
 KEY = "rpa_ABCDEFGHIJKLMNOP0123456789"
 REQUEST = {"model": "wan21_1b", "loras": [{"path": "a.safetensors"}], "prompts": [{"prompt": "x"}], "hf_token": "hf_secret"}
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 3, 4, 3), np.uint8).repeat(16, 1).repeat(16, 2)
@@ -28,28 +32,35 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (5, 3, 4, 3), np.uint8).repea
 
 
 @pytest.fixture
-def local(cloud: StandIn, tmp_path: Path) -> Iterator[Page]:
-    """Before a worker on this machine."""
-    with serving(Target(cloud.base), tmp_path / "files") as page:
+def local(cloud: FakeCloud, tmp_path: Path) -> Iterator[Page]:
+    """A playground for a worker on this computer."""
+    with serving(Client.local(cloud.base, patience=0), tmp_path / "files") as page:
         yield page
 
 
 @pytest.fixture
-def remote(cloud: StandIn, tmp_path: Path) -> Iterator[Page]:
-    """Before an endpoint, which needs the key."""
-    with serving(Target(f"{cloud.base}/v2/ep", "ep", KEY), tmp_path / "files") as page:
+def remote(cloud: FakeCloud, tmp_path: Path) -> Iterator[Page]:
+    """A playground for an endpoint, which needs the key."""
+    with serving(Client.endpoint("ep", KEY, base_url=f"{cloud.base}/v2", patience=0), tmp_path / "files") as page:
         yield page
 
 
 def completed(*urls: str, **more: Any) -> dict[str, Any]:
-    item = {"format": "mp4", "num_frames": 5, "fps": 16, "seed": 1, "width": 64, "height": 48, **more}
-    videos = [{"prompt_index": index, "url": url, **item} for index, url in enumerate(urls)]
-    prompts = [{"prompt_index": index} for index in range(len(urls))]
-    settings = {"match": "documented", "prompts": prompts}
-    return {"status": "COMPLETED", "output": {"outputs": {"images": [], "videos": videos}, "settings": settings}}
+    item = {"format": "mp4", "num_frames": 5, "fps": 16, "seed": 1, **more}
+    videos = [{"prompt_index": index, **file_at(url), **item} for index, url in enumerate(urls)]
+    settings = {"match": "documented", "prompts": [{"prompt_index": index, "prompt": "x"} for index in range(len(urls))]}
+    output = {"model": "wan21_1b", "outputs": {"images": [], "videos": videos}, "settings": settings}
+    return {"status": "COMPLETED", "output": output}
 
 
-def finished(page: Page, cloud: StandIn, answer: dict[str, Any]) -> dict[str, Any]:
+def file_at(url: str) -> dict[str, Any]:
+    """A file of a result; its size is that of a local file, or of `VIDEO_IN_BUCKET`."""
+    local = Path(urlsplit(url).path)
+    size = local.stat().st_size if url.startswith("file:") and local.is_file() else len(VIDEO_IN_BUCKET)
+    return {"url": url, "expires_at": None, "key": "job-1/0", "width": 64, "height": 48, "bytes": size}
+
+
+def finished(page: Page, cloud: FakeCloud, answer: dict[str, Any]) -> dict[str, Any]:
     """A job that has come to `answer`."""
     number = page.post("/api/jobs", REQUEST).json()["number"]
     cloud.answer = answer
@@ -61,16 +72,16 @@ def written(target: Path, output_format: str = "mp4", frames: np.ndarray = FRAME
     return target
 
 
-# Who may ask
+# Accepted requests
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1.evil.example"])
-def test_a_name_that_is_not_this_machines_is_refused(local: Page, host: str) -> None:
+def test_a_host_name_of_another_computer_is_refused(local: Page, host: str) -> None:
     assert local.get("/", Host=host).status_code == 403
     assert local.post("/api/jobs", REQUEST, Host=host, Origin=f"http://{host}").status_code == 403
 
 
-def test_another_page_in_the_same_browser_can_neither_read_nor_start(local: Page, cloud: StandIn) -> None:
+def test_another_page_in_the_same_browser_can_neither_read_nor_start_jobs(local: Page, cloud: FakeCloud) -> None:
     assert local.post("/api/jobs", REQUEST, Origin="http://evil.example").status_code == 403
     assert local.post("/api/jobs", REQUEST, Origin="null").status_code == 403
     assert local.get("/api/jobs", Origin="http://evil.example").status_code == 403
@@ -80,13 +91,13 @@ def test_another_page_in_the_same_browser_can_neither_read_nor_start(local: Page
     assert not cloud.asked
 
 
-def test_a_form_of_another_page_sends_no_json(local: Page, cloud: StandIn) -> None:
+def test_a_form_of_another_page_cannot_start_a_job(local: Page, cloud: FakeCloud) -> None:
     body = json.dumps(REQUEST).encode()
     assert local.post("/api/jobs", data=body, **{"Content-Type": "text/plain"}).status_code == 415
     assert not cloud.asked
 
 
-def test_a_post_without_an_origin_is_no_browsers(local: Page) -> None:
+def test_a_post_without_an_origin_is_refused(local: Page) -> None:
     with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:
         host = local.url.removeprefix("http://")
         line.sendall(f"POST /api/jobs/1/cancel HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
@@ -102,7 +113,7 @@ def test_a_browser_that_is_closed_leaves_no_traceback(local: Page, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-def test_it_listens_on_this_machine_only(local: Page) -> None:
+def test_it_listens_on_loopback_only(local: Page) -> None:
     others = [address for *_, (address, *_) in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     for address in {address for address in others if not address.startswith("127.")}:
         with pytest.raises(OSError), socket.create_connection((address, int(local.url.rpartition(":")[2])), 2):
@@ -117,7 +128,7 @@ def test_every_answer_forbids_foreign_scripts_and_frames(local: Page) -> None:
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_makes_no_markup_of_data_and_loads_nothing_from_elsewhere() -> None:
+def test_the_page_makes_no_markup_from_data_and_loads_nothing_from_other_hosts() -> None:
     for path in STATIC.iterdir():
         text = path.read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), path
@@ -128,13 +139,13 @@ def test_the_page_makes_no_markup_of_data_and_loads_nothing_from_elsewhere() -> 
 # The key
 
 
-def test_the_key_goes_to_the_endpoint_and_into_no_answer(remote: Page, cloud: StandIn) -> None:
-    cloud.files["/bucket/0.mp4"] = b"video"
+def test_the_key_is_sent_to_the_endpoint_and_is_in_no_answer(remote: Page, cloud: FakeCloud) -> None:
+    cloud.files["/bucket/0.mp4"] = VIDEO_IN_BUCKET
     cloud.answer = {"status": "FAILED", "error": f"INTERNAL: who sends Bearer {KEY}?"}
     answers = [remote.post("/api/jobs", REQUEST), remote.get("/api/jobs/1"), remote.post("/api/jobs/1/cancel")]
     cloud.answer = {"status": "IN_QUEUE"}
     finished(remote, cloud, completed(f"{cloud.base}/bucket/0.mp4?signed=1"))
-    cloud.files["/bucket/0.mp4?signed=1"] = b"video"
+    cloud.files["/bucket/0.mp4?signed=1"] = VIDEO_IN_BUCKET
     answers += [remote.get(path) for path in ("/", "/api/config", "/api/jobs", "/api/jobs/2", "/files/2/0", "/api/jobs/9")]
     cloud.status = 401
     answers += [remote.post("/api/jobs", REQUEST), remote.post("/api/check", REQUEST)]
@@ -153,7 +164,7 @@ def test_a_token_of_the_request_is_sent_and_not_kept(local: Page) -> None:
 # The files
 
 
-def test_a_file_that_a_job_named_is_served_whole_and_in_ranges(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_a_file_that_a_job_named_is_served_whole_and_in_ranges(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     video = written(tmp_path / "0.mp4")
     job = finished(local, cloud, completed(video.as_uri()))
     path = job["result"]["outputs"]["videos"][0]["file"]
@@ -165,9 +176,9 @@ def test_a_file_that_a_job_named_is_served_whole_and_in_ranges(local: Page, clou
 
 
 @pytest.mark.parametrize("kind", ["poster", "contact_sheet"])
-def test_the_pictures_of_a_result_are_served_too(local: Page, cloud: StandIn, tmp_path: Path, kind: str) -> None:
+def test_the_pictures_of_a_result_are_served_too(local: Page, cloud: FakeCloud, tmp_path: Path, kind: str) -> None:
     (tmp_path / "0.jpg").write_bytes(b"jpeg")
-    picture = {"url": (tmp_path / "0.jpg").as_uri(), "key": "0.jpg"}
+    picture = file_at((tmp_path / "0.jpg").as_uri())
     job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), **{kind: picture}))
     answer = local.get(job["result"]["outputs"]["videos"][0][kind]["file"])
     assert (answer.content, answer.headers["Content-Type"]) == (b"jpeg", "image/jpeg")
@@ -189,7 +200,7 @@ def test_the_pictures_of_a_result_are_served_too(local: Page, cloud: StandIn, tm
         "//etc/passwd",
     ],
 )
-def test_no_other_path_leads_to_a_file(local: Page, cloud: StandIn, tmp_path: Path, path: str) -> None:
+def test_no_other_path_serves_a_file(local: Page, cloud: FakeCloud, tmp_path: Path, path: str) -> None:
     finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as line:  # a library would tidy the path
         host = local.url.removeprefix("http://")
@@ -198,27 +209,43 @@ def test_no_other_path_leads_to_a_file(local: Page, cloud: StandIn, tmp_path: Pa
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "file:///proc/self/environ", "ftp://example.com/0.mp4", "/etc/0.mp4"])
-def test_a_result_cannot_name_what_is_no_output(local: Page, cloud: StandIn, url: str) -> None:
+def test_only_output_files_of_a_result_are_served(local: Page, cloud: FakeCloud, url: str) -> None:
     finished(local, cloud, completed(url))
     assert local.get("/files/1/0").status_code == 404
 
 
-def test_an_endpoint_cannot_name_a_file_of_this_machine(remote: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_an_endpoint_cannot_name_a_file_of_this_computer(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     finished(remote, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     answer = remote.get("/files/1/0")
-    assert (answer.status_code, "the machine of the worker" in answer.json()["error"]) == (404, True)
+    assert (answer.status_code, "the worker's own disk" in answer.json()["error"]) == (404, True)
 
 
-def test_a_zip_of_frames_plays_as_a_video(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_a_worker_on_another_host_cannot_name_a_file_of_this_computer(tmp_path: Path) -> None:
+    jobs = Jobs(Client.local("http://worker.example:8000", patience=0), tmp_path)
+    jobs._jobs[1] = job = Job(1, "job-1", REQUEST)
+    job.update({"id": "job-1"} | completed(written(tmp_path / "0.mp4").as_uri()))
+    with pytest.raises(NoFile, match="the worker's own disk"):
+        jobs.file(1, 0)
+
+
+def test_a_request_cannot_name_a_file_of_this_computer(remote: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+    (tmp_path / "private.png").write_bytes(bytes(10_000))
+    prompt = {"prompt": "x", "ctrl_img": str(tmp_path / "private.png")}
+    assert remote.post("/api/jobs", REQUEST | {"model": "wan21_i2v_14b", "prompts": [prompt]}).ok
+    (_, _, headers) = cloud.asked[0]
+    assert int(headers["Content-Length"]) < 1000
+
+
+def test_a_zip_of_frames_plays_as_a_video(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     job = finished(local, cloud, completed(written(tmp_path / "0.zip", "png").as_uri(), format="png"))
     (tmp_path / "played.mp4").write_bytes(local.get(job["result"]["outputs"]["videos"][0]["play"]).content)
     assert read_clip(tmp_path / "played.mp4").frames.shape == FRAMES.shape
 
 
-# What the target says
+# The API's answers
 
 
-def test_a_job_goes_from_the_queue_over_its_steps_to_its_problems(local: Page, cloud: StandIn) -> None:
+def test_a_job_goes_from_the_queue_over_its_steps_to_its_problems(local: Page, cloud: FakeCloud) -> None:
     assert local.post("/api/jobs", REQUEST).json()["status"] == "queued"
     update = {"stage": "denoise", "step": 7, "steps": 25, "percent": 28, "seconds_left": 84.2, "prompts": 1, "prompt_index": 0}
     cloud.answer = {"status": "IN_PROGRESS", "output": update}
@@ -226,22 +253,40 @@ def test_a_job_goes_from_the_queue_over_its_steps_to_its_problems(local: Page, c
     cloud.answer = {"status": "FAILED", "error": "LORA_NOT_FOUND: `loras[0].path`: no such file"}
     job = local.get("/api/jobs/1").json()
     assert job["status"] == "failed"
+    assert job["code"] == "LORA_NOT_FOUND"
     assert job["problems"] == [{"code": "LORA_NOT_FOUND", "field": "loras[0].path", "text": "no such file"}]
     cloud.asked.clear()
     assert local.get("/api/jobs/1").json() == job
     assert not cloud.asked, "what has ended is not asked for again"
 
 
+def test_a_job_that_the_worker_reports_as_cancelled_is_cancelled(local: Page, cloud: FakeCloud) -> None:
+    job = finished(local, cloud, {"status": "FAILED", "error": "CANCELLED: the job was stopped"})
+    assert (job["status"], job["code"]) == ("cancelled", "CANCELLED")
+
+
+def test_a_worker_of_another_model_is_named(local: Page, cloud: FakeCloud) -> None:
+    error = WorkerError.of([Problem(Code.MODEL_NOT_SERVED, "model", "this worker serves wan21_14b, not wan21_1b")])
+    job = finished(local, cloud, {"status": "FAILED", "error": str(error)})
+    assert (job["code"], job["served_model"]) == ("MODEL_NOT_SERVED", "wan21_14b")
+
+
+def test_the_result_of_another_worker_is_a_failure(local: Page, cloud: FakeCloud) -> None:
+    job = finished(local, cloud, {"status": "COMPLETED", "output": {"images": ["aGk="]}})
+    assert (job["status"], job["code"], job["problems"]) == ("failed", "JOB_FAILED", [])
+    assert "does another worker run at this address?" in job["error"]
+
+
 @pytest.mark.parametrize(
     ("status", "text", "again"),
     [
         (401, "RUNPOD_API_KEY", False),
-        (404, "no endpoint ep", False),
+        (404, "no such endpoint", False),
         (429, "wait", True),
-        (502, "502", True),
+        (502, "the job may run, or it may not", False),
     ],
 )
-def test_a_refusal_says_what_would_do(remote: Page, cloud: StandIn, status: int, text: str, again: bool) -> None:
+def test_a_failed_submission_says_what_to_do(remote: Page, cloud: FakeCloud, status: int, text: str, again: bool) -> None:
     cloud.status = status
     answer = remote.post("/api/jobs", REQUEST)
     assert answer.status_code == 502
@@ -249,27 +294,29 @@ def test_a_refusal_says_what_would_do(remote: Page, cloud: StandIn, status: int,
     assert answer.json()["again"] is again
 
 
-def test_a_request_that_runpod_would_not_take_is_not_sent(remote: Page, local: Page, cloud: StandIn) -> None:
-    request = REQUEST | {"prompts": [{"prompt": "x", "ctrl_img": "A" * 10_000_000}]}
+def test_a_request_that_is_too_large_for_runpod_is_not_sent(remote: Page, local: Page, cloud: FakeCloud) -> None:
+    request = REQUEST | {"model": "wan21_i2v_14b", "prompts": [{"prompt": "x", "ctrl_img": "A" * 10_000_000}]}
+    (problem, at_image) = remote.post("/api/check", request).json()["problems"]
+    assert "10.0 MB, and RunPod accepts 10 MB" in problem["text"] and at_image["field"] == "prompts[0].ctrl_img"
     answer = remote.post("/api/jobs", request)
-    assert (answer.status_code, "10.0 MB" in answer.json()["error"], cloud.asked) == (502, True, [])
+    assert (answer.status_code, problem["text"] in answer.json()["error"], cloud.asked) == (400, True, [])
     assert local.post("/api/jobs", request).ok, "a worker on this machine takes it"
 
 
 def test_without_a_worker_it_says_how_to_start_one(tmp_path: Path) -> None:
-    target = Target(f"http://127.0.0.1:{free_port()}")
-    with serving(target, tmp_path) as page:
+    with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path) as page:
         answer = page.post("/api/jobs", REQUEST).json()
     assert answer["again"] and "no worker answers" in answer["error"] and "make serve" in answer["error"]
 
 
-def test_what_is_no_worker_is_told(cloud: StandIn) -> None:
+def test_an_address_without_a_worker_is_an_error_that_is_not_retried(local: Page, cloud: FakeCloud) -> None:
     cloud.files["/run"] = b"<html>"
-    with pytest.raises(TargetError, match="not as a RunPod API"):
-        Target(cloud.base).run({})
+    answer = local.post("/api/jobs", REQUEST)
+    assert (answer.status_code, answer.json()["again"]) == (502, False)
+    assert "not one of RunPod's API" in answer.json()["error"]
 
 
-def test_a_seed_that_javascript_would_round_is_text(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_a_seed_that_javascript_would_round_is_text(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     job = finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), seed=2**64 - 1))
     assert job["result"]["outputs"]["videos"][0]["seed"] == "18446744073709551615"
 
@@ -277,7 +324,7 @@ def test_a_seed_that_javascript_would_round_is_text(local: Page, cloud: StandIn,
 # Comparison
 
 
-def test_a_sample_is_compared_with_a_result(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_a_sample_is_compared_with_a_result(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     other = FRAMES.copy()
     other[3] = 255 - other[3]
@@ -294,7 +341,7 @@ def test_a_sample_is_compared_with_a_result(local: Page, cloud: StandIn, tmp_pat
     assert difference.mean() > 2 * together[0, :, 128:].mean()
 
 
-def test_a_sample_that_is_none_is_named_as_its_user_named_it(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_sample_has_the_users_file_name(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri()))
     answer = local.post("/api/compare?name=notes.txt&b=1/0", data=b"no video")
     assert answer.status_code == 400
@@ -302,7 +349,7 @@ def test_a_sample_that_is_none_is_named_as_its_user_named_it(local: Page, cloud:
     assert str(tmp_path) not in answer.text
 
 
-def test_two_runs_are_compared_with_the_settings_that_differ(local: Page, cloud: StandIn, tmp_path: Path) -> None:
+def test_two_runs_are_compared_with_the_settings_that_differ(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
     for name in ("one", "two"):
         cloud.answer = {"status": "IN_QUEUE"}
         answer = completed(written(tmp_path / f"{name}.mp4").as_uri())
@@ -320,12 +367,12 @@ def test_two_runs_are_compared_with_the_settings_that_differ(local: Page, cloud:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--endpoint", "ep"], "RUNPOD_API_KEY is not set"),
-        (["--url", "localhost:8000"], "is no http(s) URL"),
-        (["--tiny", "/nowhere"], "no tiny checkpoints"),
+        (["--endpoint", "ep"], "set RUNPOD_API_KEY"),
+        (["--url", "localhost:8000"], "is not an http(s) URL"),
+        (["--tiny", "/nowhere"], "has no tiny checkpoints"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_missing(
+def test_the_command_reports_in_one_line_what_is_missing(
     arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)

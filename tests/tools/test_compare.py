@@ -1,4 +1,4 @@
-"""Numbers, verdicts and pictures of two videos, on files that the worker's own encoders wrote."""
+"""Numbers, verdicts and sheets for two videos, on files that the worker's encoders wrote."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_one_video_in_two_formats_is_equal_within_encoding_noise(one, other, tmp
 
 
 @pytest.mark.parametrize("output_format", ["mp4", "webp", "gif"])
-def test_what_counts_as_noise_is_measured_on_the_pictures_themselves(output_format, tmp_path, capsys):
+def test_encoding_noise_is_measured_on_the_videos_themselves(output_format, tmp_path, capsys):
     """Saturated waves, which codecs change more than ten times as much as calm pictures."""
     t, y, x = np.mgrid[0:COUNT, 0:HEIGHT, 0:WIDTH]
     waves = np.stack([np.sin(x / 7 + t), np.sin(y / 5 + t), np.cos((x + y) / 9)], axis=-1)
@@ -153,7 +153,7 @@ def test_rounding_is_noise_even_without_loss(tmp_path, capsys):
         pytest.param(np.clip(FRAMES + 6, 0, 255).astype(np.uint8), id="brighter"),
     ],
 )
-def test_the_same_scene_drawn_otherwise_is_a_matter_of_settings(redrawn, tmp_path, capsys):
+def test_the_same_scene_drawn_in_another_way_is_recognised(redrawn, tmp_path, capsys):
     status, found = report(capsys, written(tmp_path, "mp4"), written(tmp_path, "mp4", redrawn, "b"))
     assert (status, found["verdict"]["code"]) == (1, "same_scene")
 
@@ -184,7 +184,7 @@ def test_black_and_white_are_different(tmp_path, capsys):
     assert found["verdict"]["code"] == "different"
 
 
-def test_other_sizes_and_counts_are_said_and_the_common_part_is_compared(tmp_path, capsys):
+def test_other_sizes_and_counts_are_reported_and_the_common_part_is_compared(tmp_path, capsys):
     a, b = written(tmp_path, "png"), written(tmp_path, "png", FRAMES[:3, :80, :144], "b")
     status, found = report(capsys, a, b)
     assert (status, found["equal"], found["verdict"]["code"], len(found["frames"])) == (1, False, "identical", 3)
@@ -217,7 +217,7 @@ def test_every_kind_of_source_gives_the_same_frames(tmp_path):
     assert np.array_equal(read_clip(folder / "00002.png").frames, FRAMES[2:3])
 
 
-def test_files_are_known_by_their_content(tmp_path):
+def test_the_content_of_a_file_decides_its_format(tmp_path):
     misnamed = written(tmp_path, "webp").rename(tmp_path / "preview.jpg")
     clip = read_clip(misnamed)
     assert (clip.kind, len(clip.frames), round(clip.fps or 0)) == ("webp", COUNT, 16)
@@ -230,13 +230,13 @@ def test_images_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("output_format", ["webp", "gif"])
-def test_a_still_stretch_that_was_stored_as_one_frame_counts_as_it_is_shown(output_format, tmp_path):
+def test_equal_frames_that_are_stored_as_one_are_counted_as_shown(output_format, tmp_path):
     still = FRAMES[[0, 1, 1, 1, 2]]
     assert len(read_clip(written(tmp_path, output_format, still)).frames) == 5
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04cut", b"\0\0\0 ftypisom cut"])
-def test_what_cannot_be_read_is_one_line_on_stderr(content, tmp_path, capsys):
+def test_a_file_that_cannot_be_read_is_one_line_on_stderr(content, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.write_bytes(content)
     assert main([str(bad), str(bad)]) == 2
@@ -311,7 +311,7 @@ def test_the_sheet_shows_a_b_and_their_amplified_difference(tmp_path, capsys):
     assert difference[:, :180].mean() == pytest.approx(3 * 64, abs=5)
 
 
-def test_the_difference_is_amplified_as_far_as_it_fits():
+def test_the_difference_is_amplified_without_clipping():
     assert gain_for([np.full((8, 8, 3), 3)]) == 64
     assert gain_for([np.full((8, 8, 3), 100)]) == 2
     assert gain_for([np.zeros((8, 8, 3))]) == 1

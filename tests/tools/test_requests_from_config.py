@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS
 from tools.cli import BadInput
-from tools.requests_from_config import main, told_by
+from tools.requests_from_config import main, model_named_by
 from tools.trainer_samples import resolve
 from worker.images import decode
 from worker.request import parse
@@ -56,7 +57,7 @@ def picture(path: Path, mode: str = "RGB", **options: Any) -> Path:
 # what the trainer takes
 
 
-def test_every_number_is_written_and_the_trainers_defaults_are_not_ours(tmp_path, capsys):
+def test_every_number_is_written_with_the_trainers_defaults(tmp_path, capsys):
     [request], warnings = converted(capsys, config(tmp_path, {"prompts": ["a boat"]}))
     assert request == {
         "model": "wan21_1b",
@@ -87,13 +88,13 @@ def test_a_sample_overrides_the_section(tmp_path, capsys):
     assert requests[1]["prompts"][0] == {"prompt": "b", "seed": 7, **own}
 
 
-def test_walk_seed_counts_up_and_a_seed_of_its_own_is_for_one_sample(tmp_path, capsys):
+def test_walk_seed_counts_up_and_a_samples_own_seed_is_for_that_sample(tmp_path, capsys):
     samples = [{"prompt": "a"}, {"prompt": "b", "seed": 5}, {"prompt": "c"}]
     requests, _ = converted(capsys, config(tmp_path, {"seed": 42, "walk_seed": True, "samples": samples}))
     assert prompts_of(requests, "seed") == [42, 5, 44]
 
 
-def test_without_walk_seed_a_seed_of_its_own_stays_in_force(tmp_path, capsys):
+def test_without_walk_seed_a_samples_own_seed_is_for_the_next_samples_too(tmp_path, capsys):
     samples = [{"prompt": "a"}, {"prompt": "b", "seed": 5}, {"prompt": "c"}, {"prompt": "d", "seed": None}]
     requests, _ = converted(capsys, config(tmp_path, {"seed": 42, "samples": samples}))
     assert prompts_of(requests, "seed") == [42, 5, 5, 5]
@@ -123,7 +124,7 @@ def test_sizes_are_floored_to_8_and_at_least_64(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("word", "prompt"), [("sks", "sks in my_lora"), ("", " in my_lora"), (None, "[trigger] in my_lora")])
-def test_the_trigger_word_takes_its_place_and_the_jobs_name_comes_first(word, prompt, tmp_path, capsys):
+def test_the_jobs_name_is_filled_in_before_the_trigger_word(word, prompt, tmp_path, capsys):
     file = config(tmp_path, {"prompts": ["[trigger] in [name]"]}, trigger_word=word)
     assert prompts_of(converted(capsys, file)[0], "prompt") == [prompt.strip()]
 
@@ -170,11 +171,11 @@ def test_the_multiplier_of_a_sample_is_that_of_its_loras(tmp_path, capsys):
         ("flux", "black-forest-labs/FLUX.1-dev", None),
     ],
 )
-def test_arch_and_name_tell_the_model(arch, name, model):
-    assert told_by({"arch": arch, "name_or_path": name}) == model
+def test_arch_and_name_determine_the_model(arch, name, model):
+    assert model_named_by({"arch": arch, "name_or_path": name}) == model
 
 
-def test_a_model_that_the_config_does_not_tell_is_asked_for(tmp_path, capsys):
+def test_the_error_for_an_unknown_model_names_the_option(tmp_path, capsys):
     file = config(tmp_path, {"prompts": ["a"]}, {"arch": "wan21", "name_or_path": "/models/mine"})
     assert main([str(file)]) == 2
     assert "--model" in capsys.readouterr().err
@@ -192,7 +193,7 @@ def test_a_14b_lora_has_the_sides_that_were_trained(kwargs, sides, tmp_path, cap
     assert request["loras"] == [lora | {"network_multiplier": 1.0} for lora in expected]
 
 
-def test_given_loras_tell_their_side_by_name_or_by_word(tmp_path, capsys):
+def test_a_given_lora_has_its_side_in_its_name_or_before_it(tmp_path, capsys):
     file = config(tmp_path, {"prompts": ["a"]}, T2V_14B)
     url = "https://example.com/a_low_noise.safetensors?download=true"
     [request], _ = converted(capsys, file, "--lora", "high=x/a.safetensors", url)
@@ -217,7 +218,7 @@ def test_a_bare_process_and_json_are_read_too(tmp_path, capsys):
     assert request["prompts"] == converted(capsys, as_yaml)[0][0]["prompts"]
 
 
-def test_environment_variables_are_put_in_as_the_trainer_does(tmp_path, capsys, monkeypatch):
+def test_environment_variables_are_filled_in_as_in_the_trainer(tmp_path, capsys, monkeypatch):
     file = config(tmp_path, {"prompts": ["a ${VEHICLE}"]})
     assert main([str(file)]) == 2
     monkeypatch.setenv("VEHICLE", "boat")
@@ -227,7 +228,7 @@ def test_environment_variables_are_put_in_as_the_trainer_does(tmp_path, capsys, 
 # control images
 
 
-def test_a_control_image_goes_along_as_the_file_it_is(tmp_path, capsys):
+def test_a_control_image_is_sent_as_the_unchanged_file(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     image = picture(tmp_path / "images/first.jpg")
     section = {"samples": [{"prompt": "a", "ctrl_img": "images/first.jpg"}]}
@@ -235,7 +236,7 @@ def test_a_control_image_goes_along_as_the_file_it_is(tmp_path, capsys):
     assert base64.b64decode(request["prompts"][0]["ctrl_img"]) == image.read_bytes()
 
 
-def test_control_images_are_looked_for_from_here_and_then_beside_the_config(tmp_path, capsys, monkeypatch):
+def test_control_images_are_relative_to_the_current_folder_or_else_to_the_configs(tmp_path, capsys, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     picture(tmp_path / "a.png")
@@ -261,6 +262,16 @@ def test_the_worker_gets_the_pixels_that_the_trainer_sees(kind, tmp_path, capsys
         assert decode(sent, request["match"]).tobytes() == image.convert("RGB").tobytes()
 
 
+@pytest.mark.parametrize(("size", "is_told"), [(7_490_000, False), (7_510_000, True)])
+def test_a_request_above_the_10_mb_of_run_is_a_warning(size, is_told, tmp_path, capsys):
+    image = picture(tmp_path / "a.png")
+    image.write_bytes(image.read_bytes().ljust(size, b"\0"))  # decoders ignore the bytes after a PNG's end
+    section = {"samples": [{"prompt": "a", "ctrl_img": "a.png"}]}
+    [request], warnings = converted(capsys, config(tmp_path, section, {"arch": "wan22_5b"}))
+    assert is_told == (len(body_of({"input": request})) > MAX_PAYLOAD)
+    assert ["RunPod accepts 10 MB at /run" in warning for warning in warnings] == [True] * is_told
+
+
 def test_an_image_model_without_an_image_is_bad_input_and_a_text_model_leaves_it_out(tmp_path, capsys):
     assert main([str(config(tmp_path, {"prompts": ["a"]}, {"arch": "wan22_14b_i2v"}))]) == 2
     assert "sample 0 has no `ctrl_img`" in capsys.readouterr().err
@@ -272,16 +283,16 @@ def test_an_image_model_without_an_image_is_bad_input_and_a_text_model_leaves_it
 # what cannot be had
 
 
-def test_what_the_schema_cannot_take_is_said_and_the_nearest_is_sent(tmp_path, capsys):
+def test_values_outside_the_schema_are_a_warning_and_the_nearest_is_sent(tmp_path, capsys):
     section = {"samples": [{"prompt": "a", "network_multiplier": 3, "sample_steps": 200, "width": 5000, "guidance_scale": -1}]}
     [request], warnings = converted(capsys, config(tmp_path, section))
     prompt = request["prompts"][0]
     assert (request["loras"][0]["network_multiplier"], prompt["sample_steps"], prompt["width"]) == (2.0, 150, 4096)
-    assert "sample 0: network_multiplier 3 is outside what the worker takes; 2 is sent" in warnings
+    assert "sample 0: network_multiplier 3 is outside the worker's limits; 2 is sent" in warnings
     assert len(warnings) == 4
 
 
-def test_what_the_trainer_leaves_out_is_said(tmp_path, capsys):
+def test_what_the_trainer_ignores_is_a_warning(tmp_path, capsys):
     section = {"samples": [{"prompt": "a --gr 0.7 --fast well--known", "ctrl_idx": 1, "ctrl_img_2": "b.png"}], "seed": -1}
     requests, warnings = converted(capsys, config(tmp_path, section))
     assert prompts_of(requests, "prompt", "seed") == [("a", -1)]
@@ -289,7 +300,7 @@ def test_what_the_trainer_leaves_out_is_said(tmp_path, capsys):
         assert any(words in warning for warning in warnings), words
 
 
-def test_quantized_and_tiled_previews_are_said_to_be_met_only_closely(tmp_path, capsys):
+def test_quantized_and_tiled_previews_are_a_warning(tmp_path, capsys):
     _, warnings = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | {"quantize": True, "low_vram": True}))
     assert [warning.partition(":")[0] for warning in warnings] == ["model.quantize", "model.quantize_te", "model.low_vram"]
 
@@ -301,20 +312,20 @@ def test_quantized_and_tiled_previews_are_said_to_be_met_only_closely(tmp_path, 
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["a"], "width": None}, "`width` is empty"),
         ({"prompts": ["a"], "fps": "fast"}, "fps of sample 0 is 'fast'"),
-        ({"prompts": ["a"], "seed": 2**64}, "torch takes none"),
+        ({"prompts": ["a"], "seed": 2**64}, "torch accepts at most 64 bits"),
         ({"prompts": [42]}, "not a text"),
         ({"samples": ["a"]}, "list of objects"),
         ({"prompts": ["a"], "guidance_scale": float("nan")}, "guidance_scale"),
     ],
 )
-def test_what_the_trainer_itself_stops_at_is_one_line_on_stderr(sample, words, tmp_path, capsys):
+def test_a_config_on_which_the_trainer_fails_is_one_line_on_stderr(sample, words, tmp_path, capsys):
     assert main([str(config(tmp_path, sample))]) == 2
     out, err = capsys.readouterr()
     assert words in err and err.count("\n") == 1 and out == ""
 
 
 @pytest.mark.parametrize("text", ["a: [", "42", "a: b", "config: {process: []}"])
-def test_a_file_that_is_no_config_is_one_line_on_stderr(text, tmp_path, capsys):
+def test_a_file_that_is_not_a_config_is_one_line_on_stderr(text, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
     assert main([str(tmp_path / "c.yaml")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -357,7 +368,7 @@ numbers = st.integers(-3, 5000) | st.floats(-3, 300).map(lambda number: round(nu
         optional=dict.fromkeys(("width", "height", "sample_steps", "guidance_scale", "fps", "num_frames", "seed"), numbers),
     )
 )
-def test_whatever_is_written_is_what_the_worker_takes(section):
+def test_the_worker_accepts_every_request_that_is_written(section):
     """`requests_of` checks with `parse`; what it does not raise as bad input has passed."""
     from tools.requests_from_config import requests_of
     from tools.trainer_samples import Training
