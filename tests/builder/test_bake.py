@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import hcl2
 import pytest
 import yaml
 
-from builder import bake
+from builder import REPRODUCIBLE_MTIME, bake
 from pipelines.catalog import MODELS, TOOLKIT_COMMIT
 from pipelines.weights import STEM_OF
 from tests.worker_process import ROOT
@@ -83,11 +84,47 @@ def test_every_component_with_weights_has_a_group_and_every_slot_is_copied() -> 
     assert set(re.findall(r"builder\.bake (\w+)", DOCKERFILE)) == {*bake.GROUPS, "all"}
 
 
+STAGES = {
+    re.match(r"\S+ AS (\w+)", stage)[1]: stage.replace("\\\n", " ")  # type: ignore[index]
+    for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
+}
+
+
 def test_the_code_is_copied_last() -> None:
-    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
-    for stage in stages:
-        if re.match(r"\S+ AS (slim|baked)", stage):
-            assert stage.rstrip().endswith("COPY --from=code /image /")
+    for name in ("slim", "baked"):
+        assert STAGES[name].rstrip().endswith("COPY --from=code /image /")
+
+
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [
+        ("toolkit", "builder.fetch_toolkit"),
+        ("tiny", "builder.tiny_checkpoints"),
+        ("checkpoints", "builder.fetch_checkpoints"),
+        ("checkpoints", "builder.bake"),
+        ("code", "builder.fetch_checkpoints"),
+    ],
+)
+def test_a_stage_copies_every_module_that_its_program_imports(stage: str, module: str, tmp_path: Path) -> None:
+    for line in re.findall(r"^COPY ((?:builder|pipelines|worker).+)$", STAGES[stage], re.MULTILINE):
+        *sources, target = line.split()
+        for source in map(Path, sources):
+            to = tmp_path / target.removeprefix("/build/").removeprefix("/image/app/")
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, to)
+            else:
+                to.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, to)
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_modification_time_is_the_same_everywhere(bake_file: dict[str, dict[str, Any]]) -> None:
+    assert f"\nARG REPRODUCIBLE_MTIME={REPRODUCIBLE_MTIME}\n" in DOCKERFILE
+    assert bake_file["variable"]["SOURCE_DATE_EPOCH"]["default"] == str(REPRODUCIBLE_MTIME)
+    for name, stage in STAGES.items():
+        if "$REPRODUCIBLE_MTIME" in stage or "install.sh" in stage:
+            assert "\nARG REPRODUCIBLE_MTIME\n" in stage, name
 
 
 @pytest.fixture
@@ -115,7 +152,7 @@ def test_a_layer_of_weights_holds_nothing_but_weights_named_by_their_content(bak
     files = [path for path in (baked / "weights").rglob("*") if path.is_file()]
     assert {path.relative_to(baked / "weights").parts[0] for path in files} == {"text", "vae", "image", "transformer"}
     assert all(path.name == bake.sha256_of(path) for path in files)
-    assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(bake.REPRODUCIBLE_MTIME)}
+    assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(REPRODUCIBLE_MTIME)}
 
 
 def test_an_unknown_model_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
