@@ -20,7 +20,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from builder.checkpoint_folder import CheckpointFolder
-from builder.hub import Hub, RemoteFile, Stopped, ignore_offline_mode, verified_sha256
+from builder.hub import Hub, RemoteFile, ignore_offline_mode, verified_sha256
 from builder.retry import FetchError
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.weights import STEM_OF, file_names
@@ -121,16 +122,14 @@ def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder) -> int:
         progress.print_finished(file)
 
     already_there = plan.bytes - sum(file.size for file in wanted)
-    with ProgressBar(plan.bytes, already_there) as progress, ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+    with closing(ProgressBar(plan.bytes, already_there)) as progress, ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
         tasks = [pool.submit(fetch_one, file) for file in sorted(wanted, key=lambda file: -file.size)]
         try:
-            wait(tasks, return_when=FIRST_EXCEPTION)
+            for task in as_completed(tasks):
+                task.result()
         finally:
             hub.stop.set()
             pool.shutdown(cancel_futures=True)
-    failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
-    for failure in sorted(failures, key=lambda failure: isinstance(failure, Stopped)):  # the cause before those it stopped
-        raise failure
     folder.finish(sums)
     return len(wanted)
 
@@ -144,12 +143,6 @@ class ProgressBar:
         self._bar = tqdm(total=total, initial=already_there, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
         self._total, self._there = total, already_there
 
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
     def add(self, count: int) -> None:
         with self._lock:
             self._there += count
@@ -158,6 +151,9 @@ class ProgressBar:
     def print_finished(self, file: RemoteFile) -> None:
         if self._bar.disable:
             print(f"{_gigabytes(self._there)} of {_gigabytes(self._total)}: {file}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _gigabytes(count: int) -> str:

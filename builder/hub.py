@@ -112,14 +112,13 @@ class Hub:
         if file.size >= 0 and file.sum:
             return file
         headers = self._ask(file.repo, file.commit, lambda: self._headers_of(file))
-        size, sum = headers.get("X-Linked-Size"), headers.get("X-Linked-Etag")
-        if sum is None and "Location" not in headers:
-            size, sum = headers.get("Content-Length"), headers.get("ETag")
-        if file.size < 0:
-            if not (size and size.isdecimal()):
-                raise FetchError(f"the Hub does not say how large {file} is, so it cannot be downloaded safely")
-            file = replace(file, size=int(size))
-        return replace(file, sum=file.sum or _checksum((sum or "").strip('W/"')))
+        if "X-Linked-Etag" in headers:  # a large file, which is elsewhere
+            size, sum = headers.get("X-Linked-Size", ""), headers["X-Linked-Etag"]
+        else:
+            size, sum = headers.get("Content-Length", ""), headers.get("ETag", "")
+        if file.size < 0 and not size.isdecimal():
+            raise FetchError(f"the Hub does not say how large {file} is, so it cannot be downloaded safely")
+        return replace(file, size=int(size) if file.size < 0 else file.size, sum=file.sum or _checksum(sum.strip('W/"')))
 
     def download(self, file: RemoteFile, out: BinaryIO, on_bytes: Callable[[int], object]) -> str:
         """Download what `out` does not hold yet of the file, and return the sha256 of the whole.
@@ -324,9 +323,8 @@ def _requested_pause(headers: Mapping[str, str]) -> float:
 
 def _continues(response: httpx2.Response, position: int) -> bool:
     """Return whether the response begins at byte `position` of the file, uncompressed."""
-    headers = response.headers
-    is_plain = headers.get("Content-Encoding", "identity") == "identity"
-    return is_plain and response.status_code == 206 and headers.get("Content-Range", "").startswith(f"bytes {position}-")
+    encoding, content_range = (response.headers.get(name, "") for name in ("Content-Encoding", "Content-Range"))
+    return response.status_code == 206 and encoding in ("", "identity") and content_range.startswith(f"bytes {position}-")
 
 
 def _size_and_sum(file: RepoSibling | RepoFile) -> tuple[int, str]:
