@@ -61,7 +61,7 @@ def test_every_input_is_of_a_known_kind_and_its_default_an_option(key: str) -> N
 
 def test_the_options_of_a_variable_are_what_the_worker_takes() -> None:
     choices = {key: [option["value"] for option in item["options"]] for key, item in ENVIRONMENT.items() if "options" in item}
-    del choices["MODEL_ID"]  # tests/test_model_ids.py
+    del choices["MODEL_ID"]  # tests/test_catalog_places.py
     for key, values in choices.items():
         assert tuple(values) == KNOWN[key].annotation.__args__  # type: ignore[union-attr]
 
