@@ -27,13 +27,18 @@ def bake_targets() -> list[str]:
     return [model_id.strip('"') for model_id in models["default"]]
 
 
-def hub_options() -> list[str]:
-    (options,) = (item["input"]["options"] for item in hub()["config"]["env"] if item["key"] == "MODEL_ID")
-    return [option["value"] for option in options]
+def workflow_matrix() -> list[str]:
+    jobs = yaml.safe_load(read(".github/workflows/images.yml"))["jobs"]
+    return jobs["baked"]["strategy"]["matrix"]["model"]
 
 
 def hub() -> dict[str, Any]:
     return json.loads(read(".runpod/hub.json"))
+
+
+def hub_options() -> list[str]:
+    (options,) = (item["input"]["options"] for item in hub()["config"]["env"] if item["key"] == "MODEL_ID")
+    return [option["value"] for option in options]
 
 
 def menu() -> dict[str, str]:
@@ -49,9 +54,7 @@ def files(folder: str, suffix: str) -> list[str]:
 
 PLACES: dict[str, Callable[[], Collection[str]]] = {
     "MODELS of docker-bake.hcl": bake_targets,
-    "the matrix of .github/workflows/images.yml": lambda: yaml.safe_load(read(".github/workflows/images.yml"))["jobs"]["baked"][
-        "strategy"
-    ]["matrix"]["model"],
+    "the matrix of .github/workflows/images.yml": workflow_matrix,
     "the options of MODEL_ID in .runpod/hub.json": hub_options,
     "the presets of .runpod/hub.json": lambda: [preset["defaults"]["MODEL_ID"] for preset in hub()["config"]["presets"]],
     "the menu of mkdocs.yml": menu,
