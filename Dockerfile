@@ -34,7 +34,7 @@ RUN python3 -m venv /tools && /tools/bin/python -m pip install --no-cache-dir -r
 
 FROM base AS runtime
 ARG REPRODUCIBLE_MTIME
-# The NVIDIA variables are for the NVIDIA container toolkit; CUDA base images set the same. The worker sends no requests to the Hub.
+# The NVIDIA container toolkit reads the NVIDIA variables; CUDA base images set the same. The worker sends no requests to the Hub.
 ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -114,7 +114,7 @@ RUN [ "$CHECKPOINTS" = hub ] \
 FROM runtime AS code
 ARG REPRODUCIBLE_MTIME
 COPY LICENSE handler.py /image/app/
-# They download weights, where ALLOW_DOWNLOAD is set, or by hand to a network volume.
+# These modules download weights: at start where ALLOW_DOWNLOAD is set, or by hand to a network volume.
 COPY builder/__init__.py builder/retry.py builder/hub.py builder/checkpoint_folder.py builder/fetch_checkpoints.py \
      /image/app/builder/
 COPY pipelines /image/app/pipelines
