@@ -23,7 +23,7 @@ $(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/
 	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
 	touch $@
 
-$(TINY)/.ready: builder/tiny_checkpoints.py $(VENV)/.ready
+$(TINY)/.ready: builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
 	$(PY) builder/tiny_checkpoints.py $(TINY)
 	touch $@
 

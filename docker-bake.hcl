@@ -1,10 +1,10 @@
-# The images, one per model and flavour. `docker buildx bake --print` shows what a target is built with.
+# The images: two targets per model. `docker buildx bake --print` shows the arguments of each.
 #
-#   docker buildx bake wan22_14b_t2v                       the model's weights inside
-#   docker buildx bake wan22_14b_t2v-slim                  the weights come from a volume or the platform's cache
+#   docker buildx bake wan22_14b_t2v                       contains the model's weights
+#   docker buildx bake wan22_14b_t2v-slim                  takes the weights from a network volume or the platform's model cache
 #   REGISTRY=docker.io/me VERSION=1.0.0 docker buildx bake --push all
 #
-# A new model of pipelines/catalog.py has its line in `MODELS`; a test compares the two.
+# `MODELS` lists the models of pipelines/catalog.py; a test compares the two.
 
 variable "REGISTRY" {
   default = "docker.io/library"
@@ -18,7 +18,7 @@ variable "COMMIT" {
   default = "unknown"
 }
 
-# Where the source is, such as https://github.com/me/worker-wan-lora.
+# URL of the source repository, such as https://github.com/me/worker-wan-lora.
 variable "SOURCE" {
   default = ""
 }
@@ -27,7 +27,7 @@ variable "BASE_IMAGE" {
   default = "debian:bookworm-slim"
 }
 
-# Hub commits, as ORG/NAME=SHA,ORG/NAME=SHA; a repo that is not named is taken at its main. One list serves all models.
+# Hub commits, as ORG/NAME=SHA,ORG/NAME=SHA; the main branch is used for other repos. One list serves all models.
 variable "REVISIONS" {
   default = ""
 }
@@ -37,17 +37,17 @@ variable "AI_TOOLKIT_COMMIT" {
   default = "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350"
 }
 
-# 1: with a C compiler, for torch.compile.
+# 1: the image contains a C compiler, for torch.compile.
 variable "COMPILE" {
   default = "0"
 }
 
-# hub, or tiny for random weights of a few MB.
+# hub: the real weights; tiny: random weights of a few MB.
 variable "CHECKPOINTS" {
   default = "hub"
 }
 
-# Files get this time, 1980-01-01, so that the same content is the same layer.
+# 1980-01-01: the modification time of every file, so that the same content makes the same layer. As in builder/__init__.py.
 variable "SOURCE_DATE_EPOCH" {
   default = "315532800"
 }
@@ -64,7 +64,7 @@ variable "MODELS" {
   ]
 }
 
-# All of `baked` are some 500 GB: nobody wants them by accident.
+# Not all models: together the `baked` images have about 500 GB.
 group "default" {
   targets = ["wan21_1b"]
 }

@@ -8,18 +8,26 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-_IMAGE_21 = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+from pipelines.catalog import MODELS, Family
+
+_FFN_DIM = {1536: 8960, 3072: 14336, 5120: 13824}
+"""By the hidden size."""
+
+_OF_THE_FAMILY: dict[Family, dict[str, int]] = {
+    "t2v": {},
+    "i2v": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "toolkit_i2v": {"in_channels": 36},
+    "toolkit_ti2v": {"in_channels": 48, "out_channels": 48},
+}
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "wan22_14b_i2v": _14B | {"in_channels": 36},
-    "wan22_14b_t2v": _14B,
-    "wan22_5b": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
-    "wan21_i2v_14b": _14B | _IMAGE_21,
-    "wan21_i2v_14b480p": _14B | _IMAGE_21,
-    "wan21_14b": _14B,
-    "wan21_1b": _1B,
+    spec.id: {
+        "num_attention_heads": spec.hidden_size // 128,
+        "ffn_dim": _FFN_DIM[spec.hidden_size],
+        "num_layers": spec.num_blocks,
+        **_OF_THE_FAMILY[spec.family],
+    }
+    for spec in MODELS.values()
 }
 
 _VAE_22 = {
@@ -42,13 +50,17 @@ def transformer(model_id: str, **changes: Any) -> WanTransformer3DModel:
     return WanTransformer3DModel(**TRANSFORMERS[model_id] | changes)
 
 
+def has_vae_22(model_id: str) -> bool:
+    return MODELS[model_id].family == "toolkit_ti2v"
+
+
 def vae(model_id: str) -> AutoencoderKLWan:
-    return AutoencoderKLWan(**_VAE_22) if model_id == "wan22_5b" else AutoencoderKLWan()
+    return AutoencoderKLWan(**_VAE_22) if has_vae_22(model_id) else AutoencoderKLWan()
 
 
 def latents_of(model_id: str, width: int, height: int, num_frames: int) -> tuple[int, ...]:
     """[1, z, T, H, W] of the VAE for a video in pixels and frames."""
-    scale, channels = (16, 48) if model_id == "wan22_5b" else (8, 16)
+    scale, channels = (16, 48) if has_vae_22(model_id) else (8, 16)
     return (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
 
 
@@ -66,4 +78,4 @@ def bytes_of_parts(model_id: str) -> dict[str, int]:
             shape = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
             parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=14, image_size=224))
     sizes = {name: 2 * sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-    return sizes | ({"transformer_2": sizes["transformer"]} if model_id.startswith("wan22_14b") else {})
+    return sizes | ({"transformer_2": sizes["transformer"]} if MODELS[model_id].moe else {})

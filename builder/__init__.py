@@ -1,4 +1,4 @@
-"""What the image bakes, and what fills a volume: requirements, checkpoints, the ai-toolkit checkout, tiny weights."""
+"""Tools that make what the worker needs: checkpoints, the ai-toolkit checkout, pinned packages and the layers of the image."""
 
 REPRODUCIBLE_MTIME = 315532800
-"""1980-01-01: the mtime of every file that is written here, so that the same bytes make the same layer of an image."""
+"""1980-01-01 in Unix time: the modification time of every file in the image, so that the same content makes the same layer."""

@@ -1,12 +1,12 @@
-"""Lay out one model's checkpoints for the layers of the image. Runs during the build of the image; no torch.
+"""Distribute one model's checkpoints over the layers of the image. Runs while the image is built; no torch.
 
-    python -m builder.bake GROUP --model-id ID         fetches the parts of one group from the Hub
+    python -m builder.bake GROUP --model-id ID         downloads the parts of one group from the Hub
     python -m builder.bake all --model-id ID --from DIR    takes all parts from a folder with `ORG/NAME` per repo
 
-leaves the repos in CHECKPOINTS, with their weights replaced by links to `WEIGHTS/GROUP/SLOT/SHA256`. A slot is a layer, so a
-layer holds nothing but weights, named by their content. Two models whose text encoders have the same bytes share these layers,
-whatever their repos and their small files are. There are several slots because some registries reject layers above 10 GB, and
-because layers are pulled in parallel.
+The repos stay as they are in CHECKPOINTS, but their weights become links to `WEIGHTS/GROUP/SLOT/SHA256`. Each slot is one
+layer, and holds only weights, named by their content: two models whose text encoders are the same bytes share these layers,
+whatever their repos are called and whatever their small files contain. There are several slots, since some registries accept
+no layer above 10 GB, and layers are pulled in parallel.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ WEIGHTS = Path("/weights")
 
 @dataclass(frozen=True)
 class Group:
-    """Components that have layers of their own."""
+    """Components whose weights get layers of their own."""
 
     parts: tuple[str, ...]
     slots: int = 1
-    """One per 10 GB of the largest checkpoint: 57 GB are a 14B transformer in float32, 23 GB its text encoder."""
+    """One per 10 GB of the largest checkpoint: a 14B transformer in float32 has 57 GB, its text encoder 23 GB."""
 
     def folders(self, name: str) -> list[Path]:
         return [WEIGHTS / name] if self.slots == 1 else [WEIGHTS / name / str(slot) for slot in range(self.slots)]
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("group", choices=[*GROUPS, "all"])
     parser.add_argument("--model-id", required=True, metavar="ID")
     parser.add_argument("--from", type=Path, metavar="DIR", dest="source", help="a folder to take the repos from, not the Hub")
-    parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to fetch; the others are at main")
+    parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to download; main for other repos")
     arguments = parser.parse_args()
     if arguments.model_id not in MODELS:
         parser.error(f"MODEL_ID {arguments.model_id!r} is not a model id; build with one of {', '.join(MODELS)}")
@@ -68,13 +68,13 @@ def main() -> int:
         fetch(spec, parts, arguments.revisions)
     for name, group in groups.items():
         spread(spec, name, group)
-        level(WEIGHTS / name)
-    level(CHECKPOINTS)
+        set_mtimes(WEIGHTS / name)
+    set_mtimes(CHECKPOINTS)
     return 0
 
 
 def fetch(spec: ModelSpec, parts: list[str], revisions: str) -> None:
-    """Download the parts' files into CHECKPOINTS. `revisions` may name other repos too: one list serves all models."""
+    """Download the parts' files to CHECKPOINTS. `revisions` can name repos of other models too: one list serves all."""
     command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS)]
     command += ["--parts", ",".join(parts)]
     repos = {spec.sources[part].repo for part in parts}
@@ -89,7 +89,7 @@ def copy(spec: ModelSpec, source: Path) -> None:
 
 
 def spread(spec: ModelSpec, name: str, group: Group) -> None:
-    """Move the group's weights into its slots, each file into the emptiest, and leave links in their places."""
+    """Replace the group's weights by links to its slots, and move each file to the slot that is emptiest at that time."""
     folders = group.folders(name)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def spread(spec: ModelSpec, name: str, group: Group) -> None:
 
 
 def weights(spec: ModelSpec, group: Group) -> Iterator[tuple[Path, str]]:
-    """The files of weights that still lie in CHECKPOINTS, with their sums, in the order of their names."""
+    """Yield the weight files in CHECKPOINTS that are not links yet, with their sha256, in the order of their names."""
     for part in group.parts:
         if part in spec.sources:
             source = spec.sources[part]
@@ -121,8 +121,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def level(root: Path) -> None:
-    """Give everything below `root` the same mtime. What has it is not touched: that would copy it into this layer too."""
+def set_mtimes(root: Path) -> None:
+    """Set the modification time of all files below `root`. One that has it is not touched: that would copy it to this layer."""
     for path in [root, *root.rglob("*")]:
         if path.lstat().st_mtime != REPRODUCIBLE_MTIME:
             os.utime(path, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME), follow_symlinks=False)

@@ -1,9 +1,9 @@
-"""Write down what the packages of requirements.txt and requirements-torch.txt pull in, at the versions that are installed here.
+"""Pin the dependencies of the packages in requirements.txt and requirements-torch.txt to the versions that are installed here.
 
     python -m builder.constraints      rewrites builder/constraints.txt
 
-So an image that is built again next year has the packages that this one was tested with. torch's nvidia packages are not among
-them: a build for CPUs does not have them, and torch pins them itself.
+With the pins, an image that is built next year has the packages that were tested. torch's nvidia packages are not pinned: a
+build for CPUs does not have them, and torch pins them itself.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 FILE = HERE / "constraints.txt"
-HEAD = "# What the packages of requirements.txt pull in. Written by `python -m builder.constraints`, which says more.\n"
+HEAD = "# The dependencies of the packages in requirements.txt. Written by `python -m builder.constraints`.\n"
 
 
 def main() -> int:
     pinned = {canonicalize_name(requirement.name) for requirement in required()}
     FILE.write_text(
-        HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(pulled_in().items()) if name not in pinned)
+        HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(dependencies().items()) if name not in pinned)
     )
     return 0
 
 
 def required() -> list[Requirement]:
-    """What the two lists name."""
+    """Return the packages that the two files list."""
     lines = [line for name in ("requirements-torch.txt", "requirements.txt") for line in (HERE / name).read_text().splitlines()]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def pulled_in() -> dict[str, str]:
-    """Every package that the lists need, however far away, to the version that is installed."""
+def dependencies() -> dict[str, str]:
+    """Return the installed version of every listed package and of its dependencies, direct or not, by name."""
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = required()
@@ -51,6 +51,7 @@ def pulled_in() -> dict[str, str]:
 
 
 def needed_by(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
+    """Yield the direct dependencies of an installed package."""
     for line in metadata.requires(name) or []:
         requirement = Requirement(line)
         if not requirement.marker or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}):

@@ -1,10 +1,10 @@
-"""Download the files of ai-toolkit that the worker uses, at one commit, without the rest of the repo and its history.
+"""Download the files of ai-toolkit that the worker uses: at one commit, without the rest of the repo and its history.
 
     python -m builder.fetch_toolkit --to /opt/ai-toolkit
 
-These are the two modules that pipelines/toolkit.py loads, the modules that they import, the version and the licence; and
-`.git/HEAD`, from which the worker reads the commit. git downloads them, and checks every byte against the commit. This needs
-neither torch nor pip packages.
+These are the two modules that pipelines/toolkit.py loads, the modules that they import, the version and the licence, and
+`.git/HEAD` with the commit, where the worker reads it. git downloads them, and checks every byte against the commit. No torch
+and no packages from PyPI in this file.
 """
 
 from __future__ import annotations
@@ -19,32 +19,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from builder import REPRODUCIBLE_MTIME
+from builder.retry import FetchError, TryAgain, retry
 from pipelines.catalog import TOOLKIT_COMMIT
 
 REMOTE = "https://github.com/ostris/ai-toolkit"
 
 MODULES = ("extensions_built_in.diffusion_models.wan22.wan22_pipeline", "toolkit.models.wan21.wan_utils")
-"""What pipelines/toolkit.py loads; the packages around them are not run, others' `__init__` files are."""
+"""The modules that pipelines/toolkit.py loads. It does not run the `__init__` files of their packages, but those of others."""
 
-BESIDE = ("version.py", "LICENSE")
+OTHER_FILES = ("version.py", "LICENSE")
 
-_TRIES = 5
-_FIRST_PAUSE = 1.0
+_ATTEMPTS = 5
 _SECONDS_PER_COMMAND = 600
 _NO_SUCH_COMMIT = ("not our ref", "couldn't find remote ref", "unadvertised object", "no such remote ref")
-
-
-class FetchError(Exception):
-    """One line for the caller: what failed, where, and what to do."""
+"""Parts of git's messages."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="an empty folder, or one that this has filled")
-    parser.add_argument("--commit", default=TOOLKIT_COMMIT, metavar="SHA", help=f"default: {TOOLKIT_COMMIT}, the tested one")
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="an empty folder, or one from an earlier run")
+    parser.add_argument("--commit", default=TOOLKIT_COMMIT, metavar="SHA", help=f"default: {TOOLKIT_COMMIT}, which was tested")
     parser.add_argument("--remote", default=REMOTE, metavar="URL", help=f"default: {REMOTE}")
     arguments = parser.parse_args()
     if len(arguments.commit) != 40 or set(arguments.commit) - set("0123456789abcdef"):
@@ -59,9 +55,9 @@ def main() -> int:
 
 
 def fetch(remote: str, commit: str, to: Path) -> list[str]:
-    """Write the files of `commit` to `to`; returns their paths. Raises FetchError, and OSError where it cannot write."""
+    """Write the files of `commit` to `to`, and return their paths. Raises FetchError, and OSError where it cannot write."""
     if (to / ".git").exists() and {path.name for path in (to / ".git").iterdir()} - {"HEAD"}:
-        raise FetchError(f"--to: {to} is a checkout with a history of its own; name another folder")
+        raise FetchError(f"--to: {to} is a checkout with its own history; name another folder")
     with tempfile.TemporaryDirectory() as folder:
         repo = Repo(Path(folder))
         repo.fetch(remote, commit)
@@ -85,55 +81,50 @@ class Repo:
         self._git("init", "--quiet")
 
     def fetch(self, remote: str, commit: str) -> None:
-        """Raises FetchError: at once when the remote has no such commit, after some tries when it cannot be reached."""
+        """Raises FetchError: at once when the remote has no such commit, after several attempts when it cannot be reached."""
         self._git("remote", "add", "origin", remote)
-        remote = _shown(remote)
-        for attempt in range(_TRIES):
-            # The files themselves come one by one when they are read, where the remote can do that: they are few of many.
+        remote = _without_passwords(remote)
+
+        def attempt() -> None:
+            # The filter leaves out the files: git downloads each when it is read, and few of many are.
             done = self._run("fetch", "--quiet", "--depth=1", "--filter=blob:none", "--no-tags", "origin", commit)
             if done.returncode == 0:
-                break
-            reason = _reason(done.stderr)
-            if any(text in done.stderr for text in _NO_SUCH_COMMIT):
+                return
+            if any(text in done.stderr.decode(errors="replace") for text in _NO_SUCH_COMMIT):
                 raise FetchError(f"{remote} has no commit {commit}")
-            if attempt + 1 == _TRIES:
-                raise FetchError(f"{remote} cannot be fetched from, {_TRIES} times in a row: {reason}")
-            pause = _FIRST_PAUSE * 2**attempt
-            print(f"{remote}: {reason}; next try in {pause:.1f} s", file=sys.stderr)
-            time.sleep(pause)
+            raise TryAgain(_reason(done))
+
+        retry(f"{remote} cannot be fetched from", attempt, _pause, _ATTEMPTS)
         if self._git("rev-parse", "FETCH_HEAD^{commit}").decode().strip() != commit:
-            raise FetchError(f"{remote} gave something else for commit {commit}; --commit takes a commit, not a tag or a tree")
+            raise FetchError(f"{remote} returned another commit for {commit}; --commit takes a commit, not a tag or a tree")
 
     def paths(self, commit: str) -> set[str]:
         return set(self._git("ls-tree", "-r", "-z", "--name-only", commit).decode().split("\0"))
 
     def read(self, commit: str, path: str) -> bytes:
-        """Raises FetchError when it does not come, again after some tries."""
-        for attempt in range(_TRIES):
-            done = self._run("cat-file", "blob", f"{commit}:{path}", text=False)
-            if done.returncode == 0:
-                return bytes(done.stdout)
-            time.sleep(_FIRST_PAUSE * 2**attempt if attempt + 1 < _TRIES else 0)
-        raise FetchError(f"{path} of commit {commit} cannot be fetched: {_reason(done.stderr.decode(errors='replace'))}")
+        """Return a file's content. Raises FetchError when it cannot be downloaded in several attempts."""
+
+        def attempt() -> bytes:
+            done = self._run("cat-file", "blob", f"{commit}:{path}")
+            if done.returncode:
+                raise TryAgain(_reason(done))
+            return done.stdout
+
+        return retry(f"{path} of commit {commit} cannot be fetched", attempt, _pause, _ATTEMPTS)
 
     def _git(self, *arguments: str) -> bytes:
-        done = self._run(*arguments, text=False)
+        done = self._run(*arguments)
         if done.returncode:
-            raise FetchError(f"git {arguments[0]} failed: {_reason(done.stderr.decode(errors='replace'))}")
-        return bytes(done.stdout)
+            raise FetchError(f"git {arguments[0]} failed: {_reason(done)}")
+        return done.stdout
 
-    def _run(self, *arguments: str, text: bool = True) -> subprocess.CompletedProcess[Any]:
-        patience = {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "30"}  # bytes per second, seconds
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        slow = {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "30"}  # bytes per second, seconds
         quiet = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+        command = ["git", "-C", str(self._folder), *arguments]
+        env = {**os.environ, **slow, **quiet}
         try:
-            return subprocess.run(  # noqa: S603
-                ["git", "-C", str(self._folder), *arguments],  # noqa: S607
-                capture_output=True,
-                text=text,
-                check=False,
-                timeout=_SECONDS_PER_COMMAND,
-                env={**os.environ, **patience, **quiet},
-            )
+            return subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS_PER_COMMAND, env=env)  # noqa: S603
         except FileNotFoundError:
             raise FetchError("git is not installed; install it where this runs") from None
         except subprocess.TimeoutExpired:
@@ -141,13 +132,13 @@ class Repo:
 
 
 def needed(repo: Repo, commit: str) -> list[str]:
-    """The paths of the modules that are used, and of everything in the repo that they import, directly or not."""
+    """Return the paths of the files that are used: the modules, and what they import of the repo, directly or not."""
     there = repo.paths(commit)
     roots = {path.partition("/")[0].removesuffix(".py") for path in there}
-    found: set[str] = {path for path in BESIDE if path in there}
+    found: set[str] = {path for path in OTHER_FILES if path in there}
     waiting = [_file_of(module) for module in MODULES]
     if missing := [path for path in waiting if path not in there]:
-        raise FetchError(f"commit {commit} of ostris/ai-toolkit cannot be used: it lacks {', '.join(missing)}")
+        raise FetchError(f"commit {commit} is not a usable commit of ostris/ai-toolkit: it lacks {', '.join(missing)}")
     not_run = {parent.as_posix() for module in MODULES for parent in Path(_file_of(module)).parents}
     while waiting:
         path = waiting.pop()
@@ -163,7 +154,7 @@ def needed(repo: Repo, commit: str) -> list[str]:
 
 
 def _imported(source: bytes, path: str) -> Iterator[str]:
-    """The names of modules that a file may import; `from a import b` gives `a` and `a.b`."""
+    """Yield the names of modules that a file may import; for `from a import b`, both `a` and `a.b`."""
     if not path.endswith(".py"):
         return
     package = path.rpartition("/")[0].split("/")
@@ -180,14 +171,19 @@ def _file_of(module: str) -> str:
     return module.replace(".", "/") + ".py"
 
 
-def _reason(said: str) -> str:
-    """git's reason for its failure, from what it printed."""
-    lines = said.strip().splitlines() or ["git said nothing"]
-    return _shown(next((line for line in lines if line.startswith("fatal: ")), lines[-1]).removeprefix("fatal: "))
+def _pause(message: str, seconds: float) -> None:
+    print(message, file=sys.stderr)
+    time.sleep(seconds)
 
 
-def _shown(text: str) -> str:
-    """Without the passwords of URLs."""
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Return the line in which git says why it failed."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["git printed no reason"]
+    return _without_passwords(next((line for line in lines if line.startswith("fatal: ")), lines[-1]).removeprefix("fatal: "))
+
+
+def _without_passwords(text: str) -> str:
+    """Return the text with the user names and passwords of its URLs removed."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 

@@ -1,52 +1,51 @@
-"""How large the models' weights are on the Hub: for the disk of an image, a network volume or a container. No torch.
+"""Sizes of the models' weights on the Hub: how much disk an image, a network volume or a container needs. No torch.
 
-Nothing here is measured. A test counts the parameters again, from the real shapes. How many bytes a number has on the Hub is
-what the Hub's listings say or, for repos of ai-toolkit, their names; `python -m builder.fetch_checkpoints --dry-run` asks it.
-What the weights take of a GPU is in benchmarks/memory.py.
+Nothing here is measured. A test counts the parameters again, from the real shapes. The bytes per number are those in the Hub's
+listings; for a new repo, compare with `python -m builder.fetch_checkpoints --dry-run`. benchmarks/memory.py measures how much
+memory of a GPU the weights need.
 """
 
 from __future__ import annotations
+
+from pipelines.catalog import MODELS, Family, ModelSpec, Source
 
 TEXT_ENCODER = 5_680_910_336
 IMAGE_ENCODER = 630_766_080
 VAE_21 = 126_892_531
 VAE_22 = 704_688_668
-TRANSFORMER_1B = 1_418_996_800
-TRANSFORMER_5B = 4_999_787_712
-TRANSFORMER_14B = 14_288_491_584
-TRANSFORMER_14B_I2V_22 = 14_288_901_184
-TRANSFORMER_14B_I2V_21 = 16_394_878_784
+TRANSFORMERS: dict[tuple[Family, int], int] = {
+    ("t2v", 1536): 1_418_996_800,
+    ("t2v", 5120): 14_288_491_584,
+    ("i2v", 5120): 16_394_878_784,
+    ("toolkit_i2v", 5120): 14_288_901_184,
+    ("toolkit_ti2v", 3072): 4_999_787_712,
+}
+"""Parameters of one transformer, by the model's family and hidden size."""
 
 BF16, FP32 = 2, 4
 """Bytes per number."""
 
-_IMAGE = {"image_encoder": (IMAGE_ENCODER, FP32)}
 
-COMPONENTS: dict[str, dict[str, tuple[int, int]]] = {
-    "wan22_14b_i2v": {
-        "text_encoder": (TEXT_ENCODER, BF16),
-        "vae": (VAE_21, FP32),
-        "transformer": (TRANSFORMER_14B_I2V_22, BF16),
-        "transformer_2": (TRANSFORMER_14B_I2V_22, BF16),
-    },
-    "wan22_14b_t2v": {
-        "text_encoder": (TEXT_ENCODER, BF16),
-        "vae": (VAE_21, FP32),
-        "transformer": (TRANSFORMER_14B, BF16),
-        "transformer_2": (TRANSFORMER_14B, BF16),
-    },
-    "wan22_5b": {"text_encoder": (TEXT_ENCODER, BF16), "vae": (VAE_22, FP32), "transformer": (TRANSFORMER_5B, FP32)},
-    "wan21_i2v_14b": {"transformer": (TRANSFORMER_14B_I2V_21, FP32), **_IMAGE},
-    "wan21_i2v_14b480p": {"transformer": (TRANSFORMER_14B_I2V_21, FP32), **_IMAGE},
-    "wan21_14b": {"transformer": (TRANSFORMER_14B, FP32)},
-    "wan21_1b": {"transformer": (TRANSFORMER_1B, FP32)},
-}
-"""Model id to component to (parameters, bytes per number on the Hub)."""
+def parameters(spec: ModelSpec) -> dict[str, int]:
+    """Return the number of parameters of each component that has weights."""
+    transformer = TRANSFORMERS[spec.family, spec.hidden_size]
+    counts = {
+        "text_encoder": TEXT_ENCODER,
+        "image_encoder": IMAGE_ENCODER,
+        "vae": VAE_22 if spec.family == "toolkit_ti2v" else VAE_21,
+        "transformer": transformer,
+        "transformer_2": transformer,
+    }
+    return {part: count for part, count in counts.items() if part in spec.sources}
 
-for _id in ("wan21_i2v_14b", "wan21_i2v_14b480p", "wan21_14b", "wan21_1b"):
-    COMPONENTS[_id] |= {"text_encoder": (TEXT_ENCODER, FP32), "vae": (VAE_21, FP32)}
+
+def bytes_per_number(part: str, source: Source) -> int:
+    """Return 2 for ai-toolkit's bf16 transformers and all text encoders but those of Wan 2.1, 4 for everything else."""
+    is_bf16 = source.repo.endswith("-bf16") or (part == "text_encoder" and "/Wan2.1-" not in source.repo)
+    return BF16 if is_bf16 else FP32
 
 
 def on_disk(model_id: str) -> int:
-    """Bytes of the weights as they are on the Hub."""
-    return sum(count * size for count, size in COMPONENTS[model_id].values())
+    """Return the bytes of a model's weights on the Hub."""
+    spec = MODELS[model_id]
+    return sum(count * bytes_per_number(part, spec.sources[part]) for part, count in parameters(spec).items())

@@ -1,14 +1,14 @@
-"""Write random-weight checkpoints and LoRAs, in the real layout, small enough for a laptop CPU.
+"""Write checkpoints and LoRAs with random weights, in the real layout, small enough for the CPU of a laptop.
 
     python builder/tiny_checkpoints.py ROOT
 
-leaves `ROOT/ORG/NAME` for every Hub repo id that the seven models read, and `ROOT/loras` with LoRAs in ai-toolkit's
-format. The folders, file names, configs and tensor names are those of the real repos; only the widths are small, so the
-real loading code runs on them. Weights come from fixed seeds: the same files on every run.
+The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py read, and `ROOT/loras` with LoRAs in
+ai-toolkit's format. The folders, file names, configs and tensor names are those of the real repos; only the widths are small,
+so that the real loading code runs on them. The weights come from fixed seeds: every run writes the same files.
 
 The sizes keep the relations that matter: Wan 2.1 and 2.2 14B share a shape, 1.3B and 5B have shapes of their own, Wan 2.1
 I2V has image keys, and the 5B VAE has its own compression (16x, patched). The transformers in the base repo of 14B T2V
-differ from those in the ai-toolkit repo, so that loading the wrong ones shows.
+differ from those in the ai-toolkit repo, so that a test fails when the wrong ones are loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import argparse
 import json
 import string
 import sys
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT5Config
 from transformers import UMT5EncoderModel as TextEncoder
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python builder/tiny_checkpoints.py`
+from pipelines.catalog import MODELS, ModelSpec
+
 TEXT_DIM = 32
 IMAGE_DIM = 32
 HEAD_DIM = 12  # RoPE splits it into 4 (time) + 4 (height) + 4 (width)
 
-T2V_BASE = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-T2V_TOOLKIT = "ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16"
-I2V_TOOLKIT = "ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16"
-TI2V_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-I2V_720P = "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
-I2V_480P = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-T2V_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
-T2V_1B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+T2V_BASE = MODELS["wan22_14b_t2v"].sources["vae"].repo
+T2V_1B = MODELS["wan21_1b"].sources["vae"].repo
 
 
 @dataclass(frozen=True)
 class Size:
-    """What makes one transformer's shapes."""
+    """The shapes of one transformer."""
 
     heads: int
     ffn_dim: int
@@ -60,10 +58,30 @@ class Size:
 
 
 SIZE_1B = Size(heads=2, ffn_dim=48, blocks=2)
-SIZE_14B = Size(heads=4, ffn_dim=80, blocks=3)
-SIZE_14B_I2V_21 = Size(heads=4, ffn_dim=80, blocks=3, in_channels=36, image_keys=True)
-SIZE_14B_I2V_22 = Size(heads=4, ffn_dim=80, blocks=3, in_channels=36)
 SIZE_5B = Size(heads=3, ffn_dim=64, blocks=2, in_channels=48, out_channels=48)
+SIZE_14B = Size(heads=4, ffn_dim=80, blocks=3)
+
+_SIZE_OF = {1536: SIZE_1B, 3072: SIZE_5B, 5120: SIZE_14B}
+"""By the real hidden size."""
+
+_SEED_OF = {
+    "ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16": 10,
+    "ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16": 20,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 30,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": 40,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 50,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 60,
+    T2V_1B: 70,
+}
+"""Seeds of the first transformers. A repo that is not listed gets a seed from its name."""
+
+
+def size_of(spec: ModelSpec) -> Size:
+    """Return the tiny shapes of the model's transformers."""
+    size = _SIZE_OF[spec.hidden_size]
+    if spec.family in ("i2v", "toolkit_i2v"):  # the latents of the first frame and its mask come in 20 more channels
+        return replace(size, in_channels=36, image_keys="image_encoder" in spec.sources)
+    return size
 
 
 def transformer(size: Size, seed: int) -> WanTransformer3DModel:
@@ -89,7 +107,7 @@ def vae_21(seed: int) -> AutoencoderKLWan:
 
 
 def vae_22(seed: int) -> AutoencoderKLWan:
-    """The 5B VAE: 16x in space through 2x2 patches, 48 latent channels, residual blocks."""
+    """Return the VAE of 5B: 16x in space through 2x2 patches, 48 latent channels, residual blocks."""
     torch.manual_seed(seed)
     model = AutoencoderKLWan(
         base_dim=4,
@@ -108,10 +126,10 @@ def vae_22(seed: int) -> AutoencoderKLWan:
 
 
 def liven(model: torch.nn.Module, seed: int) -> Any:
-    """Redraw the weights so that every input leaves a mark on the output.
+    """Draw the weights again, so that every input changes the output.
 
-    Fresh modules have zero biases and, here and there, near-zero gates: a swapped prompt or a missed LoRA would move the
-    frames by less than a grey level, and a test on them could not fail.
+    New modules have zero biases and, in places, near-zero gates: a swapped prompt or a missing LoRA would change the frames by
+    less than one grey level, and a test could not see it.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -137,7 +155,7 @@ def text_encoder(seed: int) -> TextEncoder:
 
 
 def vocabulary() -> list[tuple[str, float]]:
-    """Unigram pieces: the special tokens, printable ASCII, and single bytes for everything else."""
+    """Return unigram pieces: the special tokens, printable ASCII, and single bytes for everything else."""
     special = ["<pad>", "</s>", "<unk>"]
     letters = ["▁", *(c for c in string.printable if c.isprintable() and c != " ")]
     return [(piece, 0.0) for piece in [*special, *(f"<0x{b:02X}>" for b in range(256)), *letters]]
@@ -176,14 +194,8 @@ def scheduler(flow_shift: float) -> UniPCMultistepScheduler:
     )
 
 
-def save(folder: Path, **parts: Any) -> None:
-    """Write each part with its own `save_pretrained`, in the sub-folder of its name."""
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-
-
 def write_index(folder: Path, class_name: str, **config: Any) -> None:
-    """Write model_index.json for the parts already in the folder, as `DiffusionPipeline.save_pretrained` does."""
+    """Write model_index.json for the parts in the folder, as `DiffusionPipeline.save_pretrained` does."""
     library = {
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -200,44 +212,39 @@ def write_index(folder: Path, class_name: str, **config: Any) -> None:
 
 
 def write_checkpoints(root: Path, seed: int = 0) -> None:
-    """Write every repo of the model table below `root`. Another `seed` gives other weights of the same shapes."""
-    text = {"text_encoder": text_encoder(seed + 1), "tokenizer": tokenizer()}
-    vae = vae_21(seed + 2)
-
-    base = root / T2V_BASE
-    save(base, **text, vae=vae, scheduler=scheduler(3.0))
-    save(base, transformer=transformer(SIZE_14B, seed + 90), transformer_2=transformer(SIZE_14B, seed + 91))
-    write_index(base, "WanPipeline", boundary_ratio=0.875)
-    save(
-        root / T2V_TOOLKIT,
-        transformer=transformer(SIZE_14B, seed + 10),
-        transformer_2=transformer(SIZE_14B, seed + 11),
-    )
-
-    save(
-        root / I2V_TOOLKIT,
-        transformer=transformer(SIZE_14B_I2V_22, seed + 20),
-        transformer_2=transformer(SIZE_14B_I2V_22, seed + 21),
-    )
-    vae.save_pretrained(root / "ai-toolkit/wan2.1-vae")
-    save(root / "ai-toolkit/umt5_xxl_encoder", **text)
-
-    base = root / TI2V_5B
-    save(base, **text, vae=vae_22(seed + 3), scheduler=scheduler(5.0), transformer=transformer(SIZE_5B, seed + 30))
-    write_index(base, "WanPipeline", boundary_ratio=None, expand_timesteps=True, transformer_2=[None, None])
-
-    image = {"image_encoder": image_encoder(seed + 4), "image_processor": image_processor()}
-    for repo, flow_shift, part_seed in ((I2V_720P, 5.0, 40), (I2V_480P, 3.0, 50)):
-        save(root / repo, **text, **image, vae=vae, scheduler=scheduler(flow_shift))
-        save(root / repo, transformer=transformer(SIZE_14B_I2V_21, seed + part_seed))
-        write_index(root / repo, "WanImageToVideoPipeline")
-    for repo, size, part_seed in ((T2V_14B, SIZE_14B, 60), (T2V_1B, SIZE_1B, 70)):
-        save(root / repo, **text, vae=vae, scheduler=scheduler(3.0), transformer=transformer(size, seed + part_seed))
-        write_index(root / repo, "WanPipeline")
+    """Write every repo of the catalog below `root`. Another `seed` gives other weights of the same shapes."""
+    shared = {
+        "text_encoder": text_encoder(seed + 1),
+        "tokenizer": tokenizer(),
+        "image_encoder": image_encoder(seed + 4),
+        "image_processor": image_processor(),
+    }
+    vae, vae_5b = vae_21(seed + 2), vae_22(seed + 3)
+    for spec in MODELS.values():
+        is_5b = spec.family == "toolkit_ti2v"
+        for part, source in spec.sources.items():
+            if part in spec.transformers:
+                first = _SEED_OF.get(source.repo) or zlib.crc32(source.repo.encode())
+                made = transformer(size_of(spec), seed + first + spec.transformers.index(part))
+            elif part == "scheduler":
+                made = scheduler(5.0 if "720P" in source.repo else 3.0)
+            else:
+                made = (vae_5b if is_5b else vae) if part == "vae" else shared[part]
+            made.save_pretrained(root / source.repo / source.subfolder)
+        base = root / spec.sources["vae"].repo
+        if spec.id == "wan22_14b_t2v":  # in the real repo too, in another precision; the worker must not read these
+            for number, part in enumerate(spec.transformers):
+                transformer(SIZE_14B, seed + 90 + number).save_pretrained(base / part)
+            write_index(base, "WanPipeline", boundary_ratio=0.875)
+        elif is_5b:  # in the real repo too; the worker reads neither, but plain diffusers does
+            scheduler(5.0).save_pretrained(base / "scheduler")
+            write_index(base, "WanPipeline", boundary_ratio=None, expand_timesteps=True, transformer_2=[None, None])
+        elif not spec.needs_toolkit:
+            write_index(base, "WanImageToVideoPipeline" if spec.family == "i2v" else "WanPipeline")
 
 
 def lora_tensors(size: Size, rank: int, seed: int, strength: float = 1.0) -> dict[str, torch.Tensor]:
-    """The tensors of an ai-toolkit LoRA: `lora_A` [rank, in] and `lora_B` [out, rank] for every linear of every block."""
+    """Return the tensors of an ai-toolkit LoRA: `lora_A` [rank, in] and `lora_B` [out, rank] of every linear layer, in bf16."""
     generator = torch.Generator().manual_seed(seed)
     dim, ffn = size.dim, size.ffn_dim
     linears = {f"{attn}.{p}": (dim, dim) for attn in ("self_attn", "cross_attn") for p in "qkvo"}
@@ -258,7 +265,7 @@ def lora_tensors(size: Size, rank: int, seed: int, strength: float = 1.0) -> dic
 def lora_metadata(
     name: str, base_model: str, trigger_word: str = "", version: str = "0.9.2", step: int = 1000
 ) -> dict[str, str]:
-    """The metadata ai-toolkit writes into a LoRA's header, as far as anything reads it."""
+    """Return the metadata that ai-toolkit writes into a LoRA's header, without the parts that nothing reads."""
     metadata = {
         "format": "pt",
         "name": name,
@@ -278,18 +285,19 @@ def write_lora(path: Path, size: Size, rank: int, seed: int, base_model: str, **
 
 
 def write_loras(folder: Path) -> None:
-    """Write a LoRA for every model id, single and as MoE pairs, in several ranks."""
+    """Write LoRAs of every shape, single and as pairs for two transformers, in several ranks."""
     for rank in (4, 16, 64):
         write_lora(folder / f"wan21_1b/rank{rank}.safetensors", SIZE_1B, rank, rank, "wan_2.1", trigger_word="sks")
+    i2v_21, i2v_22 = size_of(MODELS["wan21_i2v_14b"]), size_of(MODELS["wan22_14b_i2v"])
     for rank in (8, 32):
         write_lora(folder / f"wan21_14b/rank{rank}.safetensors", SIZE_14B, rank, 100 + rank, "wan_2.1")
-        write_lora(folder / f"wan21_i2v/rank{rank}.safetensors", SIZE_14B_I2V_21, rank, 200 + rank, "wan_2.1")
+        write_lora(folder / f"wan21_i2v/rank{rank}.safetensors", i2v_21, rank, 200 + rank, "wan_2.1")
         write_lora(folder / f"wan22_5b/rank{rank}.safetensors", SIZE_5B, rank, 300 + rank, "wan_2.2_5b")
     for job, size, ranks, seed in (
         ("wan22_14b_t2v", SIZE_14B, (16, 16), 400),
         ("wan22_14b_t2v_mixed", SIZE_14B, (4, 32), 410),
-        ("wan22_14b_i2v", SIZE_14B_I2V_22, (16, 16), 420),
-        ("wan22_14b_i2v_mixed", SIZE_14B_I2V_22, (64, 8), 430),
+        ("wan22_14b_i2v", i2v_22, (16, 16), 420),
+        ("wan22_14b_i2v_mixed", i2v_22, (64, 8), 430),
     ):
         for side, rank in zip(("high", "low"), ranks, strict=True):
             path = folder / job / f"{job}_{side}_noise.safetensors"

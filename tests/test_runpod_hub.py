@@ -1,4 +1,4 @@
-"""What RunPod's Hub is told fits the worker: every variable is one it knows, every preset a model it has."""
+"""The description for RunPod's Hub fits the worker: it knows every variable, and starts with every preset."""
 
 from __future__ import annotations
 
@@ -61,13 +61,9 @@ def test_every_input_is_of_a_known_kind_and_its_default_an_option(key: str) -> N
 
 def test_the_options_of_a_variable_are_what_the_worker_takes() -> None:
     choices = {key: [option["value"] for option in item["options"]] for key, item in ENVIRONMENT.items() if "options" in item}
-    assert choices.pop("MODEL_ID") == list(MODELS)
+    del choices["MODEL_ID"]  # tests/test_catalog_places.py
     for key, values in choices.items():
         assert tuple(values) == KNOWN[key].annotation.__args__  # type: ignore[union-attr]
-
-
-def test_there_is_a_preset_for_every_model() -> None:
-    assert [preset["defaults"]["MODEL_ID"] for preset in HUB["config"]["presets"]] == list(MODELS)
 
 
 @pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["defaults"]["MODEL_ID"])

@@ -17,7 +17,7 @@ def versions_in(name: str) -> dict[str, str]:
 def test_everything_that_is_pulled_in_is_pinned_at_the_version_that_is_tested() -> None:
     pinned = {name: versions_in(name) for name in ("constraints.txt", "requirements.txt", "requirements-torch.txt")}
     together = {package: version for versions in pinned.values() for package, version in versions.items()}
-    assert constraints.pulled_in().items() <= together.items()
+    assert constraints.dependencies().items() <= together.items()
 
 
 def test_what_fetches_the_checkpoints_is_what_the_worker_has() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from builder import fetch_checkpoints
+from builder import REPRODUCIBLE_MTIME, fetch_checkpoints, retry
 from builder import hub as hub_client
 from pipelines import load_pipeline
 from pipelines.catalog import MODELS
@@ -75,7 +75,7 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """Runs the command with these arguments, to `out` unless they say otherwise; returns its status and what it said."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)  # what HF_ENDPOINT says when the client is imported
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hub_client, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.001)
     monkeypatch.setattr(hub_client, "_SECONDS_OF_SILENCE", 1)
     monkeypatch.setattr(fetch_checkpoints, "SECRET", tmp_path / "no-secret")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -168,7 +168,7 @@ def test_the_same_files_make_the_same_layer(hub: HubServer, fetch: Fetch, tmp_pa
         for out in outs
     )
     assert one == two
-    assert {mtime for _, mtime, _ in one} == {fetch_checkpoints.REPRODUCIBLE_MTIME}
+    assert {mtime for _, mtime, _ in one} == {REPRODUCIBLE_MTIME}
     assert files_below(outs[0]) == files_below(outs[1])
 
 
@@ -249,7 +249,7 @@ def test_a_listing_is_asked_for_again(fault: hubs.Fault, hub: HubServer, fetch: 
     ("fault", "says"),
     [
         (hubs.lies, "another size or sum than the Hub lists, 3 times"),
-        (hubs.gives_more, "bytes came that the Hub lists, 3 times"),
+        (hubs.gives_more, "bytes that the Hub lists, 3 times"),
         (hubs.ends_at_once, "it ended after 0 of"),
         (hubs.ignores_range_and_drops, "the connection broke (RemoteProtocolError), 8 times in a row"),
         (hubs.with_status(503), "the Hub answered with status 503, 8 times in a row"),
@@ -258,7 +258,7 @@ def test_a_listing_is_asked_for_again(fault: hubs.Fault, hub: HubServer, fetch: 
 def test_a_lasting_fault_is_told_and_leaves_no_wrong_file(
     fault: hubs.Fault, says: str, hub: HubServer, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_client, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE", 0.01)
     hub.fails(WEIGHTS, hubs.always(fault))
     status, said = fetch()
     assert status == 1
@@ -295,7 +295,7 @@ def test_a_retry_waits_as_long_as_the_server_asks(headers: dict[str, str], hub: 
 
 def test_the_wait_may_be_asked_for_by_a_date() -> None:
     soon = datetime.now(UTC) + timedelta(seconds=100)
-    assert 95 < hub_client._demanded({"Retry-After": format_datetime(soon, usegmt=True)}) <= 100
+    assert 95 < hub_client._requested_pause({"Retry-After": format_datetime(soon, usegmt=True)}) <= 100
 
 
 def test_what_is_damaged_afterwards_is_fetched_again(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_main_that_moves_meanwhile_mixes_nothing(hub: HubServer, fetch: Fetch,
 def test_a_hub_that_answers_for_another_commit_is_not_believed(hub: HubServer, fetch: Fetch) -> None:
     hub.fails("/revision/" + "a" * 40, hubs.gives(json.dumps({"id": REPO, "sha": "b" * 40, "siblings": []}).encode()))
     status, said = fetch("--revision", f"{REPO}={'a' * 40}")
-    assert (status, f"the Hub gives {'b' * 40} for {REPO} at {'a' * 40}" in said) == (1, True)
+    assert (status, f"the Hub returned {'b' * 40} for {REPO} at {'a' * 40}" in said) == (1, True)
 
 
 @pytest.mark.parametrize(("blobs", "siblings"), [(False, True), (True, False)])
@@ -511,6 +511,20 @@ def test_a_volume_without_locks_is_filled_too(
     monkeypatch.setattr(fcntl, "flock", flock)
     assert fetch()[0] == 0
     assert is_whole(hub, tmp_path / "out")
+
+
+def test_a_hub_library_that_ignores_the_switch_of_its_offline_mode_is_named(
+    hub: HubServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a newer version would that keeps the switch elsewhere: the image sets it, and every request would fail."""
+    monkeypatch.setattr(hub_client, "is_offline_mode", lambda: True)
+    status, said = fetch()
+    assert (status, hub.requests) == (1, [])
+    assert f"no longer reads constants.HF_HUB_OFFLINE: install huggingface_hub {hub_client.TESTED_WITH}" in said
+
+
+def test_the_hub_library_that_is_installed_is_the_tested_one() -> None:
+    assert f"huggingface_hub=={hub_client.TESTED_WITH}\n" in (ROOT / "builder/requirements-fetch.txt").read_text()
 
 
 def test_fetching_imports_no_torch() -> None:

@@ -6,16 +6,30 @@ import pytest
 
 from benchmarks import real_size
 from builder import sizes
-from pipelines.catalog import MODELS
+from pipelines.catalog import MODELS, ModelSpec
 from pipelines.weights import STEM_OF
 
 
-@pytest.mark.parametrize("model_id", MODELS)
-def test_a_component_has_so_many_parameters(model_id: str) -> None:
-    counted = {part: count * sizes.BF16 for part, (count, _) in sizes.COMPONENTS[model_id].items()}
-    assert counted == real_size.bytes_of_parts(model_id)
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_a_component_has_so_many_parameters(spec: ModelSpec) -> None:
+    counted = {part: count * sizes.BF16 for part, count in sizes.parameters(spec).items()}
+    assert counted == real_size.bytes_of_parts(spec.id)
 
 
-@pytest.mark.parametrize("model_id", MODELS)
-def test_every_component_with_weights_is_counted(model_id: str) -> None:
-    assert set(sizes.COMPONENTS[model_id]) == {part for part in MODELS[model_id].sources if part in STEM_OF}
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_every_component_with_weights_is_counted(spec: ModelSpec) -> None:
+    assert set(sizes.parameters(spec)) == {part for part in spec.sources if part in STEM_OF}
+
+
+def test_the_hub_has_wan21_in_float32_and_wan22_in_bfloat16_but_for_the_vae_and_the_5b_transformer() -> None:
+    in_bf16 = {
+        (spec.id, part)
+        for spec in MODELS.values()
+        for part in sizes.parameters(spec)
+        if sizes.bytes_per_number(part, spec.sources[part]) == sizes.BF16
+    }
+    wan22_14b = ("wan22_14b_i2v", "wan22_14b_t2v")
+    assert in_bf16 == {
+        *((model_id, part) for model_id in wan22_14b for part in ("transformer", "transformer_2")),
+        *((model_id, "text_encoder") for model_id in (*wan22_14b, "wan22_5b")),
+    }

@@ -12,7 +12,11 @@ from pathlib import Path
 from tests.worker_process import ROOT
 
 _FOLDERS = ("docs", "examples", "client", "playground")
-PAGES = [ROOT / "README.md", *sorted(page for folder in _FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for folder in _FOLDERS for page in ROOT.glob(f"{folder}/**/*.md")),
+]
 
 _FENCE = re.compile(
     r"^ *(?P<marks>```+|~~~+)(?P<language>[\w+-]*)[^\n]*\n(?P<text>.*?)^ *(?P=marks) *$", re.MULTILINE | re.DOTALL

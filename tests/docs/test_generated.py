@@ -14,7 +14,7 @@ from pipelines.catalog import MODELS
 from tests.worker_process import ROOT
 from worker.request import parse
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples/README.md"]
 
 
 def test_every_generated_part_is_current() -> None:

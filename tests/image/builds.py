@@ -14,14 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from builder import REPRODUCIBLE_MTIME
 from tests.worker_process import ROOT
 
 BASE_IMAGE = os.environ.get("BASE_IMAGE", "docker.io/library/debian:bookworm-slim")
 """What the images are built on; any that the machine has or can pull."""
 OPTIONS = shlex.split(os.environ.get("BUILD_OPTIONS", ""))
 """What a machine's network asks for, such as `--volume /etc/pip.conf:/etc/pip.conf:ro` for an index of its own."""
-THEN = "315532800"
-"""1980-01-01: with it as the time of all files, the same content is the same layer."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def build(folder: Path, *options: str, context: Path = ROOT, **arguments: str) -
     name = f"localhost/worker-wan-lora-test:{folder.name.lower()}"
     given = [part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")]
     command = ["buildah", "bud", "--format", "docker", "--layers", "--isolation", "chroot", "--network", "host"]
-    command += ["--timestamp", THEN, "--build-arg", f"BASE_IMAGE={BASE_IMAGE}", *OPTIONS, *options, *given]
+    command += ["--timestamp", str(REPRODUCIBLE_MTIME), "--build-arg", f"BASE_IMAGE={BASE_IMAGE}", *OPTIONS, *options, *given]
     run(*command, "--tag", name, str(context))
     run("buildah", "push", "--quiet", "--disable-compression", name, f"dir:{folder}")
     return Image(name, folder)

@@ -37,7 +37,7 @@ FORBIDDEN = {
     "what only builds": r"opt/venv/.*/site-packages/(pip|builder)(/.*)?|usr/bin/(git|gcc)|build/.+|tools/.+",
     "tests": r"(app|opt/venv)/(.*/)?tests/.*|app/test_.*",
     "what is not code": r"app/(docs|tools|benchmarks|tests|\.git.*|\.runpod.*|Dockerfile|Makefile|README.*)(/.*)?",
-    "what only builds, of the code": r"app/builder/(?!__init__|__pycache__|fetch_checkpoints).*",
+    "what only builds, of the code": r"app/builder/(?!__init__|__pycache__|retry|hub|checkpoint_folder|fetch_checkpoints).*",
     "temporary files": r"tmp/.+|var/tmp/.+|var/log/.+\.log|root/\.(?!bashrc|profile).+",
     "a stand-in": r".*stand_in.*",
     "a secret": r".*HF_TOKEN.*|.*\.(pem|key)|.*/\.netrc|.*/\.git-credentials",
