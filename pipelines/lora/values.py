@@ -27,7 +27,7 @@ def zero_keys(file: LoraFile) -> frozenset[str]:
             in_use = tensor.float() if tensor.dtype == torch.float64 or tensor.dtype.itemsize == 1 else tensor
             if not in_use.isfinite().all():  # 1e300 is infinite in every dtype of a model
                 raise LoraInvalid(f"`{key}` contains NaN or infinity; the training run diverged, use an earlier save")
-            if part == "alpha" and tensor < 0:
+            if part == "alpha" and in_use < 0:
                 raise LoraInvalid(f"`{key}` is negative; give it a positive alpha, and negate the LoRA by network_multiplier")
             if not in_use.any():
                 zeros.add(key)
