@@ -1,6 +1,6 @@
 """The entry point that RunPod starts, and `python handler.py` on your own machine.
 
-Reads the settings, loads the one model of this worker, and hands every job to `worker.job.Service.run`: a job's `input`
+Reads the settings, loads the one model of this worker, and hands every job to `worker.service.Service.run`: a job's `input`
 is the request of docs/api.md, and what comes back is its result, or `{"error": "CODE: what, where, what to do"}`.
 
     python handler.py                      runs test_input.json once

@@ -22,7 +22,8 @@ from pipelines.catalog import MODELS, ModelSpec
 from pipelines.errors import LoraError, LoraInvalid
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.lora.fit import check, hints, mode_for, side_in_name
-from pipelines.lora.layers import Layer, Reading, Side, read
+from pipelines.lora.layers import Layer, Reading, read
+from pipelines.lora.names import Side
 from pipelines.lora.origin import fitting_models, widths_of
 from pipelines.lora.shapes import shapes_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
@@ -65,7 +66,7 @@ class Inspection:
     def widths(self) -> list[int]:
         return widths_of(self.file)
 
-    @property
+    @cached_property
     def fitting(self) -> list[str]:
         """Ids of the models that nothing speaks against."""
         return [id for id in fitting_models(self.file) if not misfits(self, MODELS[id])]
@@ -169,12 +170,12 @@ def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
         "side": found.side,
         "dtypes": sorted(set(file.dtypes.values())),
         "base_model_version": file.base_version or None,
-        "trainer": _metadata(file, "software").get("name"),
+        "trainer": file.entry("software").get("name"),
         "trainer_version": file.trainer_version or None,
         "era": era,
         "era_because": why,
         "step": file.training_step,
-        "epoch": _metadata(file, "training_info").get("epoch"),
+        "epoch": file.entry("training_info").get("epoch"),
         "trigger_word": file.trigger_word or None,
         "bytes": file.path.stat().st_size,
         "sha256": file.sha256,
@@ -185,14 +186,6 @@ def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
         why_not = misfits(found, spec)
         report |= {"model": spec.id, "fits_model": not why_not, "why_not": why_not}
     return report
-
-
-def _metadata(file: LoraFile, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.metadata.get(name, "{}"))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def as_text(found: Inspection, spec: ModelSpec | None) -> str:

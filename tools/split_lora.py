@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines.errors import LoraError
 from pipelines.lora.file import LoraFile
 from pipelines.lora.layers import read
+from pipelines.lora.names import SIDES
 from tools.cli import BadInput, one_line_errors
 
 
@@ -44,12 +45,8 @@ def split(source: Path, folder: Path) -> list[Path]:
     if not reading.has_both_sides:
         raise BadInput(f"{source} holds one side: its keys name neither transformer_1 nor transformer_2")
     tensors, written = load_file(source), []
-    for side, number in (("high", 1), ("low", 2)):
-        mine = {
-            key.replace(f"transformer_{number}.", "", 1): value
-            for key, value in tensors.items()
-            if f"transformer_{number}." in key
-        }
+    for prefix, side in SIDES.items():
+        mine = {key.replace(prefix, "", 1): value for key, value in tensors.items() if prefix in key}
         if mine:
             written.append(folder / f"{source.stem}_{side}_noise.safetensors")
             save_file(mine, written[-1], dict(file.metadata))

@@ -80,7 +80,7 @@ def _delta(layer: Layer, tensors: Tensors, device: torch.device) -> torch.Tensor
     """What the layer adds to the weight at scale 1, as a matrix or in the weight's own shape: float32 on `device`."""
     parts = {name: part(layer, name, tensors).to(device, torch.float32) for name in layer.keys if not name.endswith(".scale")}
     if layer.kind == "full":
-        return (parts["A"] if "A" in parts else parts["diff"]).clone()
+        return parts[layer.difference].clone()
     if layer.kind == "lokr":
         return torch.kron(_factor(parts, "w1"), _factor(parts, "w2")) * alpha_scale(layer, tensors)
     product = parts["B"].flatten(1) @ parts["A"].flatten(1)

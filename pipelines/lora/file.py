@@ -80,6 +80,15 @@ class LoraFile:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def entry(self, name: str) -> dict[str, Any]:
+        """The JSON object in the metadata under `name`; {} for anything else, and for more than any program writes there."""
+        text = self.metadata.get(name, "")
+        try:
+            value = json.loads(text) if len(text) <= _MAX_ENTRY else None
+        except (ValueError, RecursionError):
+            value = None
+        return value if isinstance(value, dict) else {}
+
     @property
     def base_version(self) -> str:
         """`ss_base_model_version` as the trainer wrote it (`wan_2.1`, `wan_2.2_14b`, …), or ""."""
@@ -88,13 +97,13 @@ class LoraFile:
     @property
     def trainer_version(self) -> str:
         """The version of ai-toolkit that wrote the file, such as `0.12.26`; "" for other programs."""
-        software = _json_object(self.metadata.get("software", ""))
+        software = self.entry("software")
         return _name(software.get("version")) if software.get("name") == "ai-toolkit" else ""
 
     @property
     def training_step(self) -> int | None:
         """The step at which the file was saved, or None."""
-        step = _json_object(self.metadata.get("training_info", "")).get("step")
+        step = self.entry("training_info").get("step")
         return step if type(step) is int and 0 <= step < _MAX_STEP else None
 
     @property
@@ -115,7 +124,7 @@ class LoraFile:
     @property
     def trigger_word(self) -> str:
         """The trigger word of the training, or "". ai-toolkit writes `{"1_WORD": {"WORD": 1}}`; others write real counts."""
-        tags = _json_object(self.metadata.get("ss_tag_frequency", ""))
+        tags = self.entry("ss_tag_frequency")
         for folder, counts in tags.items():
             if len(tags) == 1 and folder.startswith("1_") and counts == {folder.removeprefix("1_"): 1}:
                 return _name(folder.removeprefix("1_"))
@@ -173,17 +182,6 @@ def why_unreadable(head: bytes) -> str | None:
     if len(head) >= 64 and head[8:9] != b"{":
         return "the file is not in safetensors format; export the LoRA as safetensors"
     return None
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    """The object that a program wrote into the metadata; {} for anything else, and for more than any program writes there."""
-    if len(text) > _MAX_ENTRY:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _name(value: Any) -> str:

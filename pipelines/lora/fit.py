@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import Adapter, LoraFile
-from pipelines.lora.layers import Layer, Layers, Reading, Side, read
+from pipelines.lora.layers import BIAS_PARTS, Layer, Layers, Reading, read
+from pipelines.lora.names import Side
 from pipelines.lora.origin import fitting_models, looks_trained_for
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,9 +24,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 _SIDE_IN_NAME = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
 
-def target(layer: str, shapes: Shapes) -> str | None:
+def target(layer: str, parameters: Container[str]) -> str | None:
     """The parameter that a layer's weight is: `scale_shift_table` and its like are parameters themselves."""
-    return next((name for name in (f"{layer}.weight", layer) if name in shapes), None)
+    return next((name for name in (f"{layer}.weight", layer) if name in parameters), None)
 
 
 def check(file: LoraFile, spec: ModelSpec, shapes: Shapes) -> Reading:
@@ -54,14 +55,14 @@ def misfit(layer: Layer, shapes: Shapes) -> str:
     if there is None:
         return "is not in this model"
     if layer.kind == "full" and layer.changes_weight:
-        difference = layer.shapes["A" if "A" in layer.shapes else "diff"]
+        difference = layer.shapes[layer.difference]
         if difference != there:
             return f"has the shape {list(difference)} in the LoRA and {list(there)} in this model"
     elif layer.changes_weight and (layer.outputs, layer.inputs) != (there[0], math.prod(there[1:])):
         inputs, outputs = math.prod(there[1:]), there[0]
         theirs = f"({layer.inputs} inputs, {layer.outputs} outputs in the LoRA)"
         return f"{theirs} has {inputs} inputs and {outputs} outputs in this model"
-    for part in ("diff_b", "B.bias", "magnitude"):
+    for part in (*BIAS_PARTS, "magnitude"):
         size = there[:1] if part == "magnitude" else shapes.get(f"{layer.name}.bias")
         if part in layer.shapes and size is None:
             return "has a bias in the LoRA and none in this model"
@@ -80,7 +81,7 @@ def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSe
     for layer in reading.all_layers:
         if layer.kind == "full" and set(layer.keys.values()) <= zeros:
             continue
-        bias = any(part in layer.keys and layer.keys[part] not in zeros for part in ("diff_b", "B.bias"))
+        bias = any(part in layer.keys and layer.keys[part] not in zeros for part in BIAS_PARTS)
         is_linear = len(_shape_of(layer.name, shapes) or ()) == 2
         if layer.kind != "lora" or bias or "magnitude" in layer.keys or not is_linear:
             kind = {"lokr": "LoKr factors", "full": "a difference of a weight or bias"}
@@ -122,10 +123,10 @@ def by_transformer(adapters: Sequence[Adapter]) -> dict[str, tuple[Adapter, Laye
     sent = {adapter.side for adapter in adapters}
     wanted: dict[str, tuple[Adapter, Layers]] = {}
     for adapter in adapters:
-        reading = read(adapter.file)
-        for side in (
-            [adapter.side, *(side for side in reading.sides if side not in sent)] if reading.has_both_sides else [adapter.side]
-        ):
+        reading, sides = read(adapter.file), [adapter.side]
+        if reading.has_both_sides:
+            sides += [side for side in reading.sides if side not in sent]
+        for side in sides:
             wanted["transformer_2" if side == "low" else "transformer"] = (adapter, reading.layers(side))
     return wanted
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -15,9 +15,11 @@ from typing import Literal
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import LoraFile
 from pipelines.lora.header_config import HeaderConfig
-from pipelines.lora.names import Name, Side, is_of_text_encoder, parse
+from pipelines.lora.names import Side, is_of_text_encoder, parse
 
-_LORA = {"A", "B", "B.bias", "alpha", "diff_b", "magnitude"}
+BIAS_PARTS = ("diff_b", "B.bias")
+"""What changes a layer's bias."""
+_LORA = {"A", "B", "alpha", "diff", "magnitude", *BIAS_PARTS}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _PART_OF_A_LORA = re.compile(r"\.(lora|lokr|hada|oft|dora|boft|ia3|glora)_")
@@ -41,14 +43,14 @@ class Layer:
     def outputs(self) -> int:
         if self.kind == "lokr":
             return self._factor("w1")[0] * self._factor("w2")[0]
-        return self.shapes["B" if self.kind == "lora" else self._difference][0] if self.changes_weight else 0
+        return self.shapes["B" if self.kind == "lora" else self.difference][0] if self.changes_weight else 0
 
     @property
     def inputs(self) -> int:
         """Inputs of a linear layer; for a convolution, times its kernel."""
         if self.kind == "lokr":
             return self._factor("w1")[1] * self._factor("w2")[1]
-        return math.prod(self.shapes["A" if self.kind == "lora" else self._difference][1:]) if self.changes_weight else 0
+        return math.prod(self.shapes["A" if self.kind == "lora" else self.difference][1:]) if self.changes_weight else 0
 
     @property
     def rank(self) -> int | None:
@@ -59,11 +61,11 @@ class Layer:
 
     @property
     def changes_weight(self) -> bool:
-        return self.kind != "full" or self._difference in self.shapes
+        return self.kind != "full" or self.difference in self.shapes
 
     @property
     def changes_bias(self) -> bool:
-        return "diff_b" in self.shapes or "B.bias" in self.shapes
+        return any(part in self.shapes for part in BIAS_PARTS)
 
     @property
     def uses_alpha(self) -> bool:
@@ -71,7 +73,7 @@ class Layer:
         return "alpha" in self.keys and self.rank is not None
 
     @property
-    def _difference(self) -> str:
+    def difference(self) -> str:
         """The part with the difference of the weight: ai-toolkit's `fullrank` writes it as lora_A."""
         return "A" if "A" in self.shapes else "diff"
 
@@ -144,8 +146,7 @@ def _layer(name: str, keys: dict[str, str], file: LoraFile, config: HeaderConfig
     for part, kind in (("hada_", "LoHa"), ("oft_", "OFT")):
         if any(each.startswith(part) for each in tensors):
             raise LoraIncompatible(f"this is a {kind} file, which this worker does not apply; train a LoRA or a LoKr")
-    for problem in _problems(name, tensors, keys):
-        raise problem
+    _check_parts(name, tensors, keys)
     if any(part.startswith("lokr_") for part in tensors):
         return Layer(name, "lokr", keys, shapes)
     if "B" not in tensors:
@@ -156,42 +157,39 @@ def _layer(name: str, keys: dict[str, str], file: LoraFile, config: HeaderConfig
     return Layer(name, "lora", keys, shapes, scale)
 
 
-def _problems(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]) -> Iterator[Exception]:
-    """What keeps the parts from being a layer."""
+def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]) -> None:
+    """Raises LoraInvalid, LoraIncompatible when the parts are not those of a layer."""
     parts = set(shapes)
     if math.prod(shapes.get("alpha", ())) != 1:
-        yield LoraInvalid(f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs")
+        raise LoraInvalid(f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs")
     if any(part.startswith("lokr_") for part in parts):
         if more := parts - _LOKR:
-            yield LoraIncompatible(f"`{keys[min(more)]}` does not go with the LoKr factors of its layer; export it again")
-        yield from (problem for factor in ("w1", "w2") if (problem := _factor_problem(name, factor, shapes)))
+            raise LoraIncompatible(f"`{keys[min(more)]}` does not go with the LoKr factors of its layer; export it again")
+        for factor in ("w1", "w2"):
+            _check_factor(name, factor, shapes)
         return
-    if more := parts - _LORA - {"diff"}:
-        yield LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has")
+    if more := parts - _LORA:
+        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has")
     if parts == {"alpha"}:
-        yield LoraInvalid(f"`{keys['alpha']}` is the alpha of a layer that is not in the file; it is incomplete")
+        raise LoraInvalid(f"`{keys['alpha']}` is the alpha of a layer that is not in the file; it is incomplete")
     if "B" in parts:
         down, up = shapes.get("A", ()), shapes["B"]
         if len(down) < 2 or len(up) < 2:
-            yield LoraInvalid(f"layer {name} lacks its lora_A; the file is incomplete")
-        elif down[0] != up[1]:
-            yield LoraInvalid(f"layer {name} has rank {down[0]} in lora_A and {up[1]} in lora_B")
-        elif down[0] == 0:
-            yield LoraInvalid(f"layer {name} has rank 0; the file is incomplete")
-        elif math.prod(up[2:]) != 1:
-            yield LoraIncompatible(f"layer {name} has a lora_B with a kernel, which no LoRA for Wan has")
+            raise LoraInvalid(f"layer {name} lacks its lora_A; the file is incomplete")
+        if down[0] != up[1]:
+            raise LoraInvalid(f"layer {name} has rank {down[0]} in lora_A and {up[1]} in lora_B")
+        if down[0] == 0:
+            raise LoraInvalid(f"layer {name} has rank 0; the file is incomplete")
+        if math.prod(up[2:]) != 1:
+            raise LoraIncompatible(f"layer {name} has a lora_B with a kernel, which no LoRA for Wan has")
     elif "magnitude" in parts or "B.bias" in parts:
-        yield LoraInvalid(f"layer {name} lacks lora_A and lora_B; the file is incomplete")
+        raise LoraInvalid(f"layer {name} lacks lora_A and lora_B; the file is incomplete")
 
 
-def _factor_problem(name: str, factor: str, shapes: Mapping[str, tuple[int, ...]]) -> Exception | None:
+def _check_factor(name: str, factor: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     given = {part: shape for part, shape in shapes.items() if part.startswith(f"lokr_{factor}")}
     if given.keys() == {f"lokr_{factor}"} and len(given[f"lokr_{factor}"]) == 2:
-        return None
+        return
     left, right = given.get(f"lokr_{factor}_a", ()), given.get(f"lokr_{factor}_b", ())
-    if len(given) == len(left) == len(right) == 2 and left[1] == right[0] > 0:
-        return None
-    return LoraInvalid(f"layer {name} lacks its lokr_{factor}; the file is incomplete, or not for linear layers")
-
-
-__all__ = ["Layer", "Layers", "Name", "Reading", "Side", "read"]
+    if not (len(given) == len(left) == len(right) == 2 and left[1] == right[0] > 0):
+        raise LoraInvalid(f"layer {name} lacks its lokr_{factor}; the file is incomplete, or not for linear layers")

@@ -18,6 +18,7 @@ from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
 from pipelines.lora.arithmetic import change_bias, change_weight, load_tensors
 from pipelines.lora.file import Adapter
+from pipelines.lora.fit import target
 from pipelines.lora.layers import Layers
 from pipelines.weights import file_names, index_of
 
@@ -64,7 +65,7 @@ class Merges:
         changes = {}
         for path, layer in layers.items():
             if layer.changes_weight:
-                changes[f"{path}.weight" if f"{path}.weight" in parameters else path] = (layer, change_weight)
+                changes[target(path, parameters) or path] = (layer, change_weight)
             if layer.changes_bias:
                 changes[f"{path}.bias"] = (layer, change_bias)
         self._restore(name, self._changed[name] - changes.keys())

@@ -17,7 +17,7 @@ _PREFIXES = ("base_model.", "pipe.", "model.", "diffusion_model.", "transformer.
 """They may follow each other, as in `base_model.model.`."""
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Behind these, the layer's name has underscores in place of dots."""
-_SIDES: dict[str, Side] = {"transformer_1.": "high", "transformer_2.": "low"}
+SIDES: dict[str, Side] = {"transformer_1.": "high", "transformer_2.": "low"}
 """How ai-toolkit writes both sides of a MoE model into one file."""
 _TEXT_ENCODER = ("text_encoder", "lora_te", "te1.", "te2.")
 
@@ -105,8 +105,8 @@ def parse(key: str) -> Name | None:
     underscored = next((prefix for prefix in _UNDERSCORED if layer.startswith(prefix)), None)
     if underscored:
         return Name(_layer_of_underscored(layer.removeprefix(underscored)), part)
-    while prefix := next((prefix for prefix in (*_PREFIXES, *_SIDES) if layer.startswith(prefix)), None):
-        side = _SIDES.get(prefix, side)
+    while prefix := next((prefix for prefix in (*_PREFIXES, *SIDES) if layer.startswith(prefix)), None):
+        side = SIDES.get(prefix, side)
         layer = layer.removeprefix(prefix)
     return Name(_layer_of(layer), part, side)
 

@@ -9,7 +9,7 @@ import torch
 from pipelines.errors import LoraInvalid
 from pipelines.lora.arithmetic import load_tensors
 from pipelines.lora.file import LoraFile
-from pipelines.lora.layers import Layer, read
+from pipelines.lora.layers import BIAS_PARTS, Layer, read
 
 _KEPT = 1000
 """Files whose values are not read again."""
@@ -41,6 +41,6 @@ def has_effect(file: LoraFile) -> bool:
 
 
 def _can_change(layer: Layer, zeros: frozenset[str]) -> bool:
-    bias = {layer.keys[part] for part in ("diff_b", "B.bias") if part in layer.keys}
-    weight = {key for part, key in layer.keys.items() if part not in ("diff_b", "B.bias")}
+    bias = {layer.keys[part] for part in BIAS_PARTS if part in layer.keys}
+    weight = {key for part, key in layer.keys.items() if part not in BIAS_PARTS}
     return bool(bias - zeros) or "magnitude" in layer.keys or bool(weight and zeros.isdisjoint(weight))
