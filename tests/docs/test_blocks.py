@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from pipelines.catalog import MODELS
 from tests.docs import checks
@@ -52,6 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     config(folder, {"prompts": ["a boat"]})
     for name in ("my_lora", "boat"):
         (folder / f"{name}.safetensors").write_bytes((tiny / "loras/wan21_1b/rank4.safetensors").read_bytes())
+    sides = {
+        f"diffusion_model.transformer_{number}.blocks.0.self_attn.q.lora_{half}.weight" for number in (1, 2) for half in "AB"
+    }
+    save_file({key: torch.ones(2, 2) for key in sides}, folder / "harbour.safetensors")
     return folder
 
 
