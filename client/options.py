@@ -105,7 +105,7 @@ def lora_of(text: str) -> dict[str, Any]:
 
 def _read(path: Path, stdin: Any) -> dict[str, Any]:
     try:
-        job = json.loads(stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+        job = json.loads(stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         _reject(str(path), f"cannot be read: {error.strerror}")
     except ValueError as error:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
 from pipelines import diffusers_privates as privates
@@ -182,6 +183,10 @@ class WanModel(ABC):
                 yield from self._decode(latents)
             finally:
                 self._pipe.maybe_free_model_hooks()
+
+    def tokens_of(self, prompt: str) -> int:
+        """How many tokens the text encoder would need for a prompt. It reads MAX_TOKENS, and cuts off the rest."""
+        return len(self._pipe.tokenizer(prompt_clean(prompt), add_special_tokens=True)["input_ids"])
 
     def scheduler_of(self, recipe: Recipe) -> Any:
         """A scheduler that was never run; a video gets a copy, so that no solver state outlives it."""

@@ -54,6 +54,9 @@ DEFAULT_FPS = 16
 DEFAULT_SIZE = 1024
 DEFAULT_SEED = 42
 
+MAX_TOKENS = 512
+"""Tokens of a prompt that the Wan pipelines encode."""
+
 BYTES_OF_A_JOB = 12_000_000_000
 """What a video of the default size needs beside the weights: up to 11.3 GB for the decode, by benchmarks/memory.py."""
 

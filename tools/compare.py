@@ -115,7 +115,7 @@ def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
 def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
     """`settings_in` for a JSON file. Raises BadInput, OSError."""
     try:
-        return settings_in(json.loads(path.read_text(encoding="utf-8")), prompt)
+        return settings_in(json.loads(path.read_text(encoding="utf-8-sig")), prompt)
     except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error})") from error
     except BadInput as error:

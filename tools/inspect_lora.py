@@ -2,8 +2,8 @@
 
     python -m tools.inspect_lora my_lora.safetensors --model wan22_14b_t2v
 
-It reads the header and the checksum, so it needs no model, no GPU and no torch. Whether the values are sound is checked by
-the worker when a job comes.
+It reads the header and the checksum, so it needs no model, no GPU and no torch. With `--values` it also reads the numbers: are
+they finite, which layers do nothing, how large the changes are; with `--checkpoint`, how large beside the model's weights.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ exit status: 0 it fits (the model given, or any); 1 it does not; 2 bad input
 
 example:
   python -m tools.inspect_lora loras/my_lora/my_lora_high_noise.safetensors --model wan22_14b_t2v
+  python -m tools.inspect_lora boat.safetensors --checkpoint checkpoints/Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 """
 
 _SOLVERS = {"unipc": "UniPC", "flowmatch": "FlowMatch Euler"}
@@ -82,7 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     found = inspect(args.file)
     spec = MODELS[args.model] if args.model else None
-    print(json.dumps(as_json(found, spec), indent=2) if args.json else as_text(found, spec))
+    values = _values(found, args.checkpoint) if (args.values or args.checkpoint) and found.reading else None
+    if args.json:
+        print(json.dumps(as_json(found, spec) | ({"values": values} if values else {}), indent=2))
+    else:
+        print("\n".join([as_text(found, spec), *(_values_as_text(values) if values else [])]))
     fits = not misfits(found, spec) if spec else bool(found.fitting)
     return FITS if fits else DIFFERS
 
@@ -96,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
     parser.add_argument("--model", metavar="ID", choices=MODELS, help=f"say whether it fits this one of {', '.join(MODELS)}")
+    parser.add_argument("--values", action="store_true", help="also read the numbers: finite, dead layers, size of the changes")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="the model's folder: compare the changes with its weights, layer by layer (implies --values)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -227,6 +239,34 @@ def _previews(found: Inspection, spec: ModelSpec | None) -> str:
         ways.setdefault(sampling(found, MODELS[id]), []).append(id)
     how = "; ".join(way + (f" ({', '.join(ids)})" if len(ways) > 1 else "") for way, ids in ways.items())
     return f"{how or _SOLVERS[era]} (trainer {when}; {why})"
+
+
+def _values(found: Inspection, checkpoint: Path | None) -> dict[str, Any]:
+    """What the numbers do at network_multiplier 1, by layer. Raises BadInput, as `changes_of` does."""
+    from tools.lora_values import changes_of  # it needs torch
+
+    changes = changes_of(found.file, checkpoint)
+    return {
+        "finite": True,  # anything else is bad input
+        "dead_layers": [change.layer for change in changes if change.is_dead],
+        "layers": [asdict(change) for change in changes],
+    }
+
+
+def _values_as_text(values: Mapping[str, Any]) -> list[str]:
+    layers, dead = values["layers"], values["dead_layers"]
+    which = f", such as {dead[0]}" if dead else ""
+    lines = ["", "values      all are finite numbers", f"dead        {len(dead)} of {len(layers)} layers change nothing{which}"]
+    compared = any(layer["strength"] is not None for layer in layers)
+    key, what = ("strength", "of the weight's norm") if compared else ("norm", "(norm of the change)")
+    known = sorted((layer for layer in layers if layer[key] is not None), key=lambda layer: -layer[key])
+    if not known:
+        return [*lines, "strength    a DoRA's change depends on the weights; add --checkpoint"]
+    middle = known[len(known) // 2]
+    for name, layer in (("strongest", known[0]), ("median", middle), ("weakest", known[-1])):
+        shown = f"{layer[key]:.2%}" if compared else f"{layer[key]:.3g}"
+        lines.append(f"{name:<11} {shown} {what}: {layer['layer']}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -102,7 +102,11 @@ class Training:
 
 def read_training(path: Path) -> Training:
     """Read a YAML or JSON config as the trainer does, with its environment variables and `[name]`. Raises BadInput, OSError."""
-    document = _parsed(path, _with_environment(path.read_text(encoding="utf-8")))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text, which the trainer needs too; save it as UTF-8") from error
+    document = _parsed(path, _with_environment(text))
     if not isinstance(document, dict):
         raise BadInput(f"{path} is not a training config; it should have `job` and `config`")
     config = document.get("config", document)

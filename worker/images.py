@@ -23,6 +23,18 @@ from worker.request import is_url
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")
 """Not what Pillow hands to other programs, as it does with EPS, or decodes before it tells the size, as it does with ICO."""
 
+_NOT_READ = {
+    "a HEIC photo": re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL),
+    "a video": re.compile(rb"....ftyp(iso|mp4|M4V|avc|qt|3g|dash)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL),
+    "a JPEG XL image": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL),
+    "a JPEG 2000 image": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", re.DOTALL),
+    "a PDF": re.compile(rb"%PDF-"),
+    "an icon": re.compile(rb"\0\0[\x01\x02]\0"),
+    "a PostScript file": re.compile(rb"%!PS"),
+    "a DDS texture": re.compile(rb"DDS "),
+}
+"""Kinds that people send by mistake, by their first bytes."""
+
 MAX_PIXELS = 64_000_000
 """A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
 
@@ -98,7 +110,7 @@ def _read(source: str, max_bytes: int, stop: threading.Event, private: bool) -> 
         header, comma, text = text.partition(",")
         if not comma:
             raise ValueError("the data URL has no comma; use data:image/png;base64,…")
-        if not header.lower().endswith(";base64"):
+        if "base64" not in [part.strip().lower() for part in header.split(";")]:
             return unquote_to_bytes(text)
         text = unquote_to_bytes(text).decode("latin-1")
     text = re.sub(r"\s", "", text).translate(str.maketrans("-_", "+/"))
@@ -122,7 +134,13 @@ def decode(data: bytes, match: Match = "documented", allowance: Allowance | None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
         if data.lstrip()[:1] == b"<":
             raise ValueError("it is a web page or SVG, not an image; use the image's own URL (PNG, JPEG or WebP)") from error
-        raise ValueError("it is no image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
+        if not data:
+            raise ValueError("it is empty; send a PNG, JPEG or WebP image") from error
+        if kind := next((kind for kind, mark in _NOT_READ.items() if mark.match(data)), ""):
+            raise ValueError(f"it is {kind}, which is not read here; save it as PNG, JPEG or WebP") from error
+        if "truncated" in str(error):
+            raise ValueError("the image is cut short; upload or download it again") from error
+        raise ValueError("it is not an image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
     raise ValueError(problem)
 
 

@@ -25,7 +25,7 @@ from worker.gpu import Gpu
 from worker.images import Allowance, load_control_image
 from worker.logs import stage
 from worker.loras import fetch_lora
-from worker.report import Output, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
+from worker.report import Output, length_warnings, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
 from worker.request import shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings
@@ -130,7 +130,7 @@ class Job:
             return preview(model.spec, era, why, sampler) if run.match == "preview" else documented(model.spec, sampler)
 
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
-        run.warnings = teaching_warnings(run, files, model.numbers_of)
+        run.warnings = [*teaching_warnings(run, files, model.numbers_of), *length_warnings(run.shots, model.tokens_of)]
         run.settings = settings_of(model.facts, adapters, run.match, lambda adapter: model.mode_of(adapter, run.mode))
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:

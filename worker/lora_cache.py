@@ -239,7 +239,7 @@ class LoraCache:
             raise Stopped
 
     def _evict(self, max_bytes: int) -> None:
-        """Remove the longest unused files until the rest has `max_bytes` at most, and what was left lying about."""
+        """Remove the least recently used files until the rest has `max_bytes` at most, and what was left lying about."""
         files = [(stat.st_atime_ns, stat.st_size, path) for path, stat in _listed(self._files, "*.safetensors")]
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):

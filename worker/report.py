@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from pipelines.catalog import MODELS, LoraMode, Match
+from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from worker.errors import WorkerError
@@ -134,6 +134,15 @@ def sum_of_pixels(image: Image.Image) -> str:
 def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
     """What would bring the user closer to the trainer's samples."""
     return [*_era_warnings(run, files, numbers_of), *_trigger_warnings(files, run.shots)]
+
+
+def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
+    """Name the texts that are longer than the text encoder reads."""
+    for shot in shots:
+        for name, text in (("prompt", shot.sampling.prompt), ("neg", shot.sampling.negative_prompt)):
+            if len(text) > MAX_TOKENS // 4 and (tokens := tokens_of(text)) > MAX_TOKENS:
+                said = f"the {name} has {tokens} tokens, and only the first {MAX_TOKENS} are read; shorten it"
+                yield f"prompts[{shot.index}]: {said}"
 
 
 def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:

@@ -55,8 +55,13 @@ MAX_GIF_PIXELS = 1_000_000_000
 """Width times height times frames: Pillow holds a byte for each until it writes a GIF. 953 frames of 1024x1024."""
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether a number is a float without a fraction, as clients in many languages write integers."""
+    return isinstance(value, float) and value.is_integer()
+
+
 class _Strict(BaseModel):
-    """No coercion (`"25"` and `true` are no integers), no unknown fields, and null means "not given"."""
+    """No unknown fields, null means "not given", and no coercion: `"25"` and `true` are not integers; 24.0 is, as in JSON."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -66,7 +71,12 @@ class _Strict(BaseModel):
         if not isinstance(value, dict):
             return value
         optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
-        return {name: item for name, item in value.items() if item is not None or name not in optional}
+        given = {name: item for name, item in value.items() if item is not None or name not in optional}
+        return given | {name: int(item) for name, item in given.items() if name in cls._integers() and _is_whole(item)}
+
+    @classmethod
+    def _integers(cls) -> set[str]:
+        return {name for name, info in cls.model_fields.items() if info.annotation in (int, int | None)}
 
 
 class Lora(_Strict):
@@ -230,13 +240,41 @@ def _shot(
         )
     if made.num_frames != asked.num_frames:
         warnings.append(f"prompts[{index}]: {asked.num_frames} frames became {made.num_frames}, since Wan makes 4n+1 frames")
-    trigger_word = prompt.trigger_word or request.trigger_word
-    if "[trigger]" in prompt.prompt and not trigger_word:
-        warnings.append(f"prompts[{index}]: the prompt has [trigger], but there is no trigger_word to put in its place")
+    trigger_word = (prompt.trigger_word or request.trigger_word or "").strip()
     text = prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt
+    warnings += [f"prompts[{index}]: {warning}" for warning in _text_warnings(text, prompt.neg, trigger_word)]
+    if control_image and (warning := _aspect_warning(control_image.size, (made.width, made.height))):
+        warnings.append(f"prompts[{index}]: {warning}")
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
     made = replace(made, prompt=text, seed=draw_seed(index) if seed == -1 else seed)
     return Shot(index, recipe, made, prompt.fps, tuple(warnings))
+
+
+_FLAG = re.compile(r"(?:^|\s)--(n|w|h|d|seed|l|cfg|s|steps|m|network_multiplier|frames|num_frames|fps|ctrl_img)\s")
+"""The flags that ai-toolkit reads in a sample's prompt."""
+_PLACEHOLDER = re.compile(r"\[(trigger|name)\]", re.IGNORECASE)
+_STRETCHED = 1.25
+"""How far the aspects of the control image and the video may be apart without a warning."""
+
+
+def _text_warnings(prompt: str, neg: str, trigger_word: str) -> Iterator[str]:
+    """What the text encoder would read as words, and is not meant so."""
+    for name, text in (("prompt", prompt), ("neg", neg)):
+        if found := _PLACEHOLDER.search(text):
+            if found[0] == "[trigger]" and name == "prompt" and not trigger_word:
+                yield "the prompt has [trigger], but there is no trigger_word to put in its place"
+            else:
+                yield f"the {name} has {found[0]}, which is not replaced; only [trigger] in the prompt is"
+        if flag := _FLAG.search(text):
+            yield f"the {name} has the trainer's flag --{flag[1]}, which is read as text; set the fields of the request instead"
+
+
+def _aspect_warning(image: tuple[int, int], video: tuple[int, int]) -> str:
+    stretch = (image[0] / image[1]) / (video[0] / video[1])
+    if 1 / _STRETCHED <= stretch <= _STRETCHED:
+        return ""
+    sizes = "the control image has {}x{} pixels and is stretched to {}x{}".format(*image, *video)
+    return f"{sizes}; crop it, or ask for a video of its aspect"
 
 
 def parse(raw: Any, served: ModelSpec) -> Request:

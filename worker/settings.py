@@ -75,7 +75,9 @@ class Settings(BaseSettings):
         description="Where LoRAs from URLs are kept; on a network volume all workers share it.",
     )
     lora_cache_max_bytes: int = Field(
-        default=20 * 1024**3, gt=0, description="Size of LORA_CACHE_DIR above which the longest unused LoRAs go, in bytes."
+        default=20 * 1024**3,
+        gt=0,
+        description="Size of LORA_CACHE_DIR above which the least recently used LoRAs are deleted, in bytes.",
     )
     allow_private_downloads: bool = Field(
         default=False,
@@ -124,6 +126,9 @@ class Settings(BaseSettings):
     )
     bucket_access_key_id: SecretStr | None = Field(default=None, description="Access key id of the bucket.")
     bucket_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the bucket.")
+    bucket_session_token: SecretStr | None = Field(
+        default=None, description="Session token of temporary keys; results cannot be downloaded after it expires."
+    )
     bucket_region: str | None = Field(
         default=None,
         description="Signing region; not set: read off the endpoint, else `us-east-1`.",
@@ -188,6 +193,12 @@ class Settings(BaseSettings):
         """How long a job may take; None: without limit."""
         default = _SECONDS_PER_CLOUD_JOB if self.in_cloud else None
         return (self.job_timeout if self.job_timeout is not None else default) or None
+
+    @field_validator("bucket_access_key_id", "bucket_secret_access_key", "bucket_session_token", "hf_token", mode="before")
+    @classmethod
+    def _without_white_space(cls, value: object) -> object:
+        """Keys are pasted with a line end now and then, and none contains white space."""
+        return value.strip() if isinstance(value, str) else value
 
     @field_validator("model_id")
     @classmethod

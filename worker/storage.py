@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from worker.errors import Code, Problem, WorkerError
 from worker.files import atomic_write
 from worker.logs import log
 from worker.net.addresses import NotPublic
+from worker.net.download import DownloadError, fetch_bytes
 from worker.net.privates import public_only
 from worker.net.statuses import is_refusal
 from worker.settings import BUCKET_NAME, Settings, SettingsError
@@ -32,6 +34,8 @@ from worker.settings import BUCKET_NAME, Settings, SettingsError
 _FAILURES = (BotoCoreError, ClientError, NotPublic)
 _TRANSFER = TransferConfig(preferred_transfer_client="classic")
 """Not the client that boto3 would take where awscrt is installed: it connects past `public_only`."""
+_CHECK = b"worker-wan-lora"
+"""What the check at start stores."""
 _MADE_FROM = "made-from"
 """Key of the objects' metadata."""
 
@@ -147,10 +151,12 @@ class Bucket:
         addressing_style: str,
         key_prefix: str,
         ttl_seconds: int,
+        session_token: str | None = None,
         public: bool = False,
     ) -> None:
-        """`public`: reach public addresses only; everything else fails with NotPublic."""
+        """`session_token` belongs to temporary keys. `public`: reach public addresses only; all others fail with NotPublic."""
         self._name = name
+        self._public = public
         self._key_prefix = key_prefix
         self._ttl_seconds = ttl_seconds
         try:
@@ -175,6 +181,7 @@ class Bucket:
                     "s3",
                     aws_access_key_id=access_key_id,
                     aws_secret_access_key=secret_access_key,
+                    aws_session_token=session_token,
                     endpoint_url=endpoint_url,
                     region_name=region or _region_of(endpoint_url),
                     config=config,
@@ -221,13 +228,29 @@ class Bucket:
     def check(self) -> None:
         key = f"{self._key_prefix}.worker-wan-lora-write-check"
         try:
-            self._client.put_object(Bucket=self._name, Key=key, Body=b"")
+            self._client.put_object(Bucket=self._name, Key=key, Body=_CHECK)
         except (BotoCoreError, ClientError) as error:
             raise self._not_stored(key, error) from error
+        self._check_presigned(key)
         try:
             self._client.delete_object(Bucket=self._name, Key=key)
         except (BotoCoreError, ClientError) as error:
             log.warning("the bucket took `%s` but did not let it be deleted (%s)", key, _reason(error))
+
+    def _check_presigned(self, key: str) -> None:
+        """Download the file by a presigned URL, as whoever gets the result will. Raises NotStored."""
+        try:
+            body = fetch_bytes(self._signed(key, len(_CHECK)).url, 1000, threading.Event(), private=not self._public)
+        except DownloadError as error:
+            text = (
+                f"the bucket takes files, but a presigned URL of one does not give it back ({error}); the keys need the "
+                "permission GetObject, and the store must support presigned URLs (RunPod's own S3 API does not)"
+            )
+            raise NotStored(text, refused=error.status is not None and is_refusal(error.status)) from error
+        if body != _CHECK:
+            raise NotStored(
+                "a presigned URL of the bucket gives another file than was stored; check the endpoint", refused=True
+            )
 
     def _signed(self, key: str, size: int) -> Stored:
         expires = datetime.now(UTC) + timedelta(seconds=self._ttl_seconds)
@@ -238,7 +261,7 @@ class Bucket:
 
     @staticmethod
     def _not_stored(key: str, error: Exception) -> NotStored:
-        text = f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, keys and permissions"
+        text = f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, region, keys and permissions"
         return NotStored(text, _is_refusal(error))
 
 
@@ -252,6 +275,7 @@ class S3Config(BaseModel):
     bucket_name: str = Field(alias="bucketName", pattern=BUCKET_NAME)
     endpoint_url: str = Field(alias="endpointUrl", min_length=1)
     region: str | None = None
+    session_token: SecretStr | None = Field(default=None, alias="sessionToken")
 
     @field_validator("access_id", "access_secret")
     @classmethod
@@ -276,6 +300,7 @@ def storage_of(settings: Settings) -> Storage:
             addressing_style=settings.bucket_addressing_style,
             key_prefix=settings.bucket_key_prefix,
             ttl_seconds=settings.presigned_url_ttl,
+            session_token=settings.bucket_session_token.get_secret_value() if settings.bucket_session_token else None,
         )
     except BadBucket as error:
         raise SettingsError(f"BUCKET_{error.field.upper()}: {error.rule}") from None
@@ -305,6 +330,7 @@ def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
             addressing_style="auto",
             key_prefix=settings.bucket_key_prefix,
             ttl_seconds=settings.presigned_url_ttl,
+            session_token=config.session_token.get_secret_value() if config.session_token else None,
             public=not settings.allow_private_downloads and not _is_own_store(config, settings),
         )
     except BadBucket as error:
@@ -335,13 +361,23 @@ def _host_of(endpoint_url: str | None) -> str:
     return parts.hostname
 
 
+_REGIONS = (
+    r"\bs3(?:-fips)?(?:\.dualstack)?[.-]([a-z]{2,}-[a-z0-9-]+)\.",  # AWS, Backblaze B2, Wasabi, Scaleway, and others like them
+    r"\bs3api-([a-z0-9-]+)\.runpod\.io$",
+    r"\bs3\.([a-z0-9-]+)\.(?:io|perf)\.cloud\.ovh\.",
+    r"\bcos\.([a-z0-9-]+)\.myqcloud\.com$",
+    r"\boss-([a-z0-9-]+)\.aliyuncs\.com$",
+    r"\b([a-z]{3}\d)\.digitaloceanspaces\.com$",
+    r"\b([a-z]{2}-[a-z]+-\d)\.linodeobjects\.com$",
+)
+
+
 def _region_of(endpoint_url: str | None) -> str:
-    """`s3.eu-central-1.amazonaws.com` and its kin name their region; R2 wants `auto`; MinIO-like stores take any."""
+    """The region that the endpoint's name gives. R2 wants `auto`; stores such as MinIO accept any."""
     host = _host_of(endpoint_url)
     if host.endswith(".r2.cloudflarestorage.com"):
         return "auto"
-    named = re.match(r"s3[.-]([a-z]{2,}-[a-z0-9-]+)\.", host)
-    return named[1] if named else "us-east-1"
+    return next((match[1] for pattern in _REGIONS if (match := re.search(pattern, host))), "us-east-1")
 
 
 def _client_error(error: BaseException | None) -> ClientError | None:

@@ -103,7 +103,12 @@ def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
     elif "image_encoder" in spec.sources and file.has_text_keys and not file.has_image_keys:
         texts.append("the LoRA has no image keys, so it looks trained for a text-to-video model; it was applied")
     if reading.has_both_sides:
-        texts.append("the file holds the high and the low side; each was applied to its own")
+        both = len(reading.sides) == 2
+        texts.append(
+            "the file holds the high and the low side; each was applied to its own"
+            if both
+            else f"the keys of the file name the {next(iter(reading.sides))} side, so it was applied to that side alone"
+        )
     elif adapter.side and (named := side_in_name(adapter.name)) and named != adapter.side:
         texts.append(f"the file is named `{adapter.name}`, but was sent as the {adapter.side} side")
     return texts

@@ -1,18 +1,16 @@
 """LoRAs added into the weights, as the trainer does for its samples, and taken out again to the bit.
 
 The product of a LoRA's factors is computed in float32, added to the float32 value of the weight, and stored in the weight's
-own dtype. Subtracting it again would leave rounding behind, so a weight is restored from the checkpoint's file: the file stays
-memory-mapped, which costs no memory of its own, and every merge starts from it.
+own dtype. Subtracting it again would leave rounding behind, so a weight is restored from the checkpoint's file, and every merge
+starts from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
@@ -20,7 +18,7 @@ from pipelines.lora.arithmetic import change_bias, change_weight, load_tensors
 from pipelines.lora.file import Adapter
 from pipelines.lora.fit import target
 from pipelines.lora.layers import Layers
-from pipelines.weights import file_names, index_of
+from pipelines.pristine import CheckpointFile
 
 
 class Merges:
@@ -28,7 +26,7 @@ class Merges:
 
     def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Checkpoints) -> None:
         self._pipe = pipe
-        self._files = {name: _CheckpointFile(checkpoints.folder_of(name)) for name in spec.transformers}
+        self._files = {name: CheckpointFile(checkpoints.folder_of(name), name) for name in spec.transformers}
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
         """Parameters whose values are not, or may not be, what the file says."""
@@ -81,21 +79,3 @@ class Merges:
             value = transformer.get_parameter(parameter)
             value.copy_(self._files[name].read(parameter).to(value.dtype))
             self._changed[name].discard(parameter)
-
-
-class _CheckpointFile:
-    """A transformer's safetensors file or shards, memory-mapped on first use."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._shard_of = index_of(folder, "transformer")
-        self._names = file_names(folder, "transformer")
-        self._open: dict[str, Any] = {}
-
-    def read(self, key: str) -> torch.Tensor:
-        """The tensor in the file's dtype, in memory only while it is used."""
-        name = self._shard_of[key] if self._shard_of else self._names[0]
-        if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt")
-        tensor: torch.Tensor = self._open[name].get_tensor(key)
-        return tensor

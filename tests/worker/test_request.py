@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipelines.catalog import MODELS
 from pipelines.recipes import documented, preview
@@ -107,6 +108,19 @@ def test_null_in_a_lora_is_the_default(name):
 def test_the_ends_of_every_range_are_accepted(name, values):
     for value in values:
         assert getattr(parse(an_input(first={name: value}), SINGLE).prompts[0], name) == value
+
+
+WHOLE = {"width": 832.0, "height": 480.0, "sample_steps": 25.0, "seed": 42.0, "num_frames": 41.0, "fps": 24.0}
+
+
+@pytest.mark.parametrize(("name", "value"), WHOLE.items())
+def test_a_whole_number_with_a_point_is_an_integer_as_many_languages_write_it(name, value):
+    taken = getattr(parse(an_input(first={name: value}), SINGLE).prompts[0], name)
+    assert (taken, type(taken)) == (value, int)
+
+
+def test_a_whole_number_that_is_out_of_range_is_refused_as_an_integer_is():
+    assert found(an_input(first={"fps": 121.0})) == found(an_input(first={"fps": 121})) != []
 
 
 @pytest.mark.parametrize("scale", [-2, 0, 1, 2, 0.75])
@@ -633,6 +647,42 @@ def test_a_trigger_without_a_trigger_word_is_kept_and_told():
     shot = shot_of({"prompt": "a [trigger] boat"})
     assert shot.sampling.prompt == "a [trigger] boat"
     assert "trigger_word" in shot.warnings[0]
+
+
+def warnings_of(prompt: dict[str, Any], size: tuple[int, int] | None = None, **fields: Any) -> tuple[str, ...]:
+    request = parse(an_input(EITHER, prompt, **fields), EITHER)
+    images = {"https://example.com/i.png": Image.new("RGB", size)} if size else {}
+    [shot] = shots_of(request, partial(documented, EITHER), Identity.of(None, {}).seed, images)
+    return shot.warnings
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ({"prompt": "a [name] boat"}, "the prompt has [name], which is not replaced; only [trigger] in the prompt is"),
+        ({"prompt": "a [Trigger] boat"}, "the prompt has [Trigger], which is not replaced"),
+        ({"prompt": "a boat", "neg": "no [trigger]"}, "the neg has [trigger], which is not replaced"),
+        ({"prompt": "a boat --w 512 --h 512"}, "the prompt has the trainer's flag --w, which is read as text; set the fields"),
+        ({"prompt": "a boat", "neg": "blurry --m 0.8"}, "the neg has the trainer's flag --m"),
+    ],
+)
+def test_what_the_text_encoder_would_read_as_words_is_told(prompt, says):
+    [warning] = warnings_of(prompt, trigger_word="sks")
+    assert warning.startswith(f"prompts[0]: {says}")
+
+
+@pytest.mark.parametrize("prompt", ["a well--known boat", "a boat -- w 5", "a boat --ar 16:9", "[triggers] (name)"])
+def test_a_text_that_only_looks_like_it_is_no_warning(prompt):
+    assert warnings_of({"prompt": prompt}) == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [((64, 64), False), ((80, 64), False), ((96, 64), True), ((64, 96), True), ((1280, 720), True)]
+)
+def test_a_control_image_that_would_be_stretched_visibly_is_told(size, told):
+    warnings = warnings_of({"ctrl_img": "https://example.com/i.png", "width": 64, "height": 64}, size)
+    stretched = f"prompts[0]: the control image has {size[0]}x{size[1]} pixels and is stretched to 64x64; crop it, or ask"
+    assert [warning.startswith(stretched) for warning in warnings] == [True] * told
 
 
 def test_shots_come_in_the_order_of_the_prompts():

@@ -6,7 +6,8 @@ import requests
 from botocore.exceptions import ClientError
 from botocore.retries.standard import ExponentialBackoff
 
-from tests.s3_server import S3Server
+from tests.faults import Status
+from tests.s3_server import Gateway, S3Server
 from worker.errors import Code, WorkerError
 from worker.net.addresses import NotPublic
 from worker.settings import Settings, SettingsError, load_settings
@@ -24,6 +25,21 @@ def file(tmp_path):
     file = tmp_path / "0.mp4"
     file.write_bytes(b"a finished video")
     return file
+
+
+@pytest.fixture
+def gateway(s3):
+    gateway = Gateway(s3)
+    yield gateway
+    gateway.close()
+
+
+KEYS = {
+    "bucket_endpoint_url": "https://s3.example.com",
+    "bucket_name": "videos",
+    "bucket_access_key_id": "id",
+    "bucket_secret_access_key": "secret",
+}
 
 
 def settings_for(server: S3Server | None = None, **others) -> Settings:
@@ -127,7 +143,7 @@ def test_without_the_signature_nothing_is_given(s3, file):
 )
 def test_a_bucket_that_takes_nothing_fails_without_its_host_and_keys_in_the_error(s3, file, wrong):
     text = upload_failure(storage_of(settings_for(s3, **wrong)), file)
-    assert "`job/0.mp4`" in text and "check its name, endpoint, keys and permissions" in text
+    assert "`job/0.mp4`" in text and "check its name, endpoint, region, keys and permissions" in text
     host = urlsplit(wrong.get("bucket_endpoint_url", s3.endpoint_url)).hostname
     for secret in (host, s3.access_key_id, s3.secret_access_key, *wrong.values()):
         assert secret not in text
@@ -294,12 +310,58 @@ def test_an_upload_works_with_the_bucket_in_the_endpoint(s3, file):
         ("https://s3.eu-central-2.wasabisys.com", "eu-central-2"),
         ("https://s3.wasabisys.com", "us-east-1"),
         ("https://0123abc.r2.cloudflarestorage.com", "auto"),
+        ("https://s3.dualstack.eu-west-1.amazonaws.com", "eu-west-1"),
+        ("https://s3-fips.us-gov-west-1.amazonaws.com", "us-gov-west-1"),
+        ("https://videos.s3.eu-north-1.amazonaws.com", "eu-north-1"),
+        ("https://s3.fr-par.scw.cloud", "fr-par"),
+        ("https://s3.gra.io.cloud.ovh.net", "gra"),
+        ("https://fra1.digitaloceanspaces.com", "fra1"),
+        ("https://videos.fra1.digitaloceanspaces.com", "fra1"),
+        ("https://us-east-1.linodeobjects.com", "us-east-1"),
+        ("https://eu-central-1.linodeobjects.com", "eu-central-1"),
+        ("https://s3api-eu-ro-1.runpod.io", "eu-ro-1"),
+        ("https://cos.ap-guangzhou.myqcloud.com", "ap-guangzhou"),
+        ("https://oss-cn-hangzhou.aliyuncs.com", "cn-hangzhou"),
         ("https://minio.example.com:9000", "us-east-1"),
         ("http://127.0.0.1:9000", "us-east-1"),
     ],
 )
 def test_the_region_is_read_off_the_endpoint(endpoint, region):
     assert _region_of(endpoint) == region
+
+
+# The check at start
+
+
+def test_the_check_leaves_nothing_in_the_bucket(s3):
+    storage_of(settings_for(s3, bucket_key_prefix="checked/")).check()
+    assert s3.keys("checked/") == []
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_store_that_takes_files_and_refuses_their_presigned_urls_fails_the_check(s3, gateway, status):
+    gateway.faults.order("GET", Status(status))
+    with pytest.raises(NotStored, match=rf"does not give it back \(.*{status}.*GetObject.*RunPod's own S3 API") as caught:
+        storage_of(settings_for(s3, bucket_endpoint_url=gateway.endpoint_url)).check()
+    assert caught.value.refused
+    assert "127.0.0.1" not in str(caught.value) and "Signature" not in str(caught.value)
+
+
+def test_a_session_token_is_sent_and_signed(file, monkeypatch):
+    storage = storage_of(settings_for(**KEYS, bucket_session_token=" t0ken\n"))
+    monkeypatch.setattr(storage._client, "upload_file", lambda *_, **__: None)
+    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum").url
+
+
+def test_a_job_can_bring_keys_with_a_session_token(s3, file, monkeypatch):
+    storage = storage_of_job(s3_config(s3, sessionToken="t0ken"), settings_for(allow_private_downloads=True))
+    monkeypatch.setattr(storage._client, "upload_file", lambda *_, **__: None)
+    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum").url
+
+
+def test_keys_that_were_pasted_with_a_line_end_are_taken(s3):
+    pasted = f"{s3.secret_access_key}\n"
+    storage_of(settings_for(s3, bucket_access_key_id=f" {s3.access_key_id}", bucket_secret_access_key=pasted)).check()
 
 
 # Where the URL points, without an upload: presigning needs no network
