@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from pipelines.catalog import MODELS
-from worker.request import Lora, Prompt, Request
+from worker.request import OBJECTS
 
 
 def models_table() -> str:
@@ -26,7 +26,7 @@ def models_table() -> str:
 
 def fields_table() -> str:
     rows = [("field", "default", "meaning")]
-    for prefix, owner in (("", Request), ("loras[].", Lora), ("prompts[].", Prompt)):
+    for prefix, owner in OBJECTS.items():
         for name, info in owner.model_fields.items():
             default = "required" if info.is_required() else "" if info.default is None else json.dumps(info.default)
             rows.append((prefix + name, default, info.description or ""))

@@ -23,7 +23,7 @@ _NUMBERS: dict[str, type] = {
     "num_frames": int,
     "fps": int,
 }
-_REQUEST_FIELDS = ("model", "trigger_word", "match", "output_format", "contact_sheet")
+_REQUEST_FIELDS = ("model", "trigger_word", "match", "trained_with", "output_format", "contact_sheet")
 _PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", "ctrl_img")
 """Fields of a prompt. An option sets them in every prompt of the request."""
 
@@ -50,6 +50,9 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=Prompt.model_fields[name].description)
     group.add_argument("--sampler", choices=get_args(Sampler))
     group.add_argument("--match", choices=get_args(Match))
+    group.add_argument(
+        "--trained-with", metavar="JSON", help='how the training ran, such as {"quantize": true}; for --match preview'
+    )
     group.add_argument("--output-format", choices=get_args(OutputFormat))
     sheet = Request.model_fields["contact_sheet"].description
     group.add_argument("--contact-sheet", action="store_true", default=None, help=sheet)
@@ -69,6 +72,8 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
         folder = options.file.parent
     request = dict(job["input"]) if isinstance(job.get("input"), dict) else job
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if options.trained_with:
+        given["trained_with"] = _training_of(options.trained_with)
     request |= {name: given[name] for name in _REQUEST_FIELDS if name in given}
     if options.lora:
         request["loras"] = [lora_of(text) for text in options.lora]
@@ -101,6 +106,13 @@ def lora_of(text: str) -> dict[str, Any]:
         return {"path": path, **lora, "network_multiplier": float(scale)} if at else {"path": text, **lora}
     except ValueError:
         return {"path": text, **lora}
+
+
+def _training_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        _reject("--trained-with", f'is not JSON ({error}); write it as {{"quantize": true}}')
 
 
 def _read(path: Path, stdin: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from docs import figures
 from pipelines.catalog import MODELS, Family, ModelSpec
 from worker.errors import MEANING
-from worker.request import Lora, Prompt, Request
+from worker.request import OBJECTS, Request
 from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def models(folder: Path) -> str:
 
 def fields() -> str:
     rows = []
-    for prefix, owner in (("", Request), ("loras[].", Lora), ("prompts[].", Prompt)):
+    for prefix, owner in OBJECTS.items():
         document = owner.model_json_schema()
         for name, info in owner.model_fields.items():
             default = "**required**" if info.is_required() else "" if info.default is None else f"`{json.dumps(info.default)}`"
@@ -110,7 +110,7 @@ def _kind(field: dict[str, Any]) -> str:
     field = field | next((kind for kind in field.get("anyOf", []) if kind.get("type") != "null"), {})
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    kind = {"array": "list", "integer": "int"}.get(field["type"], field["type"])
+    kind = {"array": "list", "integer": "int"}.get(field.get("type", "object"), field.get("type", "object"))
     if field.get("maximum") == 2**64 - 1:
         return f"{kind}, {field['minimum']} or more"
     return f"{kind}, {field['minimum']} to {field['maximum']}" if "maximum" in field else kind

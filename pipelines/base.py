@@ -34,15 +34,20 @@ from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
 from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, OutOfMemory, blamed_on
+from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora import fit
 from pipelines.lora.adapters import Adapters
-from pipelines.lora.file import Adapter
+from pipelines.lora.beside import Beside
+from pipelines.lora.file import Adapter, LoraFile
 from pipelines.lora.layers import Layers, read
 from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import refresh, stays_on_device
+from pipelines.pristine import CheckpointFile
+from pipelines.quantized import Quantized
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.toolkit import Toolkit
+from pipelines.trained import Quantization
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3], RGB."""
@@ -90,12 +95,19 @@ class WanModel(ABC):
         self._checkpoint_scheduler = pipe.scheduler
         self._fresh_schedulers: dict[tuple[str, float | None], Any] = {}
         """By solver and shift; never run."""
+        self._image_processor = getattr(pipe, "image_processor", None)
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
-        cache_embeddings(pipe)
+        cache_embeddings(pipe, lambda: (self._text_attention, self._text_encoder.active))
         self._shapes = {name: tuple(value.shape) for name, value in pipe.transformer.named_parameters()}
         self._adapters = Adapters(spec, pipe)
-        self._merges = Merges(spec, pipe, parts.checkpoints)
+        files = {name: CheckpointFile(parts.checkpoints.folder_of(name), name) for name in (*spec.transformers, "text_encoder")}
+        self._merges = Merges(pipe, files)
+        self._text_encoder = Quantized(pipe.text_encoder, files["text_encoder"])
+        self._text_attention = "sdpa"
+        self._quantized = {name: Quantized(getattr(pipe, name), files[name]) for name in spec.transformers}
+        self._recovery = {name: Beside(getattr(pipe, name), parts.device, pipe.transformer.dtype) for name in spec.transformers}
+        self._beside = {name: Beside(getattr(pipe, name), parts.device) for name in spec.transformers}
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -127,12 +139,27 @@ class WanModel(ABC):
             warnings.append("the LoRA has no effect: its network_multiplier is 0")
         return warnings
 
+    def check_recovery_adapter(self, file: LoraFile) -> None:
+        """Compare an accuracy recovery adapter with the model. Raises LoraInvalid, LoraIncompatible."""
+        reading = fit.check(file, self.spec, self._shapes)
+        if fit.mode_for(reading, "beside", self._shapes, zero_keys(file))[0] != "beside":
+            raise LoraIncompatible("it has other parts than LoRA or LoKr factors, which lie beneath no LoRA")
+
     def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
         """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
         return fit.mode_for(read(adapter.file), mode, self._shapes, zero_keys(adapter.file))[0]
 
-    def apply_loras(self, adapters: Sequence[Adapter], mode: LoraMode = "adapter") -> None:
+    def apply_loras(
+        self,
+        adapters: Sequence[Adapter],
+        mode: LoraMode = "adapter",
+        quantization: Quantization | None = None,
+        recovery: Adapter | None = None,
+    ) -> None:
         """Make the model carry exactly these LoRAs at these scales; what is applied already stays.
+
+        `quantization`: how the weights are rounded, as in a quantized training; `recovery`: the accuracy recovery adapter that
+        lies beneath the LoRAs there. With them, LoRAs are carried `beside`.
 
         Raises LoraError with its `position`, OutOfMemory, DeviceLost; every transformer is plain then.
         """
@@ -141,8 +168,7 @@ class WanModel(ABC):
                 adapter.file.check_unchanged()
         try:
             with self._device_errors():
-                if self._kept_in_float32.restore():
-                    refresh(self._pipe, self.spec.transformers)
+                self._quantize(quantization, recovery)
                 wanted = fit.by_transformer(adapters)
                 for name in self.spec.transformers:
                     with blamed_on(adapters.index(wanted[name][0]) if name in wanted else 0):
@@ -150,14 +176,55 @@ class WanModel(ABC):
         except BaseException:
             with self._device_errors():  # a dead device must not hide behind the error of this clean-up
                 self._adapters.drop_all()
+                self._quantize(None, None)
                 self._merges.take_out_all()
             raise
 
+    def _quantize(self, wanted: Quantization | None, recovery: Adapter | None) -> None:
+        """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this."""
+        layers = fit.by_transformer([recovery]) if recovery else {}
+        if recovery and not read(recovery.file).has_both_sides:
+            layers = dict.fromkeys(self.spec.transformers, layers["transformer"])
+        format = wanted.transformer if wanted else None
+        if format:
+            for name in self.spec.transformers:
+                self._adapters.apply(name, None)
+                self._merges.apply(name, None)
+            if self._kept_in_float32.cast(self._pipe.transformer.dtype):
+                refresh(self._pipe, self.spec.transformers)
+        changed = [name for name, part in self._quantized.items() if self._round(name, part, wanted, layers.get(name))]
+        if self._text_encoder.apply(wanted.text_encoder if wanted else None):
+            changed.append("text_encoder")
+        if not format and self._kept_in_float32.restore():
+            changed = [*self.spec.transformers, *changed]
+        if changed:
+            refresh(self._pipe, tuple(changed))
+
+    def _round(self, name: str, part: Quantized, wanted: Quantization | None, recovery: tuple[Adapter, Layers] | None) -> bool:
+        """Round one transformer. With a recovery adapter, only the layers that it has are rounded."""
+        only = frozenset(recovery[1]) if recovery else None
+        changed = part.apply(wanted.transformer if wanted else None, wanted.excluded if wanted and not only else (), only)
+        if changed:
+            self._beside[name].drop()  # the hooks of the recovery adapter and of the biases come first
+            self._recovery[name].drop()
+        self._recovery[name].apply(recovery)
+        return changed
+
     def _carry(self, name: str, wanted: tuple[Adapter, Layers] | None, mode: LoraMode) -> None:
         """Make one transformer carry exactly this LoRA, or none."""
-        if wanted and self.mode_of(wanted[0], mode) == "merge":
+        how = self.mode_of(wanted[0], mode) if wanted else "adapter"
+        self._beside[name].apply(wanted if how == "beside" else None)
+        if how == "merge":
+            if self._quantized[name].active:
+                raise LoraIncompatible(
+                    "its differences of weights or biases are merged, which the trainer never does on quantized weights; "
+                    "send it with `match` documented, or without `trained_with`"
+                )
             self._adapters.apply(name, None)
             self._merges.apply(name, wanted)
+        elif how == "beside":
+            self._adapters.apply(name, None)
+            self._merges.apply(name, None)
         else:
             self._merges.apply(name, None)
             # What is not a product of factors is zero here.
@@ -178,11 +245,33 @@ class WanModel(ABC):
         with self._device_errors():
             self._apply_recipe(recipe)
             try:
-                with torch.no_grad(), _seeded(sampling.seed, self.device) as generator:
+                with torch.no_grad(), self._hooks_are_seen(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
-                yield from self._decode(latents)
+                with self._tiles(recipe):
+                    yield from self._decode(latents, privates.decode_whole if recipe.decodes_in_tiles else self._pieces_of)
             finally:
                 self._pipe.maybe_free_model_hooks()
+
+    @contextmanager
+    def _hooks_are_seen(self) -> Iterator[None]:
+        """Compiled code does not look for hooks that came later, so that with hooks it is not used."""
+        hooked = any(part.is_active for part in (*self._beside.values(), *self._recovery.values()))
+        hooked = hooked or any(part.active for part in self._quantized.values())
+        if hooked and self._adapters.are_compiled:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def _tiles(self, recipe: Recipe) -> Iterator[None]:
+        """Decode in tiles, as the trainer does to save memory."""
+        if recipe.decodes_in_tiles:
+            self._pipe.vae.enable_tiling()
+        try:
+            yield
+        finally:
+            self._pipe.vae.disable_tiling()
 
     def tokens_of(self, prompt: str) -> int:
         """How many tokens the text encoder would need for a prompt. It reads MAX_TOKENS, and cuts off the rest."""
@@ -219,10 +308,16 @@ class WanModel(ABC):
     def _apply_recipe(self, recipe: Recipe) -> None:
         self._pipe.scheduler = copy.deepcopy(self.scheduler_of(recipe))
         self._pipe.register_to_config(boundary_ratio=self.boundary_ratio_of(recipe))
+        if recipe.text_attention != self._text_attention:
+            self._pipe.text_encoder.set_attn_implementation(recipe.text_attention)
+            self._text_attention = recipe.text_attention
+        if self._image_processor is not None:
+            resizing = {"pil": self._image_processor, "torch": TensorImageProcessor(self._image_processor)}
+            self._pipe.image_processor = resizing[recipe.image_resize]
         if recipe.trainer_dtypes:
             changed = self._kept_in_float32.cast(self._pipe.transformer.dtype)
         else:
-            changed = self._kept_in_float32.restore()
+            changed = not any(part.active for part in self._quantized.values()) and self._kept_in_float32.restore()
         if changed:
             refresh(self._pipe, self.spec.transformers)
 
@@ -257,7 +352,7 @@ class WanModel(ABC):
         latents: torch.Tensor = self._pipe(**arguments).frames
         return latents
 
-    def _decode(self, latents: torch.Tensor) -> Iterator[Frames]:
+    def _decode(self, latents: torch.Tensor, pieces_of: Callable[..., Iterator[torch.Tensor]]) -> Iterator[Frames]:
         """The frames of the latents. Where the memory does not do, again with the rest of the model out of the way.
 
         The arithmetic is the same, and so are the frames; tiles, the usual remedy, would change them.
@@ -268,7 +363,7 @@ class WanModel(ABC):
         try:
             while True:
                 try:
-                    for frames in itertools.islice(decode(self._pipe.vae, latents, self.device, self._pieces_of), number, None):
+                    for frames in itertools.islice(decode(self._pipe.vae, latents, self.device, pieces_of), number, None):
                         yield frames
                         number += 1
                     return

@@ -18,8 +18,9 @@ Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
 """What a video is made to match: the model page, or the samples of the trainer."""
-LoraMode = Literal["adapter", "merge"]
-"""Beside the weights, as diffusers does; or added into them, as the trainer does for its samples."""
+LoraMode = Literal["adapter", "merge", "beside"]
+"""`adapter`: beside the weights, as diffusers does. `merge`: added into them, as the trainer does for its samples. `beside`: in
+float32 beside them, as the trainer does where it cannot merge."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class ModelSpec:
     """The flow_shift of UniPC, with which the trainer sampled until 0.9.3."""
     trainer_size_divisor: int
     """What the trainer's samples are floored to."""
+    trainer_leaves_out_embedders: bool
+    """Whether a quantized training leaves the embedders and the last layer as they are."""
     lora_base_version: str
     """What ai-toolkit writes as `ss_base_model_version` into a LoRA of this model."""
     hidden_size: int
@@ -145,6 +148,7 @@ _WAN22_I2V_14B = ModelSpec(
     trainer_shift=5.0,
     trainer_unipc_shift=3.0,
     trainer_size_divisor=16,
+    trainer_leaves_out_embedders=True,
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
@@ -170,6 +174,7 @@ _WAN22_T2V_14B = ModelSpec(
     trainer_shift=5.0,
     trainer_unipc_shift=3.0,
     trainer_size_divisor=16,
+    trainer_leaves_out_embedders=True,
     lora_base_version="wan_2.2_14b",
     hidden_size=5120,
     num_blocks=40,
@@ -187,6 +192,7 @@ _WAN22_5B = ModelSpec(
     trainer_shift=5.0,
     trainer_unipc_shift=5.0,
     trainer_size_divisor=32,
+    trainer_leaves_out_embedders=True,
     lora_base_version="wan_2.2_5b",
     hidden_size=3072,
     num_blocks=30,
@@ -210,6 +216,7 @@ _WAN21_I2V_14B = ModelSpec(
     trainer_shift=3.0,
     trainer_unipc_shift=3.0,
     trainer_size_divisor=16,
+    trainer_leaves_out_embedders=False,
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,
@@ -236,6 +243,7 @@ _WAN21_14B = ModelSpec(
     trainer_shift=3.0,
     trainer_unipc_shift=3.0,
     trainer_size_divisor=16,
+    trainer_leaves_out_embedders=False,
     lora_base_version="wan_2.1",
     hidden_size=5120,
     num_blocks=40,

@@ -23,6 +23,7 @@ from pipelines.catalog import (
     Sampler,
 )
 from pipelines.lora.file import LoraFile
+from pipelines.trained import NOT_SAID, TrainedWith
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +32,8 @@ Era = Literal["unipc", "flowmatch"]
 
 FLOWMATCH_SINCE = (0, 9, 3)
 """The first version whose samples are made with FlowMatch Euler."""
+TORCH_RESIZE_SINCE = (0, 9, 1)
+"""The first version with transformers 5, whose image processor resizes tensors."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Recipe:
     """Cast what diffusers keeps in float32 (time embedder, modulation tables, norm2, RoPE) to the model's dtype."""
     why: str
     """Why this solver, in words for the result."""
+    text_attention: Literal["sdpa", "eager"] = "sdpa"
+    """The attention of the text encoder. The trainer's transformers knows only `eager`."""
+    decodes_in_tiles: bool = False
+    image_resize: Literal["pil", "torch"] = "pil"
+    """What brings the control image to the size of the image encoder."""
     era: Era | None = None
     """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
     era_why: str | None = None
@@ -112,8 +120,18 @@ def documented(spec: ModelSpec, sampler: Sampler | None = None) -> Recipe:
     )
 
 
-def preview(spec: ModelSpec, era: Era, why: str, sampler: Sampler | None = None) -> Recipe:
-    """What ai-toolkit samples with in `era`; an explicit `sampler` takes the place of the era's."""
+def preview(
+    spec: ModelSpec,
+    era: Era,
+    why: str,
+    sampler: Sampler | None = None,
+    trained: TrainedWith = NOT_SAID,
+    version: tuple[int, ...] | None = None,
+) -> Recipe:
+    """What ai-toolkit samples with in `era`; an explicit `sampler` takes the place of the era's.
+
+    `version`: the trainer's; None for the newest.
+    """
     solver: Era = sampler or era
     return Recipe(
         match="preview",
@@ -121,9 +139,12 @@ def preview(spec: ModelSpec, era: Era, why: str, sampler: Sampler | None = None)
         shift=spec.trainer_shift if solver == "flowmatch" else spec.trainer_unipc_shift,
         boundary_ratio=0.875 if spec.moe else None,
         size_divisor=spec.trainer_size_divisor,
-        drops_incomplete_frames=spec.drops_incomplete_frames,
+        drops_incomplete_frames=spec.drops_incomplete_frames or trained.drops_incomplete_frames(spec),
         trainer_dtypes=True,
         why=f"sampler is {sampler}" if sampler else why,
+        text_attention="eager",
+        decodes_in_tiles=trained.decodes_in_tiles(spec),
+        image_resize="torch" if version is None or version >= TORCH_RESIZE_SINCE else "pil",
         era=era,
         era_why=why,
     )

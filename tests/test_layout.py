@@ -19,6 +19,7 @@ VOCABULARY = {
     "pipelines.errors",
     "pipelines.lora.file",
     "pipelines.recipes",
+    "pipelines.trained",
     "pipelines.weights",
 }
 """Modules of pipelines/ that import no torch; the worker's modules may speak of what is in them."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from pipelines.catalog import MODELS
+from pipelines.image_processor import TensorImageProcessor
 from tests.reference import Wanted
 
 _MODEL_CLASSES = {
@@ -116,6 +117,7 @@ def _assemble(model_id: str, root: Path, model_class: Any, module: ModuleType, d
     model.device_torch, model.torch_dtype = torch.device("cpu"), dtype
     model.model_config = SimpleNamespace(low_vram=False, model_kwargs={})
     model.vae, model.text_encoder = part("vae", AutoencoderKLWan), part("text_encoder", UMT5EncoderModel)
+    model.text_encoder.set_attn_implementation("eager")  # all that the trainer's own transformers has
     model.tokenizer = AutoTokenizer.from_pretrained(root / sources["tokenizer"].repo, subfolder="tokenizer")
     transformers = [part(name, WanTransformer3DModel) for name in ("transformer", "transformer_2") if name in sources]
     model.model = transformers[0]
@@ -129,7 +131,8 @@ def _assemble(model_id: str, root: Path, model_class: Any, module: ModuleType, d
     if "image_encoder" in sources:
         repo = root / sources["image_encoder"].repo
         model.image_encoder = part("image_encoder", CLIPVisionModel)
-        model.image_processor = CLIPImageProcessor.from_pretrained(repo, subfolder="image_processor")
+        processor = CLIPImageProcessor.from_pretrained(repo, subfolder="image_processor")
+        model.image_processor = TensorImageProcessor(processor)  # it has torchvision; tests/trainer_runs has its pixels
     model.pipeline = WanPipeline(
         tokenizer=model.tokenizer, text_encoder=model.text_encoder, vae=model.vae, scheduler=model.get_train_scheduler()
     )

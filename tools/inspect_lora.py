@@ -28,6 +28,7 @@ from pipelines.lora.origin import fitting_models, widths_of
 from pipelines.lora.shapes import shapes_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
+from worker.training import NOT_KNOWN, Training, read_config
 
 _EPILOG = """\
 exit status: 0 it fits (the model given, or any); 1 it does not; 2 bad input
@@ -71,6 +72,12 @@ class Inspection:
     def fitting(self) -> list[str]:
         """Ids of the models that nothing speaks against."""
         return [id for id in fitting_models(self.file) if not misfits(self, MODELS[id])]
+
+    @cached_property
+    def training(self) -> Training:
+        """How the training ran, by the config.yaml beside the file."""
+        config = self.file.path.with_name("config.yaml")
+        return read_config(config, self.file.path) if config.is_file() else NOT_KNOWN
 
     @property
     def side(self) -> Side | None:
@@ -191,6 +198,7 @@ def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
         "trigger_word": file.trigger_word or None,
         "bytes": file.path.stat().st_size,
         "sha256": file.sha256,
+        "trained_with": found.training.trained.as_words() or None,
         "refusal": found.refusal or None,
         "notes": notes(found, spec),
     }
@@ -216,6 +224,7 @@ def as_text(found: Inspection, spec: ModelSpec | None) -> str:
         "base model": facts["base_model_version"] or "not noted",
         "trainer": f"{facts['trainer'] or 'not noted'} {facts['trainer_version'] or ''}".strip(),
         "previews": _previews(found, spec),
+        "training": _training(facts["trained_with"]) or found.training.warning,
         "step": None if facts["step"] is None else f"{facts['step']}, epoch {facts['epoch']}",
         "trigger": facts["trigger_word"],
         "refused": facts["refusal"],
@@ -239,6 +248,15 @@ def _previews(found: Inspection, spec: ModelSpec | None) -> str:
         ways.setdefault(sampling(found, MODELS[id]), []).append(id)
     how = "; ".join(way + (f" ({', '.join(ids)})" if len(ways) > 1 else "") for way, ids in ways.items())
     return f"{how or _SOLVERS[era]} (trainer {when}; {why})"
+
+
+def _training(words: Mapping[str, Any] | None) -> str | None:
+    """What decides the previews, in the config's own words."""
+    if not words:
+        return None
+    kinds = [name for name in ("quantize", "quantize_te", "low_vram", "vae_tiling") if words.get(name)]
+    values = [f"{name} {words[name]}" for name in ("qtype", "dtype", "save_dtype") if words.get(name)]
+    return ", ".join([*kinds, *values, *(["several multipliers"] * (words.get("multipliers") == "mixed"))]) or "not quantized"
 
 
 def _values(found: Inspection, checkpoint: Path | None) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from typing import Any
 
 from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS, ModelSpec
+from pipelines.trained import QTYPES
 from tools.cli import FITS, BadInput, one_line_errors
 from tools.trainer_samples import RANDOM_SEED, Sample, Training, read_training
 from worker.errors import WorkerError
 from worker.images import decode
 from worker.request import Lora, Prompt, parse
+
+_FLOAT32 = ("float32", "fp32", "float")
 
 _EPILOG = """\
 CONFIG is the training's YAML or JSON; in the trainer's output folder it is config.yaml or .job_config.json.
@@ -118,7 +121,10 @@ def requests_of(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(one request per sample, warnings). Every request is checked against the schema. Raises BadInput, OSError."""
     loras = _loras(spec, paths, training)
-    warnings = [*training.warnings, *_unmatchable(training, spec)]
+    warnings = [*training.warnings, *_unmatchable(training)]
+    trained = training.trained_with.as_words()
+    if training.trained_with.format not in QTYPES:  # a warning says so
+        trained = {name: value for name, value in trained.items() if name not in ("quantize", "quantize_te", "qtype")}
     requests = []
     for number, sample in enumerate(training.samples):
         warnings += sample.warnings
@@ -127,6 +133,7 @@ def requests_of(
         inner: dict[str, Any] = {
             "model": spec.id,
             "match": "preview",
+            "trained_with": trained,
             "loras": [{**lora, "network_multiplier": multiplier} for lora in loras],
             "prompts": [_prompt(sample, spec, where, folder, warnings)],
         }
@@ -169,19 +176,22 @@ def _sided(path: str) -> dict[str, Any]:
     raise BadInput(f"{path} does not say which side it is for; write high={path} or low={path}")
 
 
-def _unmatchable(training: Training, spec: ModelSpec) -> list[str]:
+def _unmatchable(training: Training) -> list[str]:
     """Warnings about settings of the config that the worker cannot reproduce exactly."""
-    model, texts = training.model, []
-    for key, what in (("quantize", "transformer"), ("quantize_te", "text encoder")):
-        if model.get(key, model.get("quantize")):
-            texts.append(f"model.{key}: the previews were made with a quantized {what}, so the match is close, but not exact")
-    kwargs = model.get("model_kwargs")
-    tiled = model.get("low_vram") or (isinstance(kwargs, dict) and kwargs.get("vae_tiling"))
-    if tiled and spec.id in ("wan21_1b", "wan21_14b", "wan22_14b_t2v", "wan22_5b"):
-        texts.append("model.low_vram: the previews were decoded in tiles, so the match is close, but not exact")
-    if len({sample.network_multiplier for sample in training.samples}) > 1:
+    trained, texts = training.trained_with, []
+    if trained.qtype and trained.format not in QTYPES:
+        known = ", ".join(QTYPES)
         texts.append(
-            "the samples have different network_multipliers, so the trainer does not merge the LoRA; expect small differences"
+            f"model.qtype: {trained.format} is not rebuilt by the worker (known: {known}), so the previews differ visibly"
+        )
+    if trained.save_dtype not in (None, *_FLOAT32):
+        texts.append(
+            f"save.dtype: {trained.save_dtype} rounds the LoRA, so the match is close, but not exact; float32 removes this"
+        )
+    if trained.merges and trained.dtype not in (None, *_FLOAT32):
+        texts.append(
+            f"train.dtype: {trained.dtype} without quantization: from the second sampling round on, the trainer's "
+            "own weights had drifted; the first round can be met exactly"
         )
     return texts
 

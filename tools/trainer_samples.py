@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from pipelines.trained import TrainedWith, trained_with
 from tools.cli import BadInput
 
 RANDOM_SEED = -1
@@ -97,6 +98,8 @@ class Training:
     """The job's name, which is also that of the LoRA files; None for a config without a job."""
     model: Mapping[str, Any]
     samples: tuple[Sample, ...]
+    trained_with: TrainedWith
+    """How the training ran."""
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -126,6 +129,7 @@ def read_training(path: Path) -> Training:
         name=name if isinstance(name, str) else None,
         model=model if isinstance(model, dict) else {},
         samples=tuple(resolve(section, None if trigger_word is None else str(trigger_word))),
+        trained_with=trained_with(process),
         warnings=tuple(warnings),
     )
 

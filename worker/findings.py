@@ -49,7 +49,7 @@ Location = tuple[int | str, ...]
 """pydantic's: `("prompts", 1, "width")`."""
 
 Models = Mapping[str, type[BaseModel]]
-"""The objects of the schema by the prefix of their fields: `""`, `prompts[].`, `loras[].`."""
+"""The objects of the schema by the prefix of their fields: `""`, `prompts[].`, `loras[].`, `trained_with.`."""
 
 
 def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
@@ -80,7 +80,9 @@ def _shown(name: str) -> str:
 
 def _home_of(location: Location) -> str:
     """Which object a location lies in, as a key of Models."""
-    return f"{location[0]}[]." if len(location) > 1 else ""
+    if len(location) < 2:
+        return ""
+    return f"{location[0]}[]." if isinstance(location[1], int) else f"{location[0]}."
 
 
 def _unknown_field(location: Location, models: Models) -> str:
@@ -107,6 +109,8 @@ def _rule(location: Location, models: Models) -> str:
         return f"an object with the fields {', '.join(home.model_fields)}"
     schema = _schema_of(home)[name]
     schema = {**schema, **next((kind for kind in schema.get("anyOf", []) if kind.get("type") != "null"), {})}
+    if "$ref" in schema:
+        return f"an object with fields such as {', '.join(models[f'{name}.'].model_fields)}"
     if "enum" in schema:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
     if schema["type"] == "array":

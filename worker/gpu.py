@@ -49,7 +49,7 @@ class Gpu:
         """Make the model carry exactly these LoRAs. Raises WorkerError, OutOfMemory, DeviceLost, Stopped."""
         run.progress.stage("load")
         with stage("load", run.timings, job=run.id):
-            await self._run(run, self._apply_loras, adapters, run.mode)
+            await self._run(run, self._apply_loras, run, adapters)
 
     async def generate(self, run: Run, shot: Shot, frames: FrameQueue) -> None:
         """Put the frames of one video into `frames`. Raises WorkerError, OutOfMemory, DeviceLost, Stopped, Abandoned."""
@@ -62,9 +62,9 @@ class Gpu:
             self.is_lost = True
             raise
 
-    def _apply_loras(self, adapters: Sequence[Adapter], mode: Any) -> None:
+    def _apply_loras(self, run: Run, adapters: Sequence[Adapter]) -> None:
         try:
-            self.model.apply_loras(adapters, mode)
+            self.model.apply_loras(adapters, run.mode, run.quantization, run.recovery)
         except LoraError as error:
             raise lora_error(error, error.position or 0) from error
 

@@ -46,7 +46,7 @@ _AT_MOST = f"more than {MAX_PIXELS / 1e6:.0f} million; shrink it"
 _MAX_PASSES = 50
 """Encoders write 1 to some 15; each is a pass over all pixels."""
 
-_JPEG_MARKER = re.compile(rb"\xff+[^\0\xff\xd0-\xd7]")
+_JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
 """The next one, beyond entropy-coded data: there 0 follows after 255, or the number of a restart."""
 
 _TURN: dict[Any, Image.Transpose] = {

@@ -18,18 +18,19 @@ from PIL import Image
 from pipelines.catalog import Sampler
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
-from pipelines.recipes import Recipe, documented, era_of, preview
-from worker.errors import Problem, WorkerError
+from pipelines.recipes import Recipe, documented, era_of, preview, version_of
+from worker.errors import Code, Problem, WorkerError
 from worker.faults import lora_error, report
 from worker.gpu import Gpu
 from worker.images import Allowance, load_control_image
 from worker.logs import stage
-from worker.loras import fetch_lora
+from worker.loras import fetch_lora, path_of_recovery_adapter
 from worker.report import Output, length_warnings, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
 from worker.request import shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings
 from worker.shot import ShotFiles
+from worker.training import training_of
 
 Result = dict[str, Any]
 Images = dict[str, Image.Image]
@@ -78,6 +79,7 @@ class Job:
     async def _fetch(self) -> tuple[list[Adapter], Images]:
         """Get the LoRAs, checked against the model, and the control images. One error lists everything that is wrong."""
         run = self._run
+        await run.in_thread(self._read_training)
         fields_of: dict[str, list[str]] = {}
         for index, prompt in enumerate(run.request.prompts):
             if prompt.control_image:
@@ -90,7 +92,8 @@ class Job:
                 in_thread(run.stop, self._fetch_image, source, fields, allowance, executor=pool)
                 for source, fields in fields_of.items()
             ]
-            fetched = await asyncio.gather(*loras, *images, return_exceptions=True)
+            recovery = [in_thread(run.stop, self._fetch_recovery_adapter, executor=pool)]
+            fetched = await asyncio.gather(*loras, *images, *recovery, return_exceptions=True)
         problems: list[Problem] = []
         for outcome in fetched:
             if isinstance(outcome, WorkerError) and outcome.problems:
@@ -99,12 +102,34 @@ class Job:
                 raise outcome
         if problems:
             raise WorkerError.of(problems)
+        run.recovery = cast("Adapter | None", fetched.pop())
         adapters = cast("list[Adapter]", fetched[: len(loras)])
         return adapters, dict(zip(fields_of, cast("list[Image.Image]", fetched[len(loras) :]), strict=True))
 
+    def _read_training(self) -> None:
+        """Find out how the training ran, and so how its LoRA is applied."""
+        run = self._run
+        run.training = training_of(run.request, self._settings)
+        if run.match == "preview" and not run.training.trained.merges:
+            run.mode = "beside"
+
+    def _fetch_recovery_adapter(self) -> Adapter | None:
+        run, name = self._run, self._run.training.trained.recovery_adapter
+        if run.match != "preview" or name is None:
+            return None
+        path = path_of_recovery_adapter(name, self._settings)
+        where = "trained_with.qtype"
+        file = fetch_lora(path, where, run.request.hf_token, self._settings, run.stop, run.held)
+        try:
+            self._gpu.model.check_recovery_adapter(file)
+        except LoraError as error:
+            text = f"the accuracy recovery adapter: {error}"
+            raise WorkerError.of([Problem(Code.LORA_INCOMPATIBLE, where, text)]) from error
+        return Adapter(file, 1.0)
+
     def _fetch_lora(self, index: int) -> Adapter:
         run, lora = self._run, self._run.request.loras[index]
-        file = fetch_lora(lora, index, run.request.hf_token, self._settings, run.stop, run.held)
+        file = fetch_lora(lora.path, f"loras[{index}].path", run.request.hf_token, self._settings, run.stop, run.held)
         adapter = Adapter(file, lora.network_multiplier, lora.transformer, PurePosixPath(urlsplit(lora.path).path).name)
         try:
             run.lora_warnings[index] = self._gpu.model.check_lora(adapter, run.mode)
@@ -125,13 +150,23 @@ class Job:
         run, model = self._run, self._gpu.model
         files = [adapter.file for adapter in adapters]
         era, why = era_of(files)
+        version = max(filter(None, map(version_of, files)), default=None)
+        trained = run.training.trained
+        if run.match == "preview":
+            run.quantization = trained.quantization(model.spec, version)
 
         def recipe_for(sampler: Sampler | None) -> Recipe:
-            return preview(model.spec, era, why, sampler) if run.match == "preview" else documented(model.spec, sampler)
+            if run.match == "preview":
+                return preview(model.spec, era, why, sampler, trained, version)
+            return documented(model.spec, sampler)
 
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
-        run.warnings = [*teaching_warnings(run, files, model.numbers_of), *length_warnings(run.shots, model.tokens_of)]
+        run.warnings = [
+            *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"]),
+            *length_warnings(run.shots, model.tokens_of),
+        ]
         run.settings = settings_of(model.facts, adapters, run.match, lambda adapter: model.mode_of(adapter, run.mode))
+        run.settings |= {"trained_with": run.training.trained.as_words() or None, "trained_with_because": run.training.why}
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:
             image_sum = sums.get(id(shot.sampling.control_image))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
@@ -23,7 +23,7 @@ from pipelines.lora.file import LoraFile, why_unreadable
 from worker.errors import Code, Problem, WorkerError
 from worker.lora_cache import LoraCache, Source
 from worker.net.download import Answer, DownloadError, fetch_into
-from worker.request import Lora, is_hub, is_url
+from worker.request import is_hub, is_url
 from worker.settings import Settings
 
 _SIGNATURE = re.compile(r"(x-amz-|x-goog-)?signature|sig", re.IGNORECASE)
@@ -37,21 +37,37 @@ _OF_A_SIGNATURE = re.compile(
 
 
 def fetch_lora(
-    lora: Lora, index: int, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
+    path: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
 ) -> LoraFile:
-    """The file of `loras[index]`, with its header. A downloaded file stays in the cache until `held` is closed.
+    """The LoRA at `path`, with its header. A downloaded file stays in the cache until `held` is closed.
 
-    `hf_token`: the request's; without one, the worker's own is used.
+    `where`: the field that names it, for errors. `hf_token`: the request's; without one, the worker's own is used.
     Raises Stopped, WorkerError: LORA_NOT_FOUND, LORA_DOWNLOAD_FAILED, LORA_INVALID.
     """
-    where = f"loras[{index}].path"
     hf_token = hf_token or (settings.hf_token.get_secret_value() if settings.hf_token else None)
     try:
-        if is_url(lora.path):
-            return _download(lora.path, where, hf_token, settings, stop, held)
-        return LoraFile.read(_find(lora.path, where, settings.lora_dir))
+        if is_url(path):
+            return _download(path, where, hf_token, settings, stop, held)
+        return LoraFile.read(_find(path, where, settings.lora_dir))
     except LoraInvalid as error:
         raise WorkerError.of([Problem(Code.LORA_INVALID, where, str(error))]) from error
+
+
+def path_of_recovery_adapter(name: str, settings: Settings) -> str:
+    """Where the file is that a training config names: a path below LORA_DIR, or a URL.
+
+    The trainer names a file on the Hugging Face Hub `ORG/REPO/FILE`. It is looked for below LORA_DIR by that path and by the
+    file's name alone, so that a worker without a way to the Hub can have it; else it is the Hub's.
+    """
+    if is_url(name):
+        return name
+    for path in (name, PurePosixPath(name).name):
+        if (settings.lora_dir / path).is_file():
+            return path
+    parts = name.split("/")
+    if len(parts) == 3 and all(parts):
+        return f"https://huggingface.co/{parts[0]}/{parts[1]}/resolve/main/{parts[2]}"
+    return name
 
 
 def _find(name: str, where: str, folder: Path) -> Path:

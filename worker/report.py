@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
+from pipelines.trained import TrainedWith
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
 from worker.request import FIELD_OF, Shot
@@ -123,6 +124,8 @@ def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image_sum: str 
         "era": shot.recipe.era,
         "era_because": shot.recipe.era_why,
         "trainer_dtypes": shot.recipe.trainer_dtypes,
+        "text_attention": shot.recipe.text_attention,
+        "decodes_in_tiles": shot.recipe.decodes_in_tiles,
     }
 
 
@@ -131,9 +134,13 @@ def sum_of_pixels(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
+def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str) -> list[str]:
     """What would bring the user closer to the trainer's samples."""
-    return [*_era_warnings(run, files, numbers_of), *_trigger_warnings(files, run.shots)]
+    return [
+        *_era_warnings(run, files, numbers_of),
+        *_training_warnings(run, files, dtype),
+        *_trigger_warnings(files, run.shots),
+    ]
 
 
 def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
@@ -143,6 +150,46 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
             if len(text) > MAX_TOKENS // 4 and (tokens := tokens_of(text)) > MAX_TOKENS:
                 said = f"the {name} has {tokens} tokens, and only the first {MAX_TOKENS} are read; shorten it"
                 yield f"prompts[{shot.index}]: {said}"
+
+
+_SIXTEEN_BITS = {"F16", "BF16"}
+
+
+def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str) -> Iterator[str]:
+    """What of the training changes its samples, and how near they can be met. The sizes are those of docs/preview-match.md."""
+    trained = run.training.trained
+    if run.training.warning:
+        yield run.training.warning
+    if run.match != "preview":
+        if trained.is_quantized or trained.quantizes_text_encoder or trained.low_vram or trained.vae_tiling:
+            how = f"the training ran with {_shown(trained)} ({run.training.why}), which changed its samples"
+            yield f"{how}; set `match` to preview to get those"
+        return
+    if not trained.as_words():
+        yield (
+            "match preview: how the training ran is not known, and quantization or low_vram change its samples; set "
+            "`trained_with` from its config.yaml, or put that file beside the LoRA"
+        )
+        return
+    if trained.quantize and trained.format == "int8":
+        yield "trained_with: the trainer computes int8 layers in another way, so that the samples are met only roughly"
+    if any(_SIXTEEN_BITS & set(file.dtypes.values()) for file in files):
+        size = "0.02" if dtype == "float32" else "0.7 to 1.6"
+        yield (
+            f"the LoRA was saved in 16 bits, so that the samples are met within {size} of 255 on average; "
+            "`save.dtype: float32` in the training removes this"
+        )
+    if trained.merges and dtype != "float32":
+        yield (
+            "an unquantized training in 16 bits drifts each time it makes samples: the first round can be met exactly, and "
+            "later ones within 0.7 to 1.0 of 255 on average"
+        )
+
+
+def _shown(trained: TrainedWith) -> str:
+    kinds = {"quantize": trained.is_quantized, "quantize_te": trained.quantizes_text_encoder}
+    kinds |= {"low_vram": bool(trained.low_vram), "vae_tiling": bool(trained.vae_tiling)}
+    return ", ".join(name for name, is_so in kinds.items() if is_so)
 
 
 def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:

@@ -28,6 +28,7 @@ from pipelines.catalog import (
     Sampler,
 )
 from pipelines.recipes import Recipe, Sampling
+from pipelines.trained import QTYPES, TrainedWith
 from worker.errors import Code, Problem, WorkerError
 from worker.findings import path_of, problems_of
 
@@ -160,6 +161,34 @@ class Prompt(_Strict):
         return None
 
 
+class Training(_Strict):
+    """How the LoRA's training ran, in the words of its config.yaml."""
+
+    quantize: bool | None = Field(default=None, description="`model.quantize`.", examples=[True])
+    quantize_te: bool | None = Field(
+        default=None, description="`model.quantize_te`; as `quantize` where it is not given.", examples=[True]
+    )
+    qtype: str | None = Field(
+        default=None,
+        max_length=MAX_PATH,
+        description=f"`model.qtype`: {', '.join(QTYPES)}; with an accuracy recovery adapter `uint4|ORG/REPO/FILE`, or a file "
+        "below LORA_DIR or a URL after the bar. Default: qfloat8.",
+        examples=["qfloat8"],
+    )
+    low_vram: bool | None = Field(default=None, description="`model.low_vram`.", examples=[True])
+    vae_tiling: bool | None = Field(default=None, description="`model.model_kwargs.vae_tiling`.", examples=[False])
+    dtype: str | None = Field(default=None, max_length=MAX_WORD, description="`train.dtype`.", examples=["bf16"])
+    save_dtype: str | None = Field(default=None, max_length=MAX_WORD, description="`save.dtype`.", examples=["float32"])
+    multipliers: Literal["equal", "mixed"] | None = Field(
+        default=None,
+        description="`mixed`: the training's samples have different network_multipliers, so the trainer did not merge.",
+        examples=["equal"],
+    )
+
+    def as_trained_with(self) -> TrainedWith:
+        return TrainedWith(**self.model_dump())
+
+
 class Request(_Strict):
     """`input` of a job for worker-wan-lora."""
 
@@ -184,10 +213,25 @@ class Request(_Strict):
         description="`documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA.",
         examples=["preview"],
     )
+    trained_with: Training | None = Field(
+        default=None,
+        description="How the training ran, for `match` preview; read from a config.yaml beside a LoRA below LORA_DIR where it "
+        "is not given.",
+        examples=[{"quantize": True, "low_vram": True}],
+    )
     output_format: OutputFormat = Field(default="mp4", description="`png` gives a zip of lossless frames.", examples=["mp4"])
     contact_sheet: bool = Field(
         default=False, description="Also a JPEG for each video with up to 16 of its frames.", examples=[True]
     )
+
+
+OBJECTS: Mapping[str, type[BaseModel]] = {
+    "": Request,
+    "prompts[].": Prompt,
+    "loras[].": Lora,
+    "trained_with.": Training,
+}
+"""The objects of a request, by the prefix of their fields."""
 
 
 @dataclass(frozen=True)
@@ -291,13 +335,20 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     try:
         request = Request.model_validate(raw)
     except ValidationError as error:
-        found = problems_of(error, {"": Request, "prompts[].": Prompt, "loras[].": Lora})
+        found = problems_of(error, OBJECTS)
     # That there is no `loras` at all has a code of its own, from `_lora_problems`.
     of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
     _raise_if_any(chain(_model_problems(raw, served), of_schema, _lora_problems(raw, spec), _prompt_problems(raw, spec)))
     assert request
-    _raise_if_any(_gif_problems(request))
+    _raise_if_any(chain(_gif_problems(request), _training_problems(request)))
     return request
+
+
+def _training_problems(request: Request) -> Iterator[Problem]:
+    given = request.trained_with
+    if given and given.qtype is not None and given.as_trained_with().format not in QTYPES:
+        text = f"must be one of {', '.join(QTYPES)}, as in the training's config; other formats are not rebuilt here"
+        yield Problem(Code.INVALID_INPUT, "trained_with.qtype", text)
 
 
 def _gif_problems(request: Request) -> Iterator[Problem]:

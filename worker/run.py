@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.catalog import LoraMode, Match
+from pipelines.lora.file import Adapter
+from pipelines.trained import Quantization
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
 from worker.errors import Stopped
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot
+from worker.training import NOT_KNOWN, Training
 from worker.video import IMAGE, VIDEO, Encoding
 
 T = TypeVar("T")
@@ -50,6 +53,11 @@ class Run:
     """What the job holds until it ends, such as its LoRAs in the cache."""
     needs_the_gpu: bool = True
     shots: list[Shot] = field(default_factory=list)
+    training: Training = NOT_KNOWN
+    """How the LoRAs' training ran."""
+    quantization: Quantization | None = None
+    recovery: Adapter | None = None
+    """The accuracy recovery adapter beneath the LoRAs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What decides the frames of all prompts alike."""
     prompt_settings: list[dict[str, Any]] = field(default_factory=list)

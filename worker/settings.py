@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, OFFLOAD, TOOLKIT_COMMIT, Attention, LoraMode, Match, Offload, OffloadMode
+from pipelines.catalog import MODELS, OFFLOAD, TOOLKIT_COMMIT, Attention, Match, Offload, OffloadMode
 from pipelines.checkpoints import Place
 from worker.errors import Code, WorkerError
 
@@ -83,7 +83,12 @@ class Settings(BaseSettings):
         default=False,
         description="`1`: requests may name URLs in private networks, this machine included. For a local machine only.",
     )
-    device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` (bf16) or `cpu` (float32).")
+    device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` or `cpu`.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Of the weights and of what is computed with them: `bfloat16`, `float32`; `auto`: bfloat16 on `cuda`, "
+        "float32 on `cpu`. The trainer's samples are made in bfloat16.",
+    )
     offload_mode: OffloadMode = Field(
         default="auto",
         description="What waits in main memory: `none`, `text_encoder`, `group` (transformers too, streamed block by block), "
@@ -110,7 +115,7 @@ class Settings(BaseSettings):
     default_match: Match = Field(
         default="documented", description="What `match` is when a request does not say: `documented` or `preview`."
     )
-    lora_mode: LoraMode = Field(
+    lora_mode: Literal["adapter", "merge"] = Field(
         default="adapter",
         description="How LoRAs are applied in `documented`: `adapter` (beside the weights) or `merge` (added into them).",
     )

@@ -72,25 +72,26 @@ def misfit(layer: Layer, shapes: Shapes) -> str:
 
 
 def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSet[str] = frozenset()) -> tuple[LoraMode, str]:
-    """(how the file is applied, why it is merged although an adapter was asked for or "").
+    """(how the file is applied, why it is merged although it was to be carried beside the weights, or "").
 
     `zeros`: keys whose values are all 0; differences that are zero need no merge.
     """
     if mode == "merge":
         return "merge", ""
+    carried = ("lora", "lokr") if mode == "beside" else ("lora",)
     for layer in reading.all_layers:
         if layer.kind == "full" and set(layer.keys.values()) <= zeros:
             continue
         bias = any(part in layer.keys and layer.keys[part] not in zeros for part in BIAS_PARTS)
         is_linear = len(_shape_of(layer.name, shapes) or ()) == 2
-        if layer.kind != "lora" or bias or "magnitude" in layer.keys or not is_linear:
+        if layer.kind not in carried or bias or "magnitude" in layer.keys or not is_linear:
             kind = {"lokr": "LoKr factors", "full": "a difference of a weight or bias"}
             what = kind.get(layer.kind, "a bias, magnitude or kernel")
             return (
                 "merge",
                 f"it has {what} (layer {layer.name}), which an adapter cannot carry, so it is merged into the weights",
             )
-    return "adapter", ""
+    return mode, ""
 
 
 def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:

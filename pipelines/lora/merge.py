@@ -7,13 +7,11 @@ starts from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from pipelines.catalog import ModelSpec
-from pipelines.checkpoints import Checkpoints
 from pipelines.lora.arithmetic import change_bias, change_weight, load_tensors
 from pipelines.lora.file import Adapter
 from pipelines.lora.fit import target
@@ -24,9 +22,10 @@ from pipelines.pristine import CheckpointFile
 class Merges:
     """The merged LoRAs of one pipeline, by transformer; at most one each."""
 
-    def __init__(self, spec: ModelSpec, pipe: Any, checkpoints: Checkpoints) -> None:
+    def __init__(self, pipe: Any, files: Mapping[str, CheckpointFile]) -> None:
+        """`files`: the weights of each transformer."""
         self._pipe = pipe
-        self._files = {name: CheckpointFile(checkpoints.folder_of(name), name) for name in spec.transformers}
+        self._files = files
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
         """Parameters whose values are not, or may not be, what the file says."""

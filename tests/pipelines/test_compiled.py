@@ -15,6 +15,7 @@ from benchmarks.switch import write_lora
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import DeviceUnavailable
 from pipelines.lora.adapters import COMPILED_RANK
+from pipelines.trained import TrainedWith
 
 SAMPLING = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2)
 
@@ -109,6 +110,21 @@ def test_the_places_filled_up_with_zeros_change_no_frame_beyond_rounding(
         assert abs(theirs - before).max() > 8, "the LoRA does something"
         assert abs(frames_of(model) - theirs).max() <= 1
     assert model.facts["compiled"] and not plain.facts["compiled"]
+
+
+def test_a_lora_beside_the_layers_is_seen_although_they_are_compiled(
+    model: WanModel, tiny: Path, loras: dict[int, list[Adapter]]
+) -> None:
+    frames_of(model)
+    trained = TrainedWith(quantize=True)
+    plain = load_pipeline("wan21_1b", tiny, "cpu")
+    for quantization in (None, trained.quantization(model.spec, None)):
+        for either in (model, plain):
+            either.apply_loras(loras[4], "beside", quantization)
+        assert (frames_of(model) == frames_of(plain)).all()
+    model.apply_loras([])
+    plain.apply_loras([])
+    assert np.abs(frames_of(model) - frames_of(plain)).max() <= 1
 
 
 def test_without_a_compiler_the_start_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,17 @@ def test_a_lora_fits_the_model_it_was_trained_on(model, tmp_path, capsys):
     assert facts["fits"] == [other for other in MODELS if FILES[other] == FILES[model]]
 
 
+def test_the_config_beside_a_file_says_how_it_was_trained(tmp_path, capsys):
+    file = lora(tmp_path / "boat.safetensors", 1536, "wan_2.1")
+    model = {"quantize": True, "quantize_te": False, "low_vram": True}
+    process = {"model": model, "train": {"dtype": "bf16"}, "save": {"dtype": "float32"}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"config": {"name": "boat", "process": [process]}}))
+    _, facts = report(capsys, str(file))
+    assert facts["trained_with"]["qtype"] == "qfloat8"
+    main([str(file)])
+    assert "training    quantize, low_vram, qtype qfloat8, dtype bf16, save_dtype float32\n" in capsys.readouterr().out
+
+
 def test_why_a_lora_does_not_fit_is_said_in_the_workers_words(tmp_path, capsys):
     status, facts = report(capsys, str(lora(tmp_path / "a.safetensors", 5120, "wan_2.1")), "--model", "wan21_1b")
     (reason,) = facts["why_not"]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from client.request import MAX_PAYLOAD, body_of
 from pipelines.catalog import MODELS
+from pipelines.trained import NOT_SAID
 from tools.cli import BadInput
 from tools.requests_from_config import main, model_named_by
 from tools.trainer_samples import resolve
@@ -62,6 +63,13 @@ def test_every_number_is_written_with_the_trainers_defaults(tmp_path, capsys):
     assert request == {
         "model": "wan21_1b",
         "match": "preview",
+        "trained_with": {
+            "quantize": False,
+            "quantize_te": False,
+            "low_vram": False,
+            "vae_tiling": False,
+            "multipliers": "equal",
+        },
         "loras": [{"path": "my_lora/my_lora.safetensors", "network_multiplier": 1.0}],
         "prompts": [
             {
@@ -144,7 +152,8 @@ def test_the_multiplier_of_a_sample_is_that_of_its_loras(tmp_path, capsys):
     section = {"network_multiplier": 0.5, "samples": [{"prompt": "a"}, {"prompt": "b", "network_multiplier": "0.75"}]}
     requests, warnings = converted(capsys, config(tmp_path, section, T2V_14B))
     assert [[lora["network_multiplier"] for lora in request["loras"]] for request in requests] == [[0.5, 0.5], [0.75, 0.75]]
-    assert "does not merge" in warnings[0]
+    assert {request["trained_with"]["multipliers"] for request in requests} == {"mixed"}
+    assert warnings == []
 
 
 # which model, which LoRA
@@ -300,9 +309,50 @@ def test_what_the_trainer_ignores_is_a_warning(tmp_path, capsys):
         assert any(words in warning for warning in warnings), words
 
 
-def test_quantized_and_tiled_previews_are_a_warning(tmp_path, capsys):
-    _, warnings = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | {"quantize": True, "low_vram": True}))
-    assert [warning.partition(":")[0] for warning in warnings] == ["model.quantize", "model.quantize_te", "model.low_vram"]
+def test_how_the_training_ran_is_in_the_request(tmp_path, capsys):
+    model = WAN21_1B | {"quantize": True, "low_vram": True, "model_kwargs": {"vae_tiling": True}}
+    kinds = {"train": {"dtype": "bf16"}, "save": {"dtype": "float32"}}
+    [request], warnings = converted(capsys, config(tmp_path, {"prompts": ["a"]}, model, **kinds))
+    assert request["trained_with"] == {
+        "quantize": True,
+        "quantize_te": True,
+        "qtype": "qfloat8",
+        "low_vram": True,
+        "vae_tiling": True,
+        "dtype": "bf16",
+        "save_dtype": "float32",
+        "multipliers": "equal",
+    }
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "warned"),
+    [
+        ({"quantize": True, "qtype": "nf4"}, {}, "model.qtype: nf4 is not rebuilt"),
+        ({}, {"save": {"dtype": "bf16"}}, "save.dtype: bf16 rounds the LoRA"),
+        ({}, {"train": {"dtype": "bf16"}}, "train.dtype: bf16 without quantization"),
+    ],
+)
+def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others, warned):
+    [request], [warning] = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | model, **others))
+    assert warning.startswith(warned)
+    assert request["trained_with"].get("qtype") is None
+
+
+@pytest.mark.parametrize(
+    ("model", "qtype"),
+    [
+        ({"qtype": "uint4|ostris/adapters/a.safetensors"}, "uint4|ostris/adapters/a.safetensors"),
+        ({"qtype": "uint3", "accuracy_recovery_adapter": "a.safetensors"}, "uint3|a.safetensors"),
+        ({"layer_offloading": True}, "float8"),
+        ({"qtype": None}, "qfloat8"),
+    ],
+)
+def test_the_format_is_what_the_trainer_makes_of_the_config(tmp_path, capsys, model, qtype):
+    [request], _ = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | {"quantize": True} | model))
+    assert request["trained_with"]["qtype"] == qtype
+    assert request["trained_with"]["multipliers"] == ("mixed" if "layer_offloading" in model else "equal")
 
 
 @pytest.mark.parametrize(
@@ -377,5 +427,5 @@ def test_the_worker_accepts_every_request_that_is_written(section):
         samples = tuple(resolve(section, "sks"))
     except BadInput:
         return
-    requests, _ = requests_of(Training("n", {}, samples), MODELS["wan21_1b"], None, Path())
+    requests, _ = requests_of(Training("n", {}, samples, NOT_SAID), MODELS["wan21_1b"], None, Path())
     assert len(requests) == len(samples)

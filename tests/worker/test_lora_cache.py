@@ -104,7 +104,7 @@ settings = Settings(model_id="wan21_1b", lora_cache_dir=folder, allow_private_do
 for _ in range(processes):
     if os.fork() == 0:
         with ExitStack() as held:
-            file = fetch_lora(Lora(path=url), 0, None, settings, threading.Event(), held)
+            file = fetch_lora(url, "loras[0].path", None, settings, threading.Event(), held)
             os.write(1, (json.dumps([file.sha256, str(file.path)]) + "\\n").encode())
         os._exit(0)
 sys.exit(any(os.wait()[1] for _ in range(processes)))

@@ -14,7 +14,6 @@ from safetensors.numpy import save
 from worker.errors import Code, WorkerError
 from worker.loras import authorization, download_url, fetch_lora, unsigned
 from worker.net.download import DownloadError
-from worker.request import Lora
 from worker.settings import Settings
 
 WEIGHTS = save({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": np.zeros((4, 1536), np.float16)}, {"name": "mine"})
@@ -38,7 +37,7 @@ def fetch(settings, stop):
     with ExitStack() as held:
 
         def fetch(path, hf_token=None):
-            return fetch_lora(Lora(path=path), 0, hf_token, settings, stop, held)
+            return fetch_lora(path, "loras[0].path", hf_token, settings, stop, held)
 
         yield fetch
 
@@ -105,7 +104,7 @@ def test_lora_dir_itself_can_be_a_link(settings, stop, tmp_path):
     (settings.lora_dir / "a.safetensors").write_bytes(WEIGHTS)
     (tmp_path / "link").symlink_to(settings.lora_dir)
     linked = settings.model_copy(update={"lora_dir": tmp_path / "link"})
-    assert fetch_lora(Lora(path="a.safetensors"), 0, None, linked, stop, ExitStack()).metadata == {"name": "mine"}
+    assert fetch_lora("a.safetensors", "loras[0].path", None, linked, stop, ExitStack()).metadata == {"name": "mine"}
 
 
 def test_the_error_does_not_tell_where_the_lora_folder_is(fetch, settings):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import torch
+
 from pipelines import errors as pipeline_errors
 from pipelines import load_pipeline
 from pipelines.catalog import MODELS
@@ -61,6 +63,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
                 settings.device,
                 settings.offload_mode,
                 settings.ai_toolkit_path,
+                dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
                 toolkit_commit=settings.ai_toolkit_commit,
                 took=took,
                 attention="native" if settings.exact else settings.attention,

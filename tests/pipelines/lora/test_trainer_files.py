@@ -73,11 +73,37 @@ def test_a_file_of_the_trainer_does_what_the_trainers_network_does(
     assert torch.equal(output_of(transformer), plain)
 
 
+BESIDE = [name for name in CONFIGS if name.startswith(("lora", "lokr", "some layers", "transformer_only"))]
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.7, -0.5])
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_the_layers_it_does_so_to_the_bit(name: str, multiplier: float, tiny: Path, tmp_path: Path) -> None:
+    model = load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16)
+    transformer = model._pipe.transformer
+    model._kept_in_float32.cast(torch.bfloat16)
+    with network_of(transformer, CONFIGS[name]) as network:
+        network.apply_to(None, transformer, False, True)
+        randomise(network, torch.float32)
+        network.save_weights(str(tmp_path / "lora.safetensors"), dtype=torch.float32)
+        network.is_active = True
+        network.multiplier = multiplier
+        network._update_torch_multiplier()
+        theirs = output_of(transformer)
+        for lora in network.unet_loras:
+            lora.org_module[0].forward = lora.org_forward
+    adapter = Adapter(LoraFile.read(tmp_path / "lora.safetensors"), multiplier)
+    model.apply_loras([adapter], "beside")
+    model._kept_in_float32.cast(torch.bfloat16)
+    assert model.mode_of(adapter, "beside") == "beside"
+    assert torch.equal(output_of(transformer), theirs)
+
+
 @torch.no_grad()
 def output_of(transformer: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 16, 2, 8, 8, generator=generator)
-    text = torch.randn(1, 8, transformer.config.text_dim, generator=generator)
+    latents = torch.randn(1, 16, 2, 8, 8, generator=generator).to(transformer.dtype)
+    text = torch.randn(1, 8, transformer.config.text_dim, generator=generator).to(transformer.dtype)
     output: torch.Tensor = transformer(latents, torch.tensor([500]), text, return_dict=False)[0]
     return output
 

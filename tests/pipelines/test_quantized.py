@@ -1,0 +1,162 @@
+"""The formats of quantized weights, what is left out, and the adapter that lies beneath the LoRAs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipelines import Adapter, WanModel, load_pipeline
+from pipelines.catalog import MODELS
+from pipelines.errors import LoraIncompatible
+from pipelines.lora.file import LoraFile
+from pipelines.pristine import CheckpointFile
+from pipelines.quantized import FORMATS
+from pipelines.trained import EXCLUDED_SINCE, QTYPES, Quantization, TrainedWith
+from tests import lora_zoo
+from tests.conftest import REAL_TOOLKIT
+from tests.pipelines.test_models import make
+from tests.trainer import stand_in
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> WanModel:
+    return load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16)
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    values = torch.randn(96, 256, generator=torch.Generator().manual_seed(3))
+    values[5] = 0
+    values[6] *= 1e-6
+    values[7] = values[7].abs()
+    values[8] = -values[8].abs()
+    return values.to(BF16)
+
+
+def test_every_format_of_the_schema_is_there() -> None:
+    assert set(QTYPES) == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("qfloat8", 0.04), ("float8", 0.04), ("int8", 0.008), ("uint8", 0.0), ("uint6", 0.03), ("uint4", 0.12), ("uint2", 0.7)],
+)
+def test_a_format_keeps_a_weight_as_well_as_its_bits_allow(name: str, error: float, weight: torch.Tensor) -> None:
+    decoded = FORMATS[name].decoded(weight)
+    assert decoded.dtype == BF16 and decoded.isfinite().all()
+    relative = float((decoded.float() - weight.float()).norm() / weight.float().norm())
+    assert error / 4 <= relative <= error
+    assert not decoded[5].any()
+
+
+def test_weights_whose_inputs_make_no_groups_stay_as_they_are(weight: torch.Tensor) -> None:
+    assert torch.equal(FORMATS["uint4"].decoded(weight[:, :100]), weight[:, :100])
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_uint_formats_are_those_of_the_trainer_to_the_bit(bits: int, weight: torch.Tensor) -> None:
+    assert REAL_TOOLKIT
+    before = dict(sys.modules)
+    try:
+        for package in ("toolkit", "toolkit.util"):
+            stand_in(package).__path__ = [str(REAL_TOOLKIT.joinpath(*package.split(".")))]
+        module = importlib.import_module("toolkit.util.uintx_quant")
+        layer = torch.nn.Linear(256, 96, bias=False, dtype=BF16)
+        layer.weight.data.copy_(weight)
+        ostris = importlib.import_module("toolkit.util.ostris_quant")
+        ostris.convert_linear_to_ostris(layer, module.UIntXQuantizer(bits))
+        theirs = layer.weight.to(BF16)
+    finally:
+        for name in set(sys.modules) - set(before):
+            del sys.modules[name]
+        sys.modules.update(before)
+    assert torch.equal(FORMATS[f"uint{bits}"].decoded(weight), theirs)
+
+
+@pytest.mark.parametrize(
+    ("id", "version", "leaves_out"),
+    [
+        ("wan22_14b_t2v", None, True),
+        ("wan22_5b", EXCLUDED_SINCE, True),
+        ("wan22_14b_i2v", (0, 10, 21), False),
+        ("wan21_14b", None, False),
+    ],
+)
+def test_wan_22_leaves_its_embedders_out_since_a_version(id: str, version: tuple[int, ...] | None, leaves_out: bool) -> None:
+    found = TrainedWith(quantize=True).quantization(MODELS[id], version)
+    assert found == Quantization("qfloat8", "qfloat8", ("condition_embedder", "proj_out") if leaves_out else ())
+
+
+def test_what_is_quantized_is_what_the_trainer_quantizes() -> None:
+    spec = MODELS["wan21_1b"]
+    assert TrainedWith().quantization(spec, None) is None
+    assert TrainedWith(quantize=True, quantize_te=False).quantization(spec, None) == Quantization("qfloat8", None)
+    assert TrainedWith(quantize=False, quantize_te=True, qtype="uint4").quantization(spec, None) == Quantization(None, "uint4")
+    with_adapter = TrainedWith(quantize=True, qtype="uint3|a/b/c.safetensors")
+    assert (with_adapter.format, with_adapter.recovery_adapter) == ("uint3", "a/b/c.safetensors")
+
+
+def test_the_weights_of_a_layer_are_rounded_and_its_bias_is_added_apart(model: WanModel) -> None:
+    model.apply_loras([], quantization=Quantization("qfloat8", None))
+    layer = model._pipe.transformer.blocks[0].attn1.to_q
+    name = "blocks.0.attn1.to_q"
+    file: CheckpointFile = model._quantized["transformer"]._file
+    rounded = FORMATS["qfloat8"].decoded(file.read(f"{name}.weight").to(BF16))
+    inputs = torch.randn(2, 7, rounded.shape[1]).to(BF16)
+    assert torch.equal(layer(inputs), torch.nn.functional.linear(inputs, rounded) + file.read(f"{name}.bias").to(BF16))
+    model.apply_loras([])
+    assert torch.equal(layer.weight, file.read(f"{name}.weight").to(BF16)) and layer.bias is not None
+
+
+def test_a_recovery_adapter_lies_beneath_and_only_its_layers_are_rounded(model: WanModel, tmp_path: Path) -> None:
+    tensors = {key: value for key, value in lora_zoo.plain(seed=9).items() if "self_attn.q" in key}
+    save_file(tensors, tmp_path / "recovery.safetensors")
+    recovery = Adapter(LoraFile.read(tmp_path / "recovery.safetensors"), 1.0)
+    save_file(lora_zoo.plain(), tmp_path / "lora.safetensors")
+    lora = Adapter(LoraFile.read(tmp_path / "lora.safetensors"), 0.5)
+    model.apply_loras([])
+    before = make(model)
+    block = model._pipe.transformer.blocks[0].attn1
+    weights = {name: getattr(block, name).weight.clone() for name in ("to_q", "to_k")}
+
+    model.check_recovery_adapter(recovery.file)
+    model.apply_loras([lora], "beside", Quantization("qfloat8", None, ("blocks",)), recovery)
+    assert torch.equal(block.to_q.weight, FORMATS["qfloat8"].decoded(weights["to_q"]))
+    assert torch.equal(block.to_k.weight, weights["to_k"])
+    inputs = torch.randn(1, 3, weights["to_q"].shape[1]).to(BF16)
+    key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
+    first = (
+        torch.nn.functional.linear(inputs, block.to_q.weight) + model._quantized["transformer"]._biases["blocks.0.attn1.to_q"]
+    )
+    down, up = (tensors[key.format(half)].to(BF16) for half in "AB")
+    second = first + inputs @ down.T @ up.T
+    down, up = (lora_zoo.plain()[key.format(half)] for half in "AB")
+    third = second + (inputs.float() @ down.T @ up.T * 0.5).to(BF16)
+    assert torch.equal(block.to_q(inputs), third)
+
+    model.apply_loras([])
+    assert (make(model) == before).all()
+
+
+def test_a_file_whose_parts_must_be_merged_is_refused_on_quantized_weights(model: WanModel, tmp_path: Path) -> None:
+    save_file(
+        lora_zoo.plain() | {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(lora_zoo.WIDTH)},
+        tmp_path / "lora.safetensors",
+    )
+    adapter = Adapter(LoraFile.read(tmp_path / "lora.safetensors"))
+    model.apply_loras([])
+    before = make(model)
+    with pytest.raises(LoraIncompatible, match="which the trainer never does on quantized weights") as caught:
+        model.apply_loras([adapter], "beside", Quantization("qfloat8", None))
+    assert caught.value.position == 0
+    assert (make(model) == before).all()
+    model.apply_loras([])
+    assert (make(model) == before).all()

@@ -1,0 +1,76 @@
+"""How the training of a job's LoRAs ran: as the request says, or by the config.yaml that the trainer left beside a LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped,unused-ignore]
+
+from pipelines.trained import NOT_SAID, QTYPES, TrainedWith, trained_with
+from worker.request import Request, is_url
+from worker.settings import Settings
+
+_MAX_BYTES = 1_000_000
+"""A config has a few kB."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known, and whence."""
+
+    trained: TrainedWith = NOT_SAID
+    why: str | None = None
+    warning: str | None = None
+
+
+NOT_KNOWN = Training()
+
+
+def training_of(request: Request, settings: Settings) -> Training:
+    """The request goes first; a file that cannot be read is a warning."""
+    if request.trained_with is not None:
+        return Training(request.trained_with.as_trained_with(), "the request says so")
+    for lora in request.loras:
+        if is_url(lora.path):
+            continue
+        root = settings.lora_dir.resolve()
+        try:
+            file = (root / lora.path).resolve()
+            config = file.parent / "config.yaml"
+            if file.is_relative_to(root) and file.is_file() and config.resolve().is_relative_to(root) and config.is_file():
+                return read_config(config, file)
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have; fetching it says so
+            continue
+    return NOT_KNOWN
+
+
+def read_config(config: Path, lora: Path) -> Training:
+    """What a config.yaml says of the training that made this LoRA; nothing, if it is the config of another job."""
+    try:
+        process = _process_of(config, lora)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return Training(warning="the config.yaml beside the LoRA is not a training config that can be read; it is not used")
+    if process is None:
+        return NOT_KNOWN
+    trained = trained_with(process)
+    if trained.qtype and trained.format not in QTYPES:
+        known = f"which is not rebuilt here; known: {', '.join(QTYPES)}"
+        return Training(warning=f"the config.yaml beside the LoRA has the qtype {trained.format}, {known}")
+    return Training(trained, "the config.yaml beside the LoRA says so")
+
+
+def _process_of(config: Path, lora: Path) -> dict[str, Any] | None:
+    """The process of the job that made this LoRA; None for the config of another job. Raises ValueError."""
+    with config.open("rb") as file:
+        text = file.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError
+    document = yaml.safe_load(text.decode("utf-8-sig"))
+    section = document.get("config") if isinstance(document, dict) else None
+    process = section.get("process") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(process, list) or not process or not isinstance(process[0], dict):
+        raise ValueError
+    name = section.get("name")
+    return process[0] if isinstance(name, str) and lora.name.startswith(name) else None
