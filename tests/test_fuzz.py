@@ -47,7 +47,7 @@ from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import documented, era_of
 from pipelines.safetensors_header import SafetensorsError, read_header
 from worker.errors import Code, WorkerError
-from worker.images import MAX_PIXELS, decode
+from worker.image_decode import MAX_PIXELS, decode
 from worker.logs import log
 from worker.request import parse, shots_of
 from worker.service import Service

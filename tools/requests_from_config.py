@@ -23,7 +23,7 @@ from pipelines.trained import QTYPES
 from tools.cli import FITS, BadInput, one_line_errors
 from tools.trainer_samples import RANDOM_SEED, Sample, Training, read_training
 from worker.errors import WorkerError
-from worker.images import decode
+from worker.image_decode import decode
 from worker.request import Lora, Prompt, parse
 
 _FLOAT32 = ("float32", "fp32", "float")

@@ -22,7 +22,8 @@ from pipelines.recipes import Recipe, documented, era_of, preview, version_of
 from worker.errors import Code, Problem, WorkerError
 from worker.faults import lora_error, report
 from worker.gpu import Gpu
-from worker.images import Allowance, load_control_image
+from worker.image_decode import Allowance
+from worker.images import load_control_image
 from worker.logs import stage
 from worker.loras import fetch_lora, path_of_recovery_adapter
 from worker.report import Output, length_warnings, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings

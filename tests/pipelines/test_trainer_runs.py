@@ -27,7 +27,8 @@ from tests.pipelines.test_models import lora_paths, make
 from tests.worker_process import LocalApi, environment, local_api
 from tools.requests_from_config import model_of, requests_of
 from tools.trainer_samples import read_training
-from worker.images import Allowance, load_control_image
+from worker.image_decode import Allowance
+from worker.images import load_control_image
 from worker.request import parse, shots_of
 
 RUNS = Path(__file__).parent.parent / "trainer_runs"

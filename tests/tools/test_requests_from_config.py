@@ -20,7 +20,7 @@ from pipelines.trained import NOT_SAID
 from tools.cli import BadInput
 from tools.requests_from_config import main, model_named_by
 from tools.trainer_samples import resolve
-from worker.images import decode
+from worker.image_decode import decode
 from worker.request import parse
 
 WAN21_1B = {"arch": "wan21", "name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from worker.errors import Code, WorkerError
-from worker.images import MAX_PIXELS, Allowance, decode, load_control_image
+from worker.image_decode import MAX_PIXELS, Allowance, decode
+from worker.images import load_control_image
 
 RED, BLUE, HALF_RED = (255, 0, 0), (0, 0, 255), (128, 0, 0)
 
