@@ -33,7 +33,7 @@ from pipelines.clock import timed
 from pipelines.compiled import compile_blocks
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
-from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, OutOfMemory, blamed_on
+from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, LoraInvalid, OutOfMemory, blamed_on
 from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora import fit
 from pipelines.lora.adapters import Adapters
@@ -213,7 +213,8 @@ class WanModel(ABC):
     def _carry(self, name: str, wanted: tuple[Adapter, Layers] | None, mode: LoraMode) -> None:
         """Make one transformer carry exactly this LoRA, or none."""
         how = self.mode_of(wanted[0], mode) if wanted else "adapter"
-        self._beside[name].apply(wanted if how == "beside" else None)
+        if how != "beside":
+            self._beside[name].drop()
         if how == "merge":
             if self._quantized[name].active:
                 raise LoraIncompatible(
@@ -223,8 +224,9 @@ class WanModel(ABC):
             self._adapters.apply(name, None)
             self._merges.apply(name, wanted)
         elif how == "beside":
-            self._adapters.apply(name, None)
+            self._adapters.apply(name, None)  # first: it puts the layers back that it had wrapped
             self._merges.apply(name, None)
+            self._beside[name].apply(wanted)
         else:
             self._merges.apply(name, None)
             # What is not a product of factors is zero here.
@@ -238,7 +240,7 @@ class WanModel(ABC):
 
         The same arguments give bit-equal frames on the same machine whatever ran before. Nothing is computed before the
         first frames are asked for. Raises OutOfMemory, DeviceLost, ValueError (the model needs a control image, or takes
-        none), and whatever `on_step` raises.
+        none), LoraInvalid (its values are too large), and whatever `on_step` raises.
         """
         recipe = recipe or documented(self.spec)
         sampling = self._fit(sampling, recipe)
@@ -247,10 +249,19 @@ class WanModel(ABC):
             try:
                 with torch.no_grad(), self._hooks_are_seen(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
+                self._check_finite(latents)
                 with self._tiles(recipe):
                     yield from self._decode(latents, privates.decode_whole if recipe.decodes_in_tiles else self._pieces_of)
             finally:
                 self._pipe.maybe_free_model_hooks()
+
+    def _check_finite(self, latents: torch.Tensor) -> None:
+        """Raises LoraInvalid for latents that would be black frames."""
+        if not bool(latents.isfinite().all()):
+            raise LoraInvalid(
+                "the video came out as numbers that are not finite: the LoRA's values are too large; lower its "
+                "network_multiplier, or use an earlier save"
+            )
 
     @contextmanager
     def _hooks_are_seen(self) -> Iterator[None]:

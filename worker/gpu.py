@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any
 
 from pipelines import WanModel
+from pipelines.base import Frames
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
 from worker.faults import lora_error
@@ -81,7 +82,16 @@ class Gpu:
             stage("generate", run.timings, job=run.id, prompt_index=shot.index),
             closing(self.model.generate(shot.sampling, shot.recipe, on_step)) as chunks,
         ):
+            colour = None
             for chunk in chunks:
                 run.check()
+                colour = _one_colour(chunk) if colour is None else colour and _one_colour(chunk)
                 run.progress.stage("encode", shot.index, shot.sampling.num_inference_steps)
                 frames.put(chunk, run.stop)
+        if colour:
+            said = "every pixel of the video has the same colour; the LoRA may be too strong, or its training may have failed"
+            run.warnings.append(f"prompts[{shot.index}]: {said}")
+
+
+def _one_colour(frames: Frames) -> bool:
+    return bool((frames == frames[0, 0, 0]).all())

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 
-from pipelines.lora.file import LoraFile
+from pipelines.errors import LoraInvalid
+from pipelines.lora.file import REPLACED, LoraFile, identity_of
 from pipelines.lora.layers import Layer
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def load_tensors(file: LoraFile) -> Tensors:
-    """All tensors of the file, by their key, in the file's dtypes."""
-    tensors: Tensors = load_file(file.path)
+    """All tensors of the file, by their key, in the file's dtypes. Raises LoraInvalid, OSError.
+
+    The file is read and not mapped: a mapped file that its trainer saves anew kills the process.
+    """
+    with file.path.open("rb") as opened:
+        data = opened.read()
+        if identity_of(os.fstat(opened.fileno())) != file.identity:
+            raise LoraInvalid(REPLACED)
+    try:
+        tensors: Tensors = load(data)
+    except SafetensorError as error:
+        raise LoraInvalid(REPLACED) from error
     return tensors
 
 

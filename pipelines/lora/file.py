@@ -35,6 +35,8 @@ _REMEDY = {False: "export the LoRA as safetensors", True: "upload or download it
 _MAX_STEP = 2**53  # beyond it JSON readers disagree
 
 
+REPLACED = "the file was replaced while the job waited; send the job again"
+
 FileIdentity = tuple[int, int, int, int]
 """Device, inode, size and mtime of a file."""
 
@@ -72,7 +74,7 @@ class LoraFile:
     def check_unchanged(self) -> None:
         """Raises LoraInvalid when the file is no longer the one whose header was read."""
         if LoraFile.read(self.path).identity != self.identity:
-            raise LoraInvalid("the file was replaced while the job waited; send the job again")
+            raise LoraInvalid(REPLACED)
 
     @cached_property
     def sha256(self) -> str:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipelines import WanModel
-from pipelines.errors import OutOfMemory
+from pipelines.errors import LoraInvalid, OutOfMemory
 from tests.integration.test_local_api import file_of, frames_of, request_for
 from worker import frame_queue, logs
 from worker.files import scratch
@@ -106,6 +106,26 @@ def test_a_prompt_that_fails_takes_no_finished_one_with_it(runner: Runner, tiny:
 
 def test_a_job_of_which_nothing_was_made_fails(runner: Runner, tiny: Path) -> None:
     assert run(runner(FussyStorage({0, 1})), job(tiny, {}, {})) == {"error": f"UPLOAD_FAILED: the bucket is away{KEPT}"}
+
+
+def test_a_lora_that_is_far_too_strong_is_an_error_of_its_prompt_and_a_flat_video_a_warning(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = runner()
+    generate, model = type(service._gpu.model).generate, service._gpu.model
+    monkeypatch.setattr(model, "_check_finite", lambda _: (_ for _ in ()).throw(LoraInvalid("too large")))
+    assert run(service, job(tiny, {})) == {"error": "LORA_INVALID: too large"}
+    monkeypatch.undo()
+
+    def flat(*arguments: Any) -> Iterator[Any]:
+        for frames in generate(model, *arguments):
+            yield frames * 0 + 7
+
+    monkeypatch.setattr(model, "generate", flat)
+    result = run(service, job(tiny, {}))
+    assert any("prompts[0]: every pixel of the video has the same colour" in warning for warning in result["warnings"])
+    monkeypatch.undo()
+    assert not any("same colour" in warning for warning in run(service, job(tiny, {"seed": 9}))["warnings"])
 
 
 def test_a_result_without_failures_has_no_errors(runner: Runner, tiny: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import threading
 import zipfile
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,34 @@ def test_the_config_beside_a_lora_says_how_it_was_trained(api: LocalApi, tmp_pat
 @pytest.fixture(scope="module")
 def plain(tiny: Path) -> WanModel:
     return load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16)
+
+
+KINDS: dict[str, tuple[str, TrainedWith]] = {
+    "adapter": ("adapter", TrainedWith()),
+    "merge": ("merge", TrainedWith()),
+    "beside": ("beside", TrainedWith()),
+    "qfloat8": ("beside", TrainedWith(quantize=True)),
+    "float8": ("beside", TrainedWith(quantize=True, quantize_te=False, qtype="float8")),
+    "text encoder": ("merge", TrainedWith(quantize_te=True)),
+    "none": ("adapter", TrainedWith()),
+}
+
+
+def test_every_way_to_apply_a_lora_follows_every_other_and_gives_the_frames_of_a_fresh_worker(tiny: Path) -> None:
+    adapters = [Adapter(LoraFile.read(path), 1.0, side) for path, side in lora_paths("wan21_1b", tiny)]
+
+    def frames(model: WanModel, kind: str) -> bytes:
+        mode, trained = KINDS[kind]
+        model.apply_loras([] if kind == "none" else adapters, mode, trained.quantization(model.spec, None))
+        return make(model, preview(model.spec, "flowmatch", "") if mode != "adapter" else None, num_inference_steps=1).tobytes()
+
+    fresh = {kind: frames(load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16), kind) for kind in KINDS}
+    same = [pair for pair in permutations(KINDS, 2) if fresh[pair[0]] == fresh[pair[1]]]
+    assert same == []
+    model = load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16)
+    for first, second in permutations(KINDS, 2):
+        assert frames(model, first) == fresh[first], (first, second)
+        assert frames(model, second) == fresh[second], (first, second)
 
 
 @pytest.mark.parametrize("qtype", ["qfloat8", "float8", "int8", *(f"uint{bits}" for bits in range(2, 9))])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from builder.tiny_checkpoints import SIZE_1B, lora_metadata, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import LoraIncompatible, LoraInvalid
+from pipelines.lora.arithmetic import load_tensors
 from pipelines.lora.file import LoraFile
 from tools import split_lora
 from tools.cli import BadInput
@@ -214,6 +215,35 @@ def test_weights_that_are_no_numbers_are_refused_before_a_weight_is_touched(
     tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"][0, 0] = value
     with pytest.raises(LoraInvalid, match=r"ffn.0.lora_B.weight` contains NaN or infinity"):
         small.check_lora(Adapter(write(tensors)))
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merge", "beside"])
+def test_weights_that_are_far_too_large_are_an_error_and_no_black_video(
+    small: WanModel, tiny: Path, write: Callable[..., LoraFile], mode: Any
+) -> None:
+    small.apply_loras([Adapter(rank(tiny, 4))])
+    before = frames(small)
+    adapter = Adapter(write({key: value * 1e30 for key, value in lora_tensors(SIZE_1B, 4, seed=1).items()}))
+    small.check_lora(adapter, mode)
+    small.apply_loras([adapter], mode)
+    with pytest.raises(LoraInvalid, match=r"not finite: the LoRA's values are too large; lower its network_multiplier"):
+        frames(small)
+    small.apply_loras([Adapter(rank(tiny, 4))])
+    assert (frames(small) == before).all()
+
+
+def test_a_file_that_is_saved_anew_while_it_is_read_is_an_error(write: Callable[..., LoraFile]) -> None:
+    """A mapped file would end the process with SIGBUS."""
+    tensors = lora_tensors(SIZE_1B, 4, seed=1)
+    file = write(tensors)
+    whole = load_tensors(file)
+    file.path.write_bytes(file.path.read_bytes()[:200])
+    assert all(torch.equal(whole[key], tensors[key]) for key in tensors)
+    with pytest.raises(LoraInvalid, match="the file was replaced"):
+        load_tensors(file)
+    file.path.write_bytes(b"")
+    with pytest.raises(LoraInvalid, match="the file was replaced"):
+        load_tensors(file)
 
 
 def test_weights_that_are_no_floats_are_refused(small: WanModel, write: Callable[..., LoraFile]) -> None:

@@ -11,10 +11,12 @@ from pipelines import Adapter, load_pipeline
 from pipelines.lora.file import LoraFile
 
 
-def test_more_files_than_are_kept_can_be_checked_by_several_threads_at_once(tiny: Path) -> None:
+def test_more_files_than_are_kept_can_be_checked_by_several_threads_at_once(tiny: Path, tmp_path: Path) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu")
     file = LoraFile.read(tiny / "loras/wan21_1b/rank16.safetensors")
-    others = [replace(file, identity=(0, number, 0, 0)) for number in range(200)]
+    for number in range(200):
+        os.link(file.path, tmp_path / f"{number}.safetensors")
+    others = [replace(file, path=path) for path in tmp_path.iterdir()]
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda each: model.check_lora(Adapter(each), "adapter"), others * 2))
     assert found == [found[0]] * len(found)
