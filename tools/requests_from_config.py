@@ -153,11 +153,14 @@ def requests_of(
 def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: Training) -> list[dict[str, Any]]:
     if not spec.moe:
         return [{"path": path} for path in paths or [f"{_name(training)}/{training.name}.safetensors"]]
-    if paths:
-        return [_sided(path) for path in paths]
     kwargs = training.model.get("model_kwargs")
     trained = kwargs if isinstance(kwargs, dict) else {}
     sides = [side for side in ("high", "low") if trained.get(f"train_{side}_noise", True)]
+    if not training.splits_sides and (paths is None or (len(paths) == 1 and not re.match("(high|low)=", paths[0]))):
+        # A file that holds both sides is applied to both, whichever it is sent as.
+        return [{"path": paths[0] if paths else f"{_name(training)}/{training.name}.safetensors", "transformer": sides[0]}]
+    if paths:
+        return [_sided(path) for path in paths]
     return [{"path": f"{_name(training)}/{training.name}_{side}_noise.safetensors", "transformer": side} for side in sides]
 
 

@@ -100,6 +100,8 @@ class Training:
     samples: tuple[Sample, ...]
     trained_with: TrainedWith
     """How the training ran."""
+    splits_sides: bool = True
+    """Whether a LoRA of Wan 2.2 14B is saved as two files."""
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -130,8 +132,14 @@ def read_training(path: Path) -> Training:
         model=model if isinstance(model, dict) else {},
         samples=tuple(resolve(section, None if trigger_word is None else str(trigger_word))),
         trained_with=trained_with(process),
+        splits_sides=_splits_sides(process),
         warnings=tuple(warnings),
     )
+
+
+def _splits_sides(process: Mapping[str, Any]) -> bool:
+    network = process.get("network")
+    return not isinstance(network, dict) or bool(network.get("split_multistage_loras", True))
 
 
 def _with_environment(text: str) -> str:

@@ -25,7 +25,7 @@ from worker.gpu import Gpu
 from worker.image_decode import Allowance
 from worker.images import load_control_image
 from worker.logs import stage
-from worker.loras import fetch_lora, path_of_recovery_adapter
+from worker.loras import fetch_lora, fetch_recovery_adapter
 from worker.report import Output, length_warnings, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
 from worker.request import shots_of
 from worker.run import Run, in_thread
@@ -118,9 +118,8 @@ class Job:
         run, name = self._run, self._run.training.trained.recovery_adapter
         if run.match != "preview" or name is None:
             return None
-        path = path_of_recovery_adapter(name, self._settings)
         where = "trained_with.qtype"
-        file = fetch_lora(path, where, run.request.hf_token, self._settings, run.stop, run.held)
+        file = fetch_recovery_adapter(name, where, run.request.hf_token, self._settings, run.stop, run.held)
         try:
             self._gpu.model.check_recovery_adapter(file)
         except LoraError as error:

@@ -53,32 +53,46 @@ def fetch_lora(
         raise WorkerError.of([Problem(Code.LORA_INVALID, where, str(error))]) from error
 
 
-def path_of_recovery_adapter(name: str, settings: Settings) -> str:
-    """Where the file is that a training config names: a path below LORA_DIR, or a URL.
+def fetch_recovery_adapter(
+    name: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
+) -> LoraFile:
+    """The accuracy recovery adapter that a training config names: a URL, or `ORG/REPO/FILE` on the Hugging Face Hub.
 
-    The trainer names a file on the Hugging Face Hub `ORG/REPO/FILE`. It is looked for below LORA_DIR by that path and by the
-    file's name alone, so that a worker without a way to the Hub can have it; else it is the Hub's.
+    Below LORA_DIR and the folders of the weights it is looked for by that path and by the file's name alone, since the config
+    has a path of the training's machine; only then on the Hub. Raises as `fetch_lora`.
     """
-    if is_url(name):
-        return name
-    for path in (name, PurePosixPath(name).name):
-        if (settings.lora_dir / path).is_file():
-            return path
+    file = PurePosixPath(name).name
+    roots = [settings.lora_dir, *(place.path for place in settings.checkpoint_places if not place.is_hub_cache)]
+    for root in [] if is_url(name) else roots:
+        for path in (name.lstrip("/"), file):
+            if found := _below(root, path):
+                try:
+                    return LoraFile.read(found)
+                except LoraInvalid as error:
+                    raise WorkerError.of([Problem(Code.LORA_INVALID, where, str(error))]) from error
     parts = name.split("/")
     if len(parts) == 3 and all(parts):
-        return f"https://huggingface.co/{parts[0]}/{parts[1]}/resolve/main/{parts[2]}"
-    return name
+        name = f"https://huggingface.co/{parts[0]}/{parts[1]}/resolve/main/{parts[2]}"
+    if is_url(name):
+        return fetch_lora(name, where, hf_token, settings, stop, held)
+    text = f"the accuracy recovery adapter `{_shown(file)}` is not in the worker's LoRA folder; put it there, or give its URL"
+    raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
+
+
+def _below(root: Path, name: str) -> Path | None:
+    """The file of that name below `root`, also after links; None where there is none."""
+    try:
+        root = root.resolve()
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
+        return None
 
 
 def _find(name: str, where: str, folder: Path) -> Path:
-    root = folder.resolve()
-    try:
-        path = (root / name).resolve()
-        found = path.is_relative_to(root) and path.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
-        found = False
-    if not found:
-        missing = f"the worker's LoRA folder has no `{_shown(name)}`{_nearest(root, name)}"
+    path = _below(folder, name)
+    if path is None:
+        missing = f"the worker's LoRA folder has no `{_shown(name)}`{_nearest(folder.resolve(), name)}"
         text = f"{missing}; check the name, or give an http(s) URL"
         raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
     if path.suffix != ".safetensors":

@@ -309,6 +309,14 @@ def test_what_the_trainer_ignores_is_a_warning(tmp_path, capsys):
         assert any(words in warning for warning in warnings), words
 
 
+@pytest.mark.parametrize("lora", [[], ["--lora", "job/my_lora_000000004.safetensors"]])
+def test_a_training_that_saves_both_sides_in_one_file_gives_that_file(tmp_path, capsys, lora):
+    network = {"type": "lora", "split_multistage_loras": False}
+    [request], _ = converted(capsys, config(tmp_path, {"prompts": ["a"]}, T2V_14B, network=network), *lora)
+    path = lora[1] if lora else "my_lora/my_lora.safetensors"
+    assert request["loras"] == [{"path": path, "transformer": "high", "network_multiplier": 1.0}]
+
+
 def test_how_the_training_ran_is_in_the_request(tmp_path, capsys):
     model = WAN21_1B | {"quantize": True, "low_vram": True, "model_kwargs": {"vae_tiling": True}}
     kinds = {"train": {"dtype": "bf16"}, "save": {"dtype": "float32"}}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from pipelines.catalog import MODELS
 from pipelines.trained import NOT_SAID
+from worker import loras
 from worker.errors import WorkerError
-from worker.loras import path_of_recovery_adapter
 from worker.request import parse
 from worker.settings import Settings
 from worker.training import NOT_KNOWN, training_of
@@ -134,17 +138,28 @@ def test_a_signature_in_the_url_of_an_adapter_is_not_repeated(settings: Settings
     assert trained.as_words() == {"quantize": True, "qtype": "uint4|https://example.com/a.safetensors"}
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("org/repo/a.safetensors", "https://huggingface.co/org/repo/resolve/main/a.safetensors"),
-        ("org/repo/there.safetensors", "there.safetensors"),
-        ("job/job_000000100.safetensors", "job/job_000000100.safetensors"),
-        ("/root/adapters/there.safetensors", "there.safetensors"),
-        ("nowhere.safetensors", "nowhere.safetensors"),
-        ("https://example.com/a.safetensors", "https://example.com/a.safetensors"),
-    ],
-)
-def test_a_recovery_adapter_is_looked_for_in_the_folder_before_the_hub(settings: Settings, name: str, path: str) -> None:
-    (settings.lora_dir / "there.safetensors").touch()
-    assert path_of_recovery_adapter(name, settings) == path
+@pytest.mark.parametrize("name", ["org/repo/adapter.safetensors", "/root/adapters/adapter.safetensors", "adapter.safetensors"])
+@pytest.mark.parametrize("place", ["lora_dir", "checkpoint_dir"])
+def test_a_recovery_adapter_is_found_below_the_folders_wherever_the_training_had_it(
+    settings: Settings, tmp_path_factory: Any, name: str, place: str
+) -> None:
+    settings = settings.model_copy(update={"checkpoint_dir": tmp_path_factory.mktemp("weights")})
+    save_file({"x": torch.zeros(1)}, getattr(settings, place) / "adapter.safetensors")
+    assert fetched(name, settings).path == getattr(settings, place) / "adapter.safetensors"
+
+
+def test_a_recovery_adapter_that_lies_nowhere_is_told_with_the_remedy(settings: Settings) -> None:
+    with pytest.raises(WorkerError, match=r"^LORA_NOT_FOUND: `f`: .* `a.safetensors` is not in the worker's LoRA folder"):
+        fetched("/root/a.safetensors", settings)
+
+
+def test_the_hub_is_asked_for_what_it_has(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(loras, "fetch_lora", lambda url, *_: asked.append(url))
+    fetched("org/repo/a.safetensors", settings)
+    fetched("https://example.com/b.safetensors", settings)
+    assert asked == ["https://huggingface.co/org/repo/resolve/main/a.safetensors", "https://example.com/b.safetensors"]
+
+
+def fetched(name: str, settings: Settings) -> Any:
+    return loras.fetch_recovery_adapter(name, "f", None, settings, threading.Event(), ExitStack())
