@@ -221,17 +221,19 @@ def test_after_any_failure_to_take_a_job_the_worker_takes_the_next(cloud: Cloud,
     cloud.wait(lambda: cloud.faults.met.total() > before, "fault")
 
 
-def test_a_queue_that_is_down_is_not_asked_hundreds_of_times_a_second(cloud: Cloud, good: dict[str, Any]) -> None:
-    cloud.submit("while-it-was-up", good)
-    before = cloud.faults.met["take Status"]
-    cloud.fail("take", Status(500), times=10_000)
-    cloud.wait_for("while-it-was-up")
-    cloud.wait(lambda: cloud.faults.met["take Status"] > before, "fault")
+@pytest.mark.parametrize("fault", [Status(500), Status(400), Status(302), Garbage()], ids=str)
+def test_a_queue_that_is_down_is_not_asked_hundreds_of_times_a_second(cloud: Cloud, good: dict[str, Any], fault: Fault) -> None:
+    kind = f"take {type(fault).__name__}"
+    cloud.submit(named("while it was up", fault), good)
+    before = cloud.faults.met[kind]
+    cloud.fail("take", fault, times=10_000)
+    cloud.wait_for(named("while it was up", fault))
+    cloud.wait(lambda: cloud.faults.met[kind] > before, "fault")
     time.sleep(2)
-    assert cloud.faults.met["take Status"] - before < 40
+    assert cloud.faults.met[kind] - before < 40
     cloud.faults.forget()
-    cloud.submit("it-is-up-again", good)
-    cloud.wait_for("it-is-up-again")
+    cloud.submit(named("it is up again", fault), good)
+    cloud.wait_for(named("it is up again", fault))
 
 
 @pytest.mark.parametrize("fault", [Status(500), Garbage(), Dropped(), CutShort()], ids=str)

@@ -5,7 +5,7 @@ worker may be idle. The last job's file is encoded and uploaded meanwhile.
 
 The SDK itself posts a result three times and then drops it without a word. It cancels a request for a job after 90 s, and on
 SIGTERM, whether or not the platform has just handed a job over. It forgets a stop that arrives before its job has started. It
-asks a queue that fails again at once, hundreds of times a second.
+asks a queue that fails, or answers nothing, again at once, hundreds of times a second.
 
 Import this after the log is set up: the SDK reads the environment when it is imported. Tested with runpod 1.12.0.
 """
@@ -149,8 +149,11 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         except Exception:
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
             raise
-        self._not_begun.update(job["id"] for job in jobs or [])
-        return jobs
+        jobs = [job for job in jobs or [] if isinstance(job, dict) and isinstance(job.get("id"), str)]
+        if not jobs:  # a queue with nothing to do answers late; a refusal, a page or an empty answer comes at once
+            await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
+        self._not_begun.update(job["id"] for job in jobs)
+        return jobs or None
 
     async def _run_and_post(self, session: aiohttp.ClientSession, config: dict[str, Any], job: Job) -> None:
         taken_here = job["id"] in self._not_begun
