@@ -41,6 +41,9 @@ _ELSEWHERE = {
 _SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
 """Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
 
+_LONG_NUMBER = 10**40
+"""Python itself writes no number of more than 4,300 digits."""
+
 _DEEPEST = 6
 """Parts of a path that are told; those of the schema have three at most."""
 
@@ -137,8 +140,10 @@ def _instead_of(problem: Any) -> str:
     value, name = problem["input"], problem["loc"][-1]
     if name in _SECRET_FIELDS:
         return ""
+    if isinstance(value, int) and abs(value) >= _LONG_NUMBER:
+        return "; got a longer number"
     if value is None or isinstance(value, (bool, int, float)):
-        return f"; got {str(value)[:40]}"
+        return f"; got {value}"
     if isinstance(value, str):
         return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,32}", value, re.ASCII) else "; got another text"
     kind = "list" if isinstance(value, list) else "object"

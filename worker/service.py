@@ -29,7 +29,7 @@ from worker.recovery import Recovery
 from worker.request import parse
 from worker.run import Run
 from worker.settings import Settings
-from worker.storage import Storage, storage_of_job
+from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job
 
 _ID_OF_A_LOCAL_RUN = "local_test"
 """The SDK's id for every job of `python handler.py` that has none."""
@@ -138,5 +138,5 @@ def _secrets_of(raw_job: dict[str, Any]) -> list[str]:
     """The secrets that an unchecked job may contain."""
     raw_input, s3_config = raw_job.get("input"), raw_job.get("s3Config")
     found = [raw_input.get("hf_token")] if isinstance(raw_input, dict) else []
-    found += s3_config.values() if isinstance(s3_config, dict) else []
+    found += s3_config.values() if isinstance(s3_config, dict) and len(s3_config) <= MAX_S3_FIELDS else []
     return [value for value in found if isinstance(value, str)]

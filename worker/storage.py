@@ -306,11 +306,22 @@ def storage_of(settings: Settings) -> Storage:
         raise SettingsError(f"BUCKET_{error.field.upper()}: {error.rule}") from None
 
 
+MAX_S3_FIELDS = 20
+"""Of a job's `s3Config`: more are refused before one is looked at."""
+
+
+def _s3_fields() -> list[str]:
+    return [info.alias or name for name, info in S3Config.model_fields.items()]
+
+
 def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
     """The bucket that the job brings along: at a public address, or in the worker's own store.
 
     Raises WorkerError with INVALID_INPUT.
     """
+    if isinstance(s3_config, dict) and len(s3_config) > MAX_S3_FIELDS:
+        text = f"has {len(s3_config)} fields; it takes {', '.join(_s3_fields())}"
+        raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config", text)])
     try:
         config = S3Config.model_validate(s3_config)
     except ValidationError as error:

@@ -400,10 +400,10 @@ def test_texts_have_a_length_that_an_error_names(fields, field, most):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prompts": [{"prompt": "a", "width": 1}] * 20_000},
-        {"prompts": [{"prompt": "a", "widht": 1}] * 20_000},
-        {f"surprise{number}": 1 for number in range(20_000)},
-        {"prompts": [{"prompt": "\ud800"}] * 20_000},
+        {"prompts": [{"prompt": "a", "width": 1}] * 4_000},
+        {"prompts": [{"prompt": "a", "widht": 1}] * 4_000},
+        {f"surprise{number}": 1 for number in range(4_000)},
+        {"prompts": [{"prompt": "\ud800"}] * 4_000},
     ],
     ids=["numbers", "fields", "fields of the request", "surrogates"],
 )
@@ -691,6 +691,38 @@ def test_shots_come_in_the_order_of_the_prompts():
 
 
 # Anything else that JSON can carry
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (an_input() | {"prompts": [1] * 100_000}, "prompts"),
+        (an_input() | {"loras": [{}] * 100_000}, "loras"),
+        (an_input(zzz={"a": {"b": [0] * 100_000}}), "zzz.a.b"),
+        (an_input() | {str(number): 0 for number in range(100_000)}, ""),
+        (an_input(first={str(number): 0 for number in range(100_000)}), "prompts[0]"),
+    ],
+    ids=["prompts", "loras", "deep", "fields", "fields of a prompt"],
+)
+def test_more_values_than_any_request_has_are_one_problem_found_before_a_value_is_looked_at(raw: Any, field: str) -> None:
+    [problem] = error_of(raw).problems
+    assert (problem.field, problem.text) == (
+        field,
+        "has too many values: the whole input may have 20000; send several jobs",
+    )
+
+
+def test_a_thousand_whole_prompts_are_not_too_many() -> None:
+    prompt = {name: info.examples[0] for name, info in Prompt.model_fields.items() if info.examples and "ctrl" not in name}
+    assert len(parse(an_input(prompts=[prompt] * 1000), SINGLE).prompts) == 1000
+
+
+def test_a_number_of_thousands_of_digits_is_refused_as_any_other() -> None:
+    assert "`prompts[0].seed`: must be an integer" in str(error_of(an_input(first={"seed": 10**5001})))
+    assert "`prompts[0].fps`: must be an integer from 1 to 120, such as 16; got a longer number" in str(
+        error_of(an_input(first={"fps": 10**5001}))
+    )
+
 
 NAMES = sorted({name for model in (Request, Prompt) for name in model.model_fields} | {"path", "transformer", "steps"})
 TEXTS = st.one_of(

@@ -436,6 +436,13 @@ def test_a_folder_that_can_no_longer_be_written_is_an_upload_that_failed(file, t
 # Addresses that a job may not reach
 
 
+def test_an_s3config_of_many_fields_is_refused_before_they_are_looked_at(s3):
+    with pytest.raises(
+        WorkerError, match=r"^INVALID_INPUT: `s3Config`: has 300005 fields; it takes accessId, accessSecret, bu"
+    ):
+        storage_of_job(s3_config(s3) | {str(number): "x" for number in range(300_001)}, settings_for())
+
+
 @pytest.mark.parametrize("call", ["check", "put", "find", "read"])
 def test_a_job_cannot_send_the_worker_into_its_own_network(s3, file, call):
     storage = storage_of_job(s3_config(s3), settings_for())
