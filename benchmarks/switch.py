@@ -14,6 +14,7 @@ import argparse
 import gc
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -33,25 +34,40 @@ SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, repeat=5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
+    options = parser.parse_args()
+    in_a_folder(lambda folder: measure(folder, options.size, options.blocks, options.ranks, options.repeat))
+    return 0
+
+
+def arguments(description: str | None, repeat: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--blocks", type=int, help="number of transformer blocks, where all of them do not fit")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
-    parser.add_argument("--repeat", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--repeat", type=int, default=repeat)
+    return parser
+
+
+def in_a_folder(measure: Callable[[Path], None]) -> None:
+    """Measure in a temporary folder, without the libraries' progress bars."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), options.size, options.blocks, options.ranks, options.repeat)
-    return 0
+        measure(Path(folder))
+
+
+def write_model(root: Path, size: str, blocks: int | None) -> tiny_checkpoints.Size:
+    """Tiny checkpoints in `root`, with a transformer of this size for wan21_1b."""
+    tiny_checkpoints.write_checkpoints(root)
+    if size not in SIZES:
+        return tiny_checkpoints.SIZE_1B
+    return write_real_size(root / tiny_checkpoints.T2V_1B / "transformer", size, blocks)
 
 
 def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tiny_checkpoints.write_checkpoints(root)
-    shape = tiny_checkpoints.SIZE_1B
-    if size in SIZES:
-        shape = write_real_size(root / tiny_checkpoints.T2V_1B / "transformer", size, blocks)
+    shape = write_model(root, size, blocks)
     fresh = median(repeat, lambda: plain_diffusers(root, device))
     gc.collect()
     model = load_pipeline("wan21_1b", root, device, dtype=torch.bfloat16)
