@@ -371,7 +371,7 @@ def check_error(text: str) -> None:
     assert TOKEN not in text and not MACHINE.search(text)
 
 
-@examples(5000)
+@examples(3000)
 @given(job=jobs())
 def test_every_job_ends_with_a_result_or_with_a_code(runner: Service, quiet: None, no_names: None, job: dict[str, Any]) -> None:
     with in_time():
@@ -702,7 +702,7 @@ def check_image(content: bytes) -> None:
             assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS if image else " " in text
 
 
-@examples(3000)
+@examples(2000)
 @given(data=st.data())
 def test_every_damaged_image_is_read_or_refused_in_words(bounded_memory: None, data: st.DataObject) -> None:
     content = data.draw(damaged(data.draw(st.sampled_from(PICTURES))))
