@@ -31,7 +31,7 @@ class Format:
 
 
 def _scale_of(weight: torch.Tensor, largest: float) -> torch.Tensor:
-    """Of each row, so that its largest number becomes `largest`; 1 for a row of zeros."""
+    """The scale of each row, [rows, 1], which brings its largest number to `largest`; 1 for a row of zeros."""
     scale = weight.abs().amax(dim=1, keepdim=True) / largest
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 

@@ -25,7 +25,7 @@ class Change:
 
     layer: str
     norm: float | None
-    """Of the change; None for a DoRA without the checkpoint, since its change depends on the weight."""
+    """The norm of the change; None for a DoRA without the checkpoint, since its change depends on the weight."""
     strength: float | None
     """The same divided by the norm of the model's weight or bias; None without the checkpoint."""
 

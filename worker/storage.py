@@ -307,7 +307,7 @@ def storage_of(settings: Settings) -> Storage:
 
 
 MAX_S3_FIELDS = 20
-"""Of a job's `s3Config`: more are refused before one is looked at."""
+"""How many fields a job's `s3Config` may have; more are refused before one is looked at."""
 
 
 def _s3_fields() -> list[str]:
