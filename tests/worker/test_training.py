@@ -138,7 +138,7 @@ def test_a_signature_in_the_url_of_an_adapter_is_not_repeated(settings: Settings
     assert trained.as_words() == {"quantize": True, "qtype": "uint4|https://example.com/a.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["org/repo/adapter.safetensors", "/training/adapters/adapter.safetensors", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["org/repo/adapter.safetensors", "/data/adapter.safetensors", "adapter.safetensors"])
 @pytest.mark.parametrize("place", ["lora_dir", "checkpoint_dir"])
 def test_a_recovery_adapter_is_found_below_the_folders_wherever_the_training_had_it(
     settings: Settings, tmp_path_factory: Any, name: str, place: str
