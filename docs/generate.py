@@ -110,7 +110,8 @@ def _kind(field: dict[str, Any]) -> str:
     field = field | next((kind for kind in field.get("anyOf", []) if kind.get("type") != "null"), {})
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    kind = {"array": "list", "integer": "int"}.get(field.get("type", "object"), field.get("type", "object"))
+    kind = field.get("type", "object")
+    kind = {"array": "list", "integer": "int"}.get(kind, kind)
     if field.get("maximum") == 2**64 - 1:
         return f"{kind}, {field['minimum']} or more"
     return f"{kind}, {field['minimum']} to {field['maximum']}" if "maximum" in field else kind

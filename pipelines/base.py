@@ -263,12 +263,15 @@ class WanModel(ABC):
                 "network_multiplier, or use an earlier save"
             )
 
+    @property
+    def _is_quantized(self) -> bool:
+        return any(part.active for part in self._quantized.values())
+
     @contextmanager
     def _hooks_are_seen(self) -> Iterator[None]:
         """Compiled code does not look for hooks that came later, so that with hooks it is not used."""
         hooked = any(part.is_active for part in (*self._beside.values(), *self._recovery.values()))
-        hooked = hooked or any(part.active for part in self._quantized.values())
-        if hooked and self._adapters.are_compiled:
+        if (hooked or self._is_quantized) and self._adapters.are_compiled:
             with torch.compiler.set_stance("force_eager"):
                 yield
         else:
@@ -323,12 +326,12 @@ class WanModel(ABC):
             self._pipe.text_encoder.set_attn_implementation(recipe.text_attention)
             self._text_attention = recipe.text_attention
         if self._image_processor is not None:
-            resizing = {"pil": self._image_processor, "torch": TensorImageProcessor(self._image_processor)}
-            self._pipe.image_processor = resizing[recipe.image_resize]
+            own = self._image_processor
+            self._pipe.image_processor = TensorImageProcessor(own) if recipe.image_resize == "torch" else own
         if recipe.trainer_dtypes:
             changed = self._kept_in_float32.cast(self._pipe.transformer.dtype)
         else:
-            changed = not any(part.active for part in self._quantized.values()) and self._kept_in_float32.restore()
+            changed = not self._is_quantized and self._kept_in_float32.restore()
         if changed:
             refresh(self._pipe, self.spec.transformers)
 

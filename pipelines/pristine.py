@@ -30,3 +30,11 @@ class CheckpointFile:
             self._open[name] = safe_open(self._folder / name, framework="pt")
         tensor: torch.Tensor = self._open[name].get_tensor(key)
         return tensor
+
+    @torch.no_grad()
+    def restore(self, component: torch.nn.Module, parameters: set[str]) -> None:
+        """Give these parameters their values in the file; each leaves the set when it has them."""
+        for parameter in sorted(parameters):
+            value = component.get_parameter(parameter)
+            value.copy_(self.read(parameter).to(value.dtype))
+            parameters.discard(parameter)

@@ -117,7 +117,7 @@ class Quantized:
         for name, layer in self._layers():
             if name.startswith(excluded) or (only is not None and name not in only):
                 continue
-            self._changed.add(name)
+            self._changed.add(f"{name}.weight")
             layer.weight.copy_(format.decoded(layer.weight))
             if format.adds_bias_apart and layer.bias is not None:
                 self._biases[name] = bias = layer.bias
@@ -132,10 +132,7 @@ class Quantized:
         for name, bias in self._biases.items():
             self._component.get_submodule(name).bias = bias
         self._biases.clear()
-        for name in sorted(self._changed):
-            layer: Any = self._component.get_submodule(name)
-            layer.weight.copy_(self._file.read(f"{name}.weight").to(layer.weight.dtype))
-            self._changed.discard(name)
+        self._file.restore(self._component, self._changed)
         self._active = ()
 
     def _layers(self) -> Iterator[tuple[str, torch.nn.Linear]]:

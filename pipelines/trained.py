@@ -58,6 +58,13 @@ class TrainedWith:
         return bool(self.quantize if self.quantize_te is None else self.quantize_te)
 
     @property
+    def kinds(self) -> list[str]:
+        """What of it changes the samples visibly, by the names of the request."""
+        is_so = {"quantize": self.is_quantized, "quantize_te": self.quantizes_text_encoder}
+        is_so |= {"low_vram": bool(self.low_vram), "vae_tiling": bool(self.vae_tiling)}
+        return [name for name in is_so if is_so[name]]
+
+    @property
     def merges(self) -> bool:
         """Whether the trainer merged the LoRA into the weights for its samples."""
         return not self.is_quantized and self.multipliers != "mixed"

@@ -27,6 +27,7 @@ from pipelines.lora.names import Side
 from pipelines.lora.origin import fitting_models, widths_of
 from pipelines.lora.shapes import shapes_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
+from pipelines.trained import TrainedWith
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 from worker.training import NOT_KNOWN, Training, read_config
 
@@ -224,7 +225,7 @@ def as_text(found: Inspection, spec: ModelSpec | None) -> str:
         "base model": facts["base_model_version"] or "not noted",
         "trainer": f"{facts['trainer'] or 'not noted'} {facts['trainer_version'] or ''}".strip(),
         "previews": _previews(found, spec),
-        "training": _training(facts["trained_with"]) or found.training.warning,
+        "training": _training(found.training.trained) or found.training.warning,
         "step": None if facts["step"] is None else f"{facts['step']}, epoch {facts['epoch']}",
         "trigger": facts["trigger_word"],
         "refused": facts["refusal"],
@@ -250,13 +251,12 @@ def _previews(found: Inspection, spec: ModelSpec | None) -> str:
     return f"{how or _SOLVERS[era]} (trainer {when}; {why})"
 
 
-def _training(words: Mapping[str, Any] | None) -> str | None:
+def _training(trained: TrainedWith) -> str | None:
     """What decides the previews, in the config's own words."""
-    if not words:
-        return None
-    kinds = [name for name in ("quantize", "quantize_te", "low_vram", "vae_tiling") if words.get(name)]
+    words = trained.as_words()
     values = [f"{name} {words[name]}" for name in ("qtype", "dtype", "save_dtype") if words.get(name)]
-    return ", ".join([*kinds, *values, *(["several multipliers"] * (words.get("multipliers") == "mixed"))]) or "not quantized"
+    mixed = ["several multipliers"] * (trained.multipliers == "mixed")
+    return (", ".join([*trained.kinds, *values, *mixed]) or "not quantized") if words else None
 
 
 def _values(found: Inspection, checkpoint: Path | None) -> dict[str, Any]:

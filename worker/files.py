@@ -43,3 +43,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def below(root: Path, name: str) -> Path | None:
+    """The file of that name below `root`, also after links; None where there is none."""
+    try:
+        root = root.resolve()
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
+        return None

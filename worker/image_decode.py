@@ -14,12 +14,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 
-Match = Literal["documented", "preview"]
+from pipelines.catalog import Match
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")
 """Not what Pillow hands to other programs, as it does with EPS, or decodes before it tells the size, as it does with ICO."""

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pipelines.errors import LoraInvalid
 from pipelines.lora.file import LoraFile, why_unreadable
 from worker.errors import Code, Problem, WorkerError
+from worker.files import below
 from worker.lora_cache import LoraCache, Source
 from worker.net.download import Answer, DownloadError, fetch_into
 from worker.request import is_hub, is_url
@@ -65,7 +66,7 @@ def fetch_recovery_adapter(
     roots = [settings.lora_dir, *(place.path for place in settings.checkpoint_places if not place.is_hub_cache)]
     for root in [] if is_url(name) else roots:
         for path in (name.lstrip("/"), file):
-            if found := _below(root, path):
+            if found := below(root, path):
                 try:
                     return LoraFile.read(found)
                 except LoraInvalid as error:
@@ -79,18 +80,8 @@ def fetch_recovery_adapter(
     raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
 
 
-def _below(root: Path, name: str) -> Path | None:
-    """The file of that name below `root`, also after links; None where there is none."""
-    try:
-        root = root.resolve()
-        path = (root / name).resolve()
-        return path if path.is_relative_to(root) and path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
-        return None
-
-
 def _find(name: str, where: str, folder: Path) -> Path:
-    path = _below(folder, name)
+    path = below(folder, name)
     if path is None:
         missing = f"the worker's LoRA folder has no `{_shown(name)}`{_nearest(folder.resolve(), name)}"
         text = f"{missing}; check the name, or give an http(s) URL"

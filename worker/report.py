@@ -13,7 +13,6 @@ from PIL import Image
 from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
-from pipelines.trained import TrainedWith
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
 from worker.request import FIELD_OF, Shot
@@ -161,8 +160,8 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str) -> Itera
     if run.training.warning:
         yield run.training.warning
     if run.match != "preview":
-        if trained.is_quantized or trained.quantizes_text_encoder or trained.low_vram or trained.vae_tiling:
-            how = f"the training ran with {_shown(trained)} ({run.training.why}), which changed its samples"
+        if trained.kinds:
+            how = f"the training ran with {', '.join(trained.kinds)} ({run.training.why}), which changed its samples"
             yield f"{how}; set `match` to preview to get those"
         return
     if not trained.as_words():
@@ -184,12 +183,6 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str) -> Itera
             "an unquantized training in 16 bits drifts each time it makes samples: the first round can be met exactly, and "
             "later ones within 0.7 to 1.0 of 255 on average"
         )
-
-
-def _shown(trained: TrainedWith) -> str:
-    kinds = {"quantize": trained.is_quantized, "quantize_te": trained.quantizes_text_encoder}
-    kinds |= {"low_vram": bool(trained.low_vram), "vae_tiling": bool(trained.vae_tiling)}
-    return ", ".join(name for name, is_so in kinds.items() if is_so)
 
 
 def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:

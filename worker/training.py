@@ -9,6 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from pipelines.trained import NOT_SAID, QTYPES, TrainedWith, trained_with
+from worker.files import below
 from worker.request import Request, is_url
 from worker.settings import Settings
 
@@ -35,14 +36,10 @@ def training_of(request: Request, settings: Settings) -> Training:
     for lora in request.loras:
         if is_url(lora.path):
             continue
-        root = settings.lora_dir.resolve()
-        try:
-            file = (root / lora.path).resolve()
-            config = file.parent / "config.yaml"
-            if file.is_relative_to(root) and file.is_file() and config.resolve().is_relative_to(root) and config.is_file():
-                return read_config(config, file)
-        except (OSError, ValueError, RuntimeError):  # a name that no file can have; fetching it says so
-            continue
+        root = settings.lora_dir
+        file = below(root, lora.path)
+        if file and (config := below(root, str(file.with_name("config.yaml")))):
+            return read_config(config, file)
     return NOT_KNOWN
 
 

@@ -7,7 +7,7 @@ starts from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Merges:
             return
         self._merged.pop(name, None)
         if wanted is None:
-            self._restore(name, set(self._changed[name]))
+            self._restore(name, self._changed[name])
         else:
             self._merge(name, *wanted)
             self._merged[name] = wanted[0]
@@ -55,7 +55,7 @@ class Merges:
         """Restore every weight, whatever state it is in."""
         self._merged.clear()
         for name, changed in self._changed.items():
-            self._restore(name, set(changed))
+            self._restore(name, changed)
 
     def _merge(self, name: str, adapter: Adapter, layers: Layers) -> None:
         tensors, parameters = load_tensors(adapter.file), dict(getattr(self._pipe, name).named_parameters())
@@ -66,15 +66,11 @@ class Merges:
             if layer.changes_bias:
                 changes[f"{path}.bias"] = (layer, change_bias)
         self._restore(name, self._changed[name] - changes.keys())
-        self._changed[name] |= changes.keys()
+        self._changed[name] = set(changes)
         for parameter, (layer, change) in changes.items():
             value = parameters[parameter]
             pristine = self._files[name].read(parameter).to(value.device, value.dtype)
             value.copy_(change(layer, tensors, pristine, adapter.scale, value.device))
 
-    def _restore(self, name: str, changed: Iterable[str]) -> None:
-        transformer = getattr(self._pipe, name)
-        for parameter in changed:
-            value = transformer.get_parameter(parameter)
-            value.copy_(self._files[name].read(parameter).to(value.dtype))
-            self._changed[name].discard(parameter)
+    def _restore(self, name: str, changed: set[str]) -> None:
+        self._files[name].restore(getattr(self._pipe, name), changed)
