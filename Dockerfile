@@ -63,6 +63,7 @@ ARG AI_TOOLKIT_COMMIT=""
 ARG REPRODUCIBLE_MTIME
 COPY builder/__init__.py builder/retry.py builder/fetch_toolkit.py /build/builder/
 COPY pipelines/__init__.py pipelines/catalog.py /build/pipelines/
+COPY worker/__init__.py worker/files.py /build/worker/
 WORKDIR /build
 # Tiny images are built without a network: they get ai-toolkit only when AI_TOOLKIT_REMOTE is set.
 RUN mkdir -p /opt/ai-toolkit \
@@ -90,7 +91,7 @@ ARG HF_ENDPOINT=https://huggingface.co
 COPY builder/__init__.py builder/retry.py builder/hub.py builder/checkpoint_folder.py builder/fetch_checkpoints.py \
      builder/bake.py /build/builder/
 COPY pipelines/__init__.py pipelines/catalog.py pipelines/manifest.py pipelines/weights.py /build/pipelines/
-COPY worker/__init__.py /build/worker/
+COPY worker/__init__.py worker/files.py /build/worker/
 COPY worker/net/__init__.py worker/net/statuses.py /build/worker/net/
 WORKDIR /build
 RUN mkdir /checkpoints /weights

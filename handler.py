@@ -14,6 +14,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,6 +28,9 @@ from worker.startup import lean_imports, prefetch
 
 if TYPE_CHECKING:
     from worker.service import Service
+
+_SECONDS_TO_END = 10.0
+"""The interpreter waits for its threads. One that does not stop, as in a call of the GPU's driver, must not keep it."""
 
 
 def main() -> None:
@@ -50,7 +54,11 @@ def main() -> None:
         fail(f"{type(error).__name__}; the log line above has the traceback", in_cloud)
 
     def shut_down(*_: object) -> NoReturn:
-        sys.exit(int(service.device_is_lost))
+        status = int(service.must_be_replaced)
+        end = threading.Timer(_SECONDS_TO_END, os._exit, (status,))
+        end.daemon = True
+        end.start()
+        sys.exit(status)
 
     if not one_local_run:
         signal.signal(signal.SIGTERM, shut_down)  # the queue's loop has its own; the local API sends the signal on when done

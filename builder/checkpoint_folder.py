@@ -19,6 +19,7 @@ from builder import REPRODUCIBLE_MTIME
 from builder.hub import RemoteFile, Stopped, verified_sha256
 from builder.retry import FetchError
 from pipelines.manifest import NAME, Entry, Manifest
+from worker.files import inside
 
 
 class CheckpointFolder:
@@ -29,7 +30,11 @@ class CheckpointFolder:
         self._unfinished = root / ".unfinished"
 
     def path_of(self, file: RemoteFile) -> Path:
-        return self.root / file.repo / file.path
+        """Raises FetchError for a name that leads out of the repo's folder: a listing is what a server says."""
+        try:
+            return inside(self.root / file.repo, file.path)
+        except ValueError as error:
+            raise FetchError(f"{file.repo} lists {file.path[:100]!r}, and {error}; it is not downloaded") from error
 
     def revisions(self, repos: Iterable[str]) -> dict[str, str]:
         """Return the commit of each repo that has a manifest."""
@@ -56,7 +61,8 @@ class CheckpointFolder:
                 if before.revision == commit or is_same:
                     kept[path] = entry
                 else:
-                    (self.root / repo / path).unlink(missing_ok=True)
+                    with suppress(ValueError):  # no name that this folder can have
+                        inside(self.root / repo, path).unlink(missing_ok=True)
             self._write(Manifest(repo, commit, kept))
 
     def missing_bytes(self, files: Iterable[RemoteFile]) -> int:

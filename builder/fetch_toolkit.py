@@ -23,6 +23,7 @@ from pathlib import Path
 from builder import REPRODUCIBLE_MTIME
 from builder.retry import FetchError, TryAgain, retry
 from pipelines.catalog import TOOLKIT_COMMIT
+from worker.files import inside
 
 REMOTE = "https://github.com/ostris/ai-toolkit"
 
@@ -64,7 +65,7 @@ def fetch(remote: str, commit: str, to: Path) -> list[str]:
         files = {path: repo.read(commit, path) for path in needed(repo, commit)}
     files[".git/HEAD"] = f"{commit}\n".encode()
     for path, content in files.items():
-        file = to / path
+        file = inside(to, path)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         file.chmod(0o644)

@@ -141,11 +141,13 @@ class Api:
 
     def _json(self, response: requests.Response) -> Any:
         """The response's JSON without the key, which a server may repeat; None for a body that is not JSON."""
-        body = response.content.replace(self._key.encode(), b"***") if self._key else response.content
         try:
-            return json.loads(body)
-        except ValueError:
+            answer = json.loads(response.content)
+            if self._key:  # as it is after parsing: an answer may have it in escapes
+                answer = json.loads(json.dumps(answer).replace(json.dumps(self._key)[1:-1], "***"))
+        except (ValueError, RecursionError):
             return None
+        return answer
 
     def _unreachable(self, failure: str, retry: Retry) -> Unreachable:
         tried = f"; gave up after {retry.failing_for:.0f} s" if retry.failing_for >= 1 else ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from client.client import LOCAL_PATIENCE, LOCAL_URL, PATIENCE, Client
-from client.display import Display, line_of
+from client.display import Display, line_of, printable
 from client.errors import (
     ClientError,
     DownloadFailed,
@@ -117,7 +117,7 @@ def _download(result: Result, options: argparse.Namespace, client: Client, displ
             lost.append(error)
             return None
         if not options.json:
-            print(path, flush=True)
+            print(printable(str(path)), flush=True)
         return str(path)
 
     files: list[dict[str, Any]] = []
@@ -140,13 +140,13 @@ def _status(options: argparse.Namespace, client: Client, display: Display) -> in
     progress = client.status(options.job)
     if (line := line_of(progress)) != progress.status:
         display.say(line)
-    print(json.dumps(asdict(progress)) if options.json else progress.status)
+    print(json.dumps(asdict(progress)) if options.json else printable(progress.status))
     return DONE
 
 
 def _cancel(options: argparse.Namespace, client: Client, display: Display) -> int:
     status = client.cancel(options.job)
-    print(json.dumps({"job_id": options.job, "status": status}) if options.json else status)
+    print(json.dumps({"job_id": options.job, "status": status}) if options.json else printable(status))
     return DONE
 
 

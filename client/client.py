@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -16,7 +18,8 @@ from client.api import Api, Retry, Say
 from client.download import download
 from client.errors import ClientError, JobNotFound, NotAuthorized, Refused, SubmissionUnknown, Unreachable
 from client.request import body_of, job_of
-from client.result import File, Progress, Result, has_ended, result_of
+from client.result import RUNNING, File, Progress, Result, has_ended, result_of
+from worker.net.addresses import is_public
 from worker.request import is_url
 
 OnProgress = Callable[[Progress], None]
@@ -123,7 +126,7 @@ class Client:
 
         Raises JobFailed, JobStopped, JobNotFound, NotAuthorized, Refused and Unreachable.
         """
-        retry = self._new_retry()
+        retry, unknown = self._new_retry(), self._new_retry()
         try:
             while True:
                 answer = self._poll(job_id, retry)
@@ -131,6 +134,10 @@ class Client:
                     on_progress(Progress.of(job_id, answer))
                 if has_ended(answer):
                     return result_of(job_id, answer)
+                if answer["status"] in RUNNING:
+                    unknown.succeeded()
+                elif not unknown.wait(text := f"{self.url}: the status {answer['status'][:40]!r} is not one of RunPod's"):
+                    raise Unreachable(text)
                 time.sleep(_SECONDS_BETWEEN_POLLS)
         except ClientError as error:
             error.job_id = job_id
@@ -162,7 +169,18 @@ class Client:
 
     def download_file(self, file: File, folder: Path, name: str) -> Path:
         """Download one file into `folder` as `name`, or as `name` with a number. Returns its path. Raises DownloadFailed."""
-        return download(file, folder, name, self._new_retry(), self.is_local)
+        addresses = self._addresses()
+        is_here = self.is_local and bool(addresses) and all(ip_address(address).is_loopback for address in addresses)
+        private = any(not is_public(address) for address in addresses)
+        return download(file, folder, name, self._new_retry(), is_here, private)
+
+    def _addresses(self) -> set[str]:
+        """The API's own. They tell what it may name: an API in the public network names nothing in this one."""
+        try:
+            found = socket.getaddrinfo(urlsplit(self.url).hostname, None)
+        except (OSError, UnicodeError):
+            return set()
+        return {str(address[0]).partition("%")[0] for *_, address in found}
 
     def _new_retry(self, longest: float = float("inf")) -> Retry:
         return Retry(min(self._patience, longest), self._say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from types import TracebackType
 
 from tqdm import tqdm
@@ -32,7 +33,7 @@ class Display:
         self._close()
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
         sys.stderr.flush()
 
     def show(self, progress: Progress) -> None:
@@ -41,7 +42,7 @@ class Display:
             return
         stage = _stage(progress)
         if self._bar is not None:
-            self._bar.set_description_str(stage, refresh=False)
+            self._bar.set_description_str(printable(stage), refresh=False)
             self._bar.set_postfix_str(_left(progress), refresh=False)
             self._bar.n = progress.percent or 0
             self._bar.refresh()
@@ -52,6 +53,13 @@ class Display:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def printable(text: str) -> str:
+    """The text for a terminal. What a server sends can hold codes that move the cursor, hide text or turn its direction."""
+    return "".join(
+        "?" if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter != "\n" else letter for letter in text
+    )
 
 
 def line_of(progress: Progress) -> str:

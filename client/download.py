@@ -20,28 +20,32 @@ from urllib.request import url2pathname
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 
 from client.api import TIMEOUT, Auth, Retry
 from client.errors import DownloadFailed
 from client.result import File
+from worker.net.addresses import NotPublic
+from worker.net.privates import guard, public_pools
 from worker.net.statuses import is_refusal
 
 _CHUNK = 1 << 20
 """Bytes."""
 
 
-def download(file: File, folder: Path, name: str, retry: Retry, is_local: bool) -> Path:
+def download(file: File, folder: Path, name: str, retry: Retry, is_here: bool, private: bool) -> Path:
     """Download `file` into `folder` as `name`, and resume where a connection breaks. Returns its path.
 
-    `is_local`: a file:// URL is a file of this computer, and is copied. Raises DownloadFailed.
+    `is_here`: the worker runs on this computer, and a file:// URL is copied. `private`: the URL may lead to addresses that are
+    not public; of an endpoint in the public network it may not. Raises DownloadFailed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder) as part:
             if urlsplit(file.url).scheme == "file":
-                _copy(file, part, is_local)
+                _copy(file, part, is_here)
             else:
-                _fetch(file, part, retry)
+                _fetch(file, part, retry, private)
             return _give_name(part, folder, name)
     except OSError as error:
         raise _failed(file, f"{folder} cannot be written to ({error.strerror})") from error
@@ -62,9 +66,9 @@ def _temporary(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _copy(file: File, part: Path, is_local: bool) -> None:
+def _copy(file: File, part: Path, is_here: bool) -> None:
     source = Path(url2pathname(urlsplit(file.url).path))
-    if not is_local or not source.is_file():
+    if not is_here or not source.is_file():
         raise _failed(
             file, f"the file is on the worker's own disk, as {source}, not on this computer; give the worker a bucket"
         )
@@ -73,9 +77,13 @@ def _copy(file: File, part: Path, is_local: bool) -> None:
         raise _failed(file, f"{source} does not have the {file.bytes} bytes that the worker wrote; another job replaced it")
 
 
-def _fetch(file: File, part: Path, retry: Retry) -> None:
+def _fetch(file: File, part: Path, retry: Retry, private: bool) -> None:
     """Write the body of the URL to `part`, in as many attempts as `retry` allows."""
     with requests.Session() as session, part.open("r+b") as opened:
+        if not private:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, adapter := HTTPAdapter())
+                guard(adapter, public_pools(adapter.poolmanager.pool_classes_by_scheme))
         transfer = _Transfer(file, opened, retry)
         while True:
             try:
@@ -117,6 +125,8 @@ class _Transfer:
                 self._part.truncate(self._part.seek(start if response.status_code == 206 and resumes else 0))
                 self._etag = response.headers.get("ETag", "")
                 self._read(response)
+        except NotPublic:
+            raise _in_bucket(self._file, "its URL leads into a private network, and the endpoint is not in it") from None
         except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             raise _Interrupted("no answer in time") from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +36,14 @@ class Progress:
 
     @classmethod
     def of(cls, job_id: str, answer: dict[str, Any]) -> Progress:
-        """The progress in an answer to /status."""
+        """The progress in an answer to /status; of an update that no worker of this project sends, the status alone."""
         update = answer.get("output") if answer["status"] == "IN_PROGRESS" else None
-        if not isinstance(update, dict) or "stage" not in update:
-            return cls(job_id, answer["status"])
         names = ("stage", "prompt_index", "prompts", "step", "steps", "percent", "seconds_left")
-        return cls(job_id, answer["status"], **{name: update.get(name) for name in names})
+        if isinstance(update, dict) and "stage" in update:
+            with suppress(ValidationError):
+                known = {name: update.get(name) for name in names}
+                return _PROGRESS.validate_python({"job_id": job_id, "status": answer["status"], **known})
+        return cls(job_id, answer["status"])
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,13 @@ def _pictures(item: dict[str, Any]) -> dict[str, Any]:
     return {kind: {**item[kind], "kind": kind, "prompt_index": item["prompt_index"]} for kind in kinds}
 
 
+_PROGRESS = TypeAdapter(Progress)
 _OUTPUT = TypeAdapter(Output)
 _FAILED = TypeAdapter(FailedPrompt)
+
+
+RUNNING = ("IN_QUEUE", "IN_PROGRESS")
+"""A job's statuses before the last one."""
 
 
 def has_ended(answer: dict[str, Any]) -> bool:

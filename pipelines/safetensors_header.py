@@ -51,6 +51,8 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    bytes: int
+    """Of the header with its length, before the tensors."""
 
 
 def looks_like_safetensors(head: bytes) -> bool:
@@ -84,6 +86,7 @@ def read_header(file: BinaryIO) -> Header:
         shapes={name: tuple(entry["shape"]) for name, entry in entries.items()},
         dtypes={name: entry["dtype"] for name, entry in entries.items()},
         metadata=metadata,
+        bytes=8 + length,
     )
 
 

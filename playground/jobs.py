@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from client import Client, JobFailed, JobStopped, Output, Progress, Result
 from client.client import LOOPBACK
-from client.result import File, has_ended, result_of
+from client.result import RUNNING, File, has_ended, result_of
 from playground.check import served_model
 from tools.frames import read_clip
 from worker.errors import Problem
@@ -27,6 +27,10 @@ CONTENT_TYPES = {
     ".zip": "application/zip",
 }
 """The types of a job's files. No other file is served."""
+
+
+_SECONDS_UNKNOWN = 60.0
+"""After so long with a status that RunPod does not have, a job counts as failed."""
 
 
 class NoFile(Exception):
@@ -55,6 +59,7 @@ class Job:
     """The model that the worker serves, if the request named another one."""
     files: list[File] = field(default_factory=list)
     """Those of the result, by their number in /files."""
+    _unknown_since: float | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -69,6 +74,13 @@ class Job:
             self.progress = answer["output"]
         if not has_ended(answer):
             self.status = "queued" if answer["status"] == "IN_QUEUE" else "running"
+            if answer["status"] in RUNNING:
+                self._unknown_since = None
+                return
+            self._unknown_since = self._unknown_since or time.time()
+            if time.time() - self._unknown_since > _SECONDS_UNKNOWN:
+                self.code, self.error = "JOB_FAILED", f"the status {answer['status'][:40]!r} is not one of RunPod's"
+                self.status = "failed"
             return
         try:
             self.result = self._with_files(result_of(self.id, answer))
@@ -100,7 +112,7 @@ class Job:
 
     def public(self) -> dict[str, Any]:
         """The job for the page, as JSON."""
-        shown = {name: value for name, value in vars(self).items() if name not in ("files", "started_at")}
+        shown = {name: value for name, value in vars(self).items() if name not in ("files", "started_at", "_unknown_since")}
         return shown | {"problems": [vars(problem) for problem in self.problems]}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -175,6 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error), "again": False}, 404)
         except BadInput as error:
             self._send_json({"error": str(error), "again": False}, 400)
+        except ConnectionError:
+            raise
+        except Exception as error:  # of an endpoint's answer, or of a file: the page must hear of it
+            print(f"playground: {method} {urlsplit(self.path).path}: {type(error).__name__}", file=sys.stderr)
+            self._send_json({"error": f"this failed ({type(error).__name__}); the terminal has the line", "again": False}, 500)
 
     def _guard(self, method: str) -> None:
         """Accept only this page, under a host name of this computer."""

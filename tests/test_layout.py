@@ -53,7 +53,14 @@ def test_the_client_knows_the_schema_and_nothing_else_of_the_worker(path: Path) 
     known = {
         name for name in imports_of(path) if name.partition(".")[0] in ("worker", "pipelines", "handler", "runpod", "boto3")
     }
-    assert known <= {"worker.request", "worker.errors", "worker.net.statuses", "pipelines.catalog"}
+    assert known <= {
+        "worker.request",
+        "worker.errors",
+        "worker.net.statuses",
+        "worker.net.addresses",
+        "worker.net.privates",
+        "pipelines.catalog",
+    }
 
 
 def test_nothing_of_the_worker_knows_the_client() -> None:

@@ -12,7 +12,8 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args
@@ -22,7 +23,7 @@ from worker.logs import log
 from worker.net.addresses import NotPublic
 from worker.pictures import Kind
 from worker.recovery import Kept, Recovery
-from worker.storage import NotStored, Storage, Stored
+from worker.storage import Limit, NotStored, Storage, Stored
 
 T = TypeVar("T")
 
@@ -30,6 +31,14 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _REFUSALS = 4
 """How many refusals are final: a store that has just restarted can refuse what it takes a moment later."""
+_SECONDS_UNTIL_KEPT = 5.0
+"""An upload that is still under way after so long is kept meanwhile: the process may be killed before it ends."""
+_SECONDS_TO_LOOK = 15.0
+"""For all looks at what an earlier delivery stored, after which the job goes on as if there were nothing."""
+_SECONDS_TO_CHECK = 60.0
+"""For the check of a bucket that a job brings along."""
+_SECONDS_TO_SAVE = 10.0
+"""For the result beside its files, without which they are found as well."""
 _RESULT = "result.json"
 
 
@@ -94,63 +103,86 @@ class Delivery:
         self._folder = folder
         self._recurs = identity.recurs
         self._made_from = identity.sum if identity.recurs else ""
+        self._seconds_to_look = _SECONDS_TO_LOOK
 
-    def check(self) -> None:
-        """Check that a bucket of the job's own takes files; the worker's was checked at start. Raises WorkerError."""
+    def check(self, stop: threading.Event) -> None:
+        """Check that a bucket of the job's own takes files; the worker's was checked at start. Raises WorkerError, Stopped."""
         if self._own:
             return
         try:
-            self._storage.check()
+            self._storage.check(Limit.of(_SECONDS_TO_CHECK, stop))
         except NotPublic as error:
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config.endpointUrl", str(error))]) from error
 
-    def put(self, file: Path, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
-        """Store `file` under its name, and retry until `give_up_at` (`time.monotonic`).
+    def put(self, file: Path, content_type: str, give_up_at: float, limit: Limit) -> Stored:
+        """Store `file` under its name: retry until `give_up_at` (`time.monotonic`), and end within the limit in any case.
 
-        Raises WorkerError with UPLOAD_FAILED, after the file was kept in RECOVERY_DIR, and Stopped.
+        A file that is not stored at the first try, or within seconds, is kept in RECOVERY_DIR until it is: the process may be
+        killed. Raises WorkerError with UPLOAD_FAILED, and Stopped.
         """
         key = self._key(file.name)
+        keeping = _Keeping(lambda: self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own)))
+
+        def attempt() -> Stored:
+            try:
+                return self._storage.put(file, key, content_type, self._made_from, limit)
+            except NotStored:
+                keeping.now()
+                raise
+
         try:
-            stored = self._store(file, key, content_type, give_up_at, stop)
+            stored = retry_until(attempt, give_up_at, limit.stop)
         except NotStored as error:
-            kept = self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own))
-            raise self._kept_error(error) if kept else error from error
-        self._recovery.delete(key)  # kept when an earlier try failed
+            raise self._kept_error(error) if keeping.now() else error from error
+        finally:
+            keeping.end()
+        self._recovery.delete(key)
         return stored
 
-    def find(self, name: str) -> Stored | None:
-        """The stored file of that name, if an earlier delivery of this job made it."""
-        return self._storage.find(self._key(name), self._made_from) if self._recurs else None
+    def find(self, name: str, stop: threading.Event) -> Stored | None:
+        """The stored file of that name, if an earlier delivery of this job made it. Raises Stopped."""
+        with self._looking(stop) as limit:
+            return self._storage.find(self._key(name), self._made_from, limit) if self._recurs else None
 
     def is_kept(self, name: str) -> bool:
         """Whether an earlier delivery of this job made the file and could only keep it in RECOVERY_DIR."""
         return self._recurs and self._recovery.find(self._key(name), self._made_from) is not None
 
-    def store_kept(self, name: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
+    def store_kept(self, name: str, content_type: str, give_up_at: float, limit: Limit) -> Stored:
         """Store a kept file, as `put` does. Raises WorkerError with UPLOAD_FAILED, and Stopped."""
         key = self._key(name)
         try:
             file = self._recovery.find(key, self._made_from)
             if file is None:
                 raise FileNotFoundError(key)
-            stored = self._store(file, key, content_type, give_up_at, stop)
+            stored = retry_until(
+                lambda: self._storage.put(file, key, content_type, self._made_from, limit), give_up_at, limit.stop
+            )
         except NotStored as error:
             raise self._kept_error(error) from error
         except OSError as error:  # another worker has uploaded and deleted it meanwhile
-            if found := self._storage.find(key, self._made_from):
+            if found := self.find(name, limit.stop):
                 return found
             raise WorkerError(Code.UPLOAD_FAILED, f"the kept file of `{key}` is gone; send the job again") from error
         self._recovery.delete(key)
         return stored
 
-    def load_previous_result(self) -> dict[str, Any] | None:
-        """The result of an earlier delivery of this job, with new URLs, if all its files are still there."""
-        body = self._storage.read(self._key(_RESULT), self._made_from) if self._recurs else None
-        if body is None:
+    def load_previous_result(self, stop: threading.Event) -> dict[str, Any] | None:
+        """The result of an earlier delivery of this job, with new URLs, if all its files are still there. Raises Stopped."""
+        if not self._recurs:
             return None
-        result: dict[str, Any] = json.loads(body)
+        with self._looking(stop) as limit:
+            body = self._storage.read(self._key(_RESULT), self._made_from, limit)
+        try:
+            return None if body is None else self._with_new_urls(json.loads(body), stop)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            log.warning("the result that was stored beside the job's files is damaged", extra={"fields": {"job": self._folder}})
+            return None
+
+    def _with_new_urls(self, result: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
+        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # the platform drops what is not valid, without a word
         for item in (*result["outputs"]["images"], *result["outputs"]["videos"]):
-            stored = self._storage.find(self._key(PurePosixPath(item["key"]).name), self._made_from)
+            stored = self.find(PurePosixPath(item["key"]).name, stop)
             if stored is None:
                 return None
             item |= {"url": stored.url, "expires_at": stored.expires_at}
@@ -160,8 +192,8 @@ class Delivery:
                 picture |= {"url": again.url, "expires_at": again.expires_at}
         return result
 
-    def save_result(self, result: dict[str, Any], folder: Path) -> None:
-        """Store the result, without its URLs, beside its files. `folder` takes the file that is uploaded.
+    def save_result(self, result: dict[str, Any], folder: Path, stop: threading.Event) -> None:
+        """Store the result, without its URLs, beside its files. `folder` takes the file that is uploaded. Raises Stopped.
 
         A failure is only logged: the job is done, and if it is delivered again, `find` finds its files.
         """
@@ -174,20 +206,48 @@ class Delivery:
         file = folder / _RESULT
         try:
             file.write_text(json.dumps(without_urls, ensure_ascii=False))
-            self._storage.put(file, self._key(_RESULT), "application/json", self._made_from)
+            limit = Limit.of(_SECONDS_TO_SAVE, stop)
+            self._storage.put(file, self._key(_RESULT), "application/json", self._made_from, limit)
         except (NotStored, OSError) as error:
             text = f"the result was not stored beside its files ({type(error).__name__})"
             log.warning(text, extra={"fields": {"job": self._folder}})
 
+    @contextmanager
+    def _looking(self, stop: threading.Event) -> Iterator[Limit]:
+        """The limit of a look at the place; a place that does not answer is not asked for ever again."""
+        started = time.monotonic()
+        try:
+            yield Limit.of(self._seconds_to_look, stop)
+        finally:
+            self._seconds_to_look -= time.monotonic() - started
+
     def _key(self, name: str) -> str:
         return f"{self._folder}/{name}"
-
-    def _store(self, file: Path, key: str, content_type: str, give_up_at: float, stop: threading.Event) -> Stored:
-        def attempt() -> Stored:
-            return self._storage.put(file, key, content_type, self._made_from)
-
-        return retry_until(attempt, give_up_at, stop)
 
     def _kept_error(self, error: NotStored) -> WorkerError:
         when = "the next worker that starts uploads it" if self._own else "the same job, delivered again, uploads it"
         return WorkerError(Code.UPLOAD_FAILED, f"{error.message}; the file is kept, and {when}")
+
+
+class _Keeping:
+    """Keeps a file in RECOVERY_DIR once: when it is told to, or by itself after some seconds."""
+
+    def __init__(self, keep: Callable[[], bool]) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._is_kept: bool | None = None
+        self._timer = threading.Timer(_SECONDS_UNTIL_KEPT, self.now)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def now(self) -> bool:
+        """Whether the file is kept."""
+        with self._lock:
+            if self._is_kept is None:
+                self._is_kept = self._keep()
+            return self._is_kept
+
+    def end(self) -> None:
+        """From now on it is not kept by itself."""
+        self._timer.cancel()
+        self._timer.join()

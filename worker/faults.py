@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from pipelines.errors import (
     CheckpointNotFound,
     DeviceLost,
@@ -43,6 +45,10 @@ def worker_error(error: Exception) -> WorkerError | None:
         return error
     if isinstance(error, Stopped):
         return WorkerError(Code.CANCELLED, "the job was stopped")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkerError(
+            Code.INTERNAL, "the worker's disk is full; give its container more, or ask for fewer or smaller videos"
+        )
     code = _CODE_OF.get(type(error))
     return WorkerError(code, str(error)) if code else None
 

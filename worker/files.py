@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_SCRATCH = "worker-wan-lora-"
+_SCRATCH = "worker-wan-lora-scratch-"
 
 
 @functools.cache
 def scratch() -> tempfile.TemporaryDirectory[str]:
     """A folder for the temporary files of this process; it goes when the process ends.
 
-    Those of processes that were killed go now. A folder with this process' own number is of an earlier one that had the same
-    number: in a container, that is every earlier one.
+    Those of processes that were killed go now. A process holds a lock in its folder for as long as it lives, which also shows
+    to containers that share the temp folder and number their processes alike.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
-        number = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if number.isdigit() and (int(number) == os.getpid() or not Path(f"/proc/{number}").exists()):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # its process lives, or it is another user's
+            lock = _locked(folder)
             shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
+            os.close(lock)
+    while True:
+        mine = tempfile.TemporaryDirectory(prefix=_SCRATCH)
+        with suppress(OSError):  # another process that starts now took it for abandoned
+            _locked(Path(mine.name))  # until the process ends
+            if Path(mine.name).exists():
+                return mine
+
+
+def _locked(folder: Path) -> int:
+    """The folder, open and locked, as a descriptor. Raises OSError when a process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextmanager
@@ -43,6 +61,16 @@ def atomic_write(target: Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path below `root` of a name that comes from elsewhere: a listing, a note, an object's key.
+
+    Raises ValueError for a name that leads elsewhere, or that no file should have. Links in the folder are its owner's.
+    """
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("the name is not one of a file below the folder")
+    return root / name
 
 
 def below(root: Path, name: str) -> Path | None:

@@ -117,7 +117,8 @@ def _rule(location: Location, models: Models) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
     if schema["type"] == "array":
-        return "a list with at least one item"
+        most = f" and {schema['maxItems']} at most" if "maxItems" in schema else ""
+        return f"a list with at least one item{most}"
     if schema["type"] == "boolean":
         return "true or false"
     kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
@@ -146,5 +147,5 @@ def _instead_of(problem: Any) -> str:
         return f"; got {value}"
     if isinstance(value, str):
         return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,32}", value, re.ASCII) else "; got another text"
-    kind = "list" if isinstance(value, list) else "object"
+    kind = f"list of {len(value)}" if isinstance(value, list) else "object"
     return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

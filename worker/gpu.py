@@ -16,7 +16,10 @@ from worker.faults import lora_error
 from worker.frame_queue import FrameQueue
 from worker.logs import stage
 from worker.request import Shot
-from worker.run import Run, in_thread
+from worker.run import Run, in_thread, left_behind
+
+_SECONDS_TO_STOP = 120.0
+"""A step of the largest video, and the decode of some of its frames, cannot be interrupted and take up to a minute."""
 
 
 class Gpu:
@@ -57,8 +60,10 @@ class Gpu:
         await self._run(run, self._generate, run, shot, frames)
 
     async def _run(self, run: Run, function: Callable[..., None], *arguments: Any) -> None:
+        if left_behind.is_set():
+            raise DeviceLost("a thread does not stop")
         try:
-            await in_thread(run.stop, function, *arguments, executor=self._thread)
+            await in_thread(run.stop, function, *arguments, executor=self._thread, seconds_to_stop=_SECONDS_TO_STOP)
         except DeviceLost:
             self.is_lost = True
             raise

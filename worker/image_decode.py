@@ -97,6 +97,8 @@ def decode(data: bytes, match: Match = "documented", allowance: Allowance | None
             raise ValueError("it is empty; send a PNG, JPEG or WebP image") from error
         if kind := next((kind for kind, mark in _NOT_READ.items() if mark.match(data)), ""):
             raise ValueError(f"it is {kind}, which is not read here; save it as PNG, JPEG or WebP") from error
+        if (whole := _with_its_end(data)) is not None:
+            return decode(whole, match)  # its pixels are counted already
         if "truncated" in str(error):
             raise ValueError("the image is cut short; upload or download it again") from error
         raise ValueError("it is not an image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
@@ -146,6 +148,25 @@ def _passes_of_jpeg(data: bytes) -> int:
             at += int.from_bytes(data[at : at + 2])
         passes += kind == 0xDA
     return passes
+
+
+_END_OF_JPEG = b"\xff\xd9"
+
+
+def _with_its_end(data: bytes) -> bytes | None:
+    """A JPEG that lacks nothing but its end, as cameras and downloads leave them, with an end; None for anything else.
+
+    Bytes behind the last pixel change no pixel. So where more bytes would make another picture, pixels are missing.
+    """
+    if not data.startswith(b"\xff\xd8") or _END_OF_JPEG in data[-2:]:
+        return None
+    whole = data.removesuffix(b"\xff") + _END_OF_JPEG
+    more = data.removesuffix(b"\xff") + bytes(range(16, 80)) * 16 + _END_OF_JPEG
+    try:
+        pictures = [Image.open(io.BytesIO(file), formats=("JPEG", "MPO")).convert("RGB") for file in (whole, more)]
+    except Exception:
+        return None
+    return whole if pictures[0] == pictures[1] else None
 
 
 def _upright(image: Image.Image) -> Image.Image:

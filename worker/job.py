@@ -62,17 +62,19 @@ class Job:
         """The documented result. Raises WorkerError when the request cannot be served, or no prompt gave a file."""
         run = self._run
         async with run.in_time():
-            await run.in_thread(run.delivery.check)
-            if previous := await run.in_thread(run.delivery.load_previous_result):
+            await run.in_thread(run.delivery.check, run.stop)
+            if previous := await run.in_thread(run.delivery.load_previous_result, run.stop):
                 return previous
             adapters, images = await self._fetch()
             await run.in_thread(self._decide, adapters, images)
-        outcomes = await self._make(adapters)
+            all_files = [ShotFiles(run, shot) for shot in run.shots]
+            finished = await run.in_thread(lambda: [files for files in all_files if files.is_finished()])
+        outcomes = await self._make(adapters, finished, [files for files in all_files if files not in finished])
         if not any(isinstance(outcome, Output) for outcome in outcomes):
             raise next(outcome for outcome in outcomes if isinstance(outcome, WorkerError))
         result = result_of(run, outcomes)
         if "errors" not in result:
-            await run.in_thread(run.delivery.save_result, result, run.folder)
+            await in_thread(run.stop_delivery, run.delivery.save_result, result, run.folder, run.stop_delivery)
         return result
 
     # Fetch
@@ -170,24 +172,24 @@ class Job:
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:
             image_sum = sums.get(id(shot.sampling.control_image))
-            run.prompt_settings.append(prompt_settings(shot, model.numbers_of(shot.recipe), image_sum))
+            run.prompt_settings.append(prompt_settings(run, shot, model.numbers_of(shot.recipe), image_sum))
 
     # Make
 
-    async def _make(self, adapters: list[Adapter]) -> list[Output | WorkerError]:
+    async def _make(
+        self, adapters: list[Adapter], finished: list[ShotFiles], missing: list[ShotFiles]
+    ) -> list[Output | WorkerError]:
         """Make every prompt's file, and say what became of each, in their order.
 
         A file is uploaded while the GPU makes the next one. A prompt that fails does not affect the others, and what an
         earlier delivery of the job finished is not made again.
         """
         run = self._run
-        all_files = [ShotFiles(run, shot) for shot in run.shots]
         tasks: dict[int, asyncio.Task[Output]] = {}
         errors: dict[int, WorkerError] = {}
         try:
-            finished = await in_thread(run.stop_delivery, lambda: [files for files in all_files if files.is_finished()])
             tasks |= {files.shot.index: asyncio.create_task(files.recover()) for files in finished}
-            if missing := [files for files in all_files if files not in finished]:
+            if missing:
                 await self._generate(missing, adapters, tasks, errors)
             else:
                 run.needs_the_gpu = False

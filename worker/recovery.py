@@ -1,24 +1,36 @@
 """RECOVERY_DIR: finished files that could not be uploaded, kept until they can.
 
 A kept file is two files: `NAME.bin`, and `NAME.json`, which says where it belongs. The second is written last, and a `.bin`
-without it does not count. Several workers may share the folder.
+without it does not count. Several workers may share the folder, and so may strangers where it lies in a shared temp folder:
+what a note says is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from worker.files import atomic_write
+from pydantic import TypeAdapter, ValidationError
+
+from worker.errors import Stopped
+from worker.files import atomic_write, inside
 from worker.logs import log
-from worker.storage import NotStored, Storage
+from worker.storage import Limit, NotStored, Storage
 
 _SECONDS_A_JOB_CAN_RECUR = 7 * 24 * 3600
 """RunPod keeps a job for 24 hours, or for up to a week where the request's `policy.ttl` says so."""
+_SECONDS_ABANDONED = 3600
+"""Age at which half of a kept file is no longer being written."""
+_MAX_NOTE = 10_000
+"""Bytes; a note has some hundred."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +43,27 @@ class Kept:
     own: bool
 
 
+_KEPT = TypeAdapter(Kept)
+
+
 class Recovery:
     """The folder. The first kept file creates it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int = 20 * 1024**3) -> None:
+        """`max_bytes`: what the folder may have; see RECOVERY_MAX_BYTES."""
         self._folder = folder
+        self._max_bytes = max_bytes
 
     def keep(self, file: Path, kept: Kept) -> bool:
-        """Copy `file` into the folder. False when that fails too."""
+        """Copy `file` into the folder. False when that fails too, or the folder is full."""
         note = self._note(kept.key)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._make_room(file.stat().st_size):
+                log.error("`%s` could not be kept: RECOVERY_DIR has RECOVERY_MAX_BYTES already", kept.key)
+                return False
             with atomic_write(note.with_suffix(".bin")) as temporary:
-                shutil.copyfile(file, temporary)
+                _link_or_copy(file, temporary)
             with atomic_write(note) as temporary:
                 temporary.write_text(json.dumps(asdict(kept)))
         except OSError:
@@ -70,27 +90,69 @@ class Recovery:
 
         Files of a job's own bucket wait for that job. They are deleted when it can no longer come.
         """
-        for note in sorted(self._folder.glob("*.json")):
-            kept = self._read(note)
-            if kept is None:
-                continue
+        self._remove_halves()
+        for note, kept in self._all():
             try:
                 if kept.own:
-                    storage.put(note.with_suffix(".bin"), kept.key, kept.content_type, kept.made_from)
+                    storage.put(note.with_suffix(".bin"), kept.key, kept.content_type, kept.made_from, Limit(threading.Event()))
                 elif time.time() - note.stat().st_mtime < _SECONDS_A_JOB_CAN_RECUR:
                     continue
-            except (NotStored, OSError) as error:
+            except (NotStored, Stopped, OSError) as error:
                 log.warning("`%s` is still kept in RECOVERY_DIR (%s)", kept.key, type(error).__name__)
             else:
                 self.delete(kept.key)
                 log.info("`%s` was %s", kept.key, "uploaded from RECOVERY_DIR" if kept.own else "deleted: its job is too old")
 
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept. Files of jobs' own buckets go for them, the oldest first; others do not."""
+        there = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.bin")]
+        total = sum(size for _, size, _ in there) + size
+        strangers = (
+            {note.with_suffix(".bin") for note, kept in self._all() if not kept.own} if total > self._max_bytes else set()
+        )
+        for _, bytes_of, path in sorted(there):
+            if total <= self._max_bytes:
+                break
+            if path in strangers:
+                log.warning("a kept file of a job's own bucket is deleted: RECOVERY_DIR has RECOVERY_MAX_BYTES")
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                total -= bytes_of
+        return total <= self._max_bytes
+
+    def _remove_halves(self) -> None:
+        """Remove what a process that was killed left: temporary files, and files without a note."""
+        for path in (*self._folder.glob(".*"), *self._folder.glob("*.bin")):
+            with suppress(OSError):
+                is_whole = path.suffix == ".bin" and path.with_suffix(".json").exists()
+                if not is_whole and time.time() - path.stat().st_mtime > _SECONDS_ABANDONED:
+                    path.unlink()
+
+    def _all(self) -> Iterator[tuple[Path, Kept]]:
+        """Every note that can be trusted, with what it says."""
+        for note in sorted(self._folder.glob("*.json")):
+            if kept := self._read(note):
+                yield note, kept
+
     def _note(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
-    @staticmethod
-    def _read(note: Path) -> Kept | None:
+    def _read(self, note: Path) -> Kept | None:
+        """What a note says; None for one that no worker wrote: of another key, with a key that is no path, or a link."""
         try:
-            return Kept(**json.loads(note.read_text()))
-        except (OSError, ValueError, TypeError):
+            if note.is_symlink() or note.with_suffix(".bin").is_symlink() or note.stat().st_size > _MAX_NOTE:
+                return None
+            kept = _KEPT.validate_json(note.read_bytes(), strict=True)
+            inside(self._folder, kept.key)
+        except (OSError, ValidationError, ValueError):
             return None
+        return kept if note == self._note(kept.key) else None
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` the same file as `file`, which nobody writes to any more; a copy on another file system."""
+    target.unlink()
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

@@ -111,11 +111,25 @@ def settings_of(
     return {**facts, "match": match, "loras": loras}
 
 
-def prompt_settings(shot: Shot, numbers: dict[str, Any], control_image_sum: str | None) -> dict[str, Any]:
-    """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model."""
+_LONGEST_TEXT = 4000
+"""Characters of a text in the result. The text encoder reads 512 tokens, of four to five characters in most languages."""
+_ALL_TEXTS = 1_000_000
+"""Characters of all prompts of a result, and of all negative prompts."""
+
+
+def prompt_settings(run: Run, shot: Shot, numbers: dict[str, Any], control_image_sum: str | None) -> dict[str, Any]:
+    """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model.
+
+    Very long texts are cut short, so that the result has a size that the platform takes.
+    """
+    longest = min(_LONGEST_TEXT, _ALL_TEXTS // len(run.shots))
+
+    def shown(value: Any) -> Any:
+        return f"{value[:longest]}…" if isinstance(value, str) and len(value) > longest else value
+
     return {
         "prompt_index": shot.index,
-        **{name: getattr(shot.sampling, term) for term, name in FIELD_OF.items()},
+        **{name: shown(getattr(shot.sampling, term)) for term, name in FIELD_OF.items()},
         "fps": shot.fps,
         "control_image_sha256": control_image_sum,
         **numbers,

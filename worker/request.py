@@ -49,8 +49,11 @@ MAX_WORD = 500
 MAX_PATH = 8_192
 """Characters; presigned URLs have up to some thousand."""
 
+MAX_PROMPTS = 1000
+"""Each has some 5 kB in the result, with three signed URLs, and RunPod takes some megabytes."""
+
 MAX_VALUES = 20_000
-"""Values of an input, all objects and lists counted: some 2,000 prompts. Checking them takes a tenth of a second."""
+"""Values of an input, all objects and lists counted. Checking them takes a tenth of a second."""
 
 MAX_PROBLEMS = 100
 """How many problems an error lists; an answer of megabytes would not arrive."""
@@ -210,7 +213,7 @@ class Request(_Strict):
         description="Bearer token for LoRAs on the Hugging Face Hub.",
         examples=["hf_…"],
     )
-    prompts: list[Prompt] = Field(min_length=1, description="One video each.")
+    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS, description="One video each.")
     match: Match | None = Field(
         default=None,
         description="`documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA.",

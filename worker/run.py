@@ -18,9 +18,11 @@ from pipelines.trained import Quantization
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
 from worker.errors import Stopped
+from worker.logs import log
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot
+from worker.storage import Limit
 from worker.training import NOT_KNOWN, Training
 from worker.video import IMAGE, VIDEO, Encoding
 
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 _SECONDS_TO_UPLOAD = 15.0
 """How long an upload of finished work is tried when the job has no time left."""
+_SECONDS_TO_STOP = 30.0
+"""How long a thread may go on after its stop."""
 
 
 @dataclass(eq=False)
@@ -91,8 +95,12 @@ class Run:
 
     def give_up_at(self) -> float:
         """Until when an upload is retried (`time.monotonic`): for UPLOAD_TIMEOUT, but no longer than the job may take."""
+        return min(time.monotonic() + self.upload_timeout, self.delivery_limit().ends)
+
+    def delivery_limit(self, seconds: float = float("inf")) -> Limit:
+        """How long finished work may take on its way: `seconds`, and no longer than the job may, but for a short while."""
         left = self.deadline.left()
-        return time.monotonic() + min(self.upload_timeout, float("inf") if left is None else max(left, _SECONDS_TO_UPLOAD))
+        return Limit.of(min(seconds, float("inf") if left is None else max(left, _SECONDS_TO_UPLOAD)), self.stop_delivery)
 
     @contextlib.asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
@@ -108,11 +116,22 @@ class Run:
         return await in_thread(self.stop, function, *arguments)
 
 
-async def in_thread(stop: threading.Event, function: Callable[..., T], *arguments: Any, executor: Executor | None = None) -> T:
+left_behind = threading.Event()
+"""Set when a thread has outlived its stop: nothing can end it but the end of the process, which must be replaced."""
+
+
+async def in_thread(
+    stop: threading.Event,
+    function: Callable[..., T],
+    *arguments: Any,
+    executor: Executor | None = None,
+    seconds_to_stop: float = _SECONDS_TO_STOP,
+) -> T:
     """Run blocking work in a thread of its own, or in one of `executor`. A cancellation sets `stop` and waits for the thread.
 
-    Without the wait, the thread of a cancelled job would go on beside the next job, on the same GPU. asyncio's own pool would
-    not do: a few uploads that wait for their bucket would fill it and keep the GPU from its work.
+    Without the wait, the thread of a cancelled job would go on beside the next job, on the same GPU. One that does not stop
+    within `seconds_to_stop` is left behind: the job's answer goes out, and the process ends. asyncio's own pool would not do:
+    a few uploads that wait for their bucket would fill it and keep the GPU from its work.
     """
     pool = executor or ThreadPoolExecutor(1)
     work: asyncio.Future[T] = asyncio.wrap_future(pool.submit(function, *arguments))
@@ -122,11 +141,15 @@ async def in_thread(stop: threading.Event, function: Callable[..., T], *argument
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        while not work.done():
+        patience = time.monotonic() + seconds_to_stop
+        while not work.done() and (left := patience - time.monotonic()) > 0:
             try:
-                await asyncio.wait([work])
+                await asyncio.wait([work], timeout=left)
             except asyncio.CancelledError:
                 continue
-        if not work.cancelled():
+        if not work.done():
+            log.critical("a thread does not stop (%s); the worker shuts down, to be replaced", function.__qualname__)
+            left_behind.set()
+        elif not work.cancelled():
             work.exception()  # seen: asyncio complains about errors that nobody looks at
         raise

@@ -27,7 +27,7 @@ from worker.logs import log, stage
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.recovery import Recovery
 from worker.request import parse
-from worker.run import Run
+from worker.run import Run, left_behind
 from worker.settings import Settings
 from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job
 
@@ -44,16 +44,16 @@ class Service:
         self._settings = settings
         self._storage = storage
         self._gpu = Gpu(model)
-        self._recovery = Recovery(settings.recovery_dir)
+        self._recovery = Recovery(settings.recovery_dir, settings.recovery_max_bytes)
         self._scratch = scratch().name
         self._runs: list[Run] = []
         self._duplicate_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """By the identity's sum: a job that is delivered again while it runs waits for its own result."""
 
     @property
-    def device_is_lost(self) -> bool:
-        """Whether the device no longer computes: the worker must be replaced."""
-        return self._gpu.is_lost
+    def must_be_replaced(self) -> bool:
+        """Whether the device no longer computes, or a thread does not stop."""
+        return self._gpu.is_lost or left_behind.is_set()
 
     async def run(self, raw_job: dict[str, Any]) -> Result:
         """The handler. Takes `{"id", "input", "s3Config"?}` and returns the documented result, or `{"error": "CODE: …"}`.
@@ -69,7 +69,7 @@ class Service:
             except Exception as error:
                 return {"error": str(report(error, job_id))}
             finally:
-                self._shut_down_if_the_device_is_lost()
+                self._shut_down_if_lost()
 
     def wants_a_job(self) -> bool:
         """Whether to take another job now: no job waits for the GPU, and the one that holds it ends soon."""
@@ -122,10 +122,10 @@ class Service:
             return cloud_sender(raw_job)
         return nullcontext(raw_job["send"]) if "send" in raw_job else terminal_bar()
 
-    def _shut_down_if_the_device_is_lost(self) -> None:
+    def _shut_down_if_lost(self) -> None:
         """Ask the process to end once this job's result is sent. A single local run ends by itself."""
-        if self.device_is_lost and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.error("the GPU failed; the worker shuts down, to be replaced")
+        if self.must_be_replaced and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            log.error("the GPU failed, or a thread does not stop; the worker shuts down, to be replaced")
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -152,6 +152,11 @@ class Settings(BaseSettings):
         default=Path(tempfile.gettempdir()) / "worker-wan-lora-recovery",
         description="Where results wait that the bucket did not take, for the next worker to upload; best on a network volume.",
     )
+    recovery_max_bytes: int = Field(
+        default=20 * 1024**3,
+        gt=0,
+        description="Size of RECOVERY_DIR above which kept files of jobs' own buckets are deleted, and then no more are kept.",
+    )
     hf_token: SecretStr | None = Field(
         default=None,
         description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`, and for `ALLOW_DOWNLOAD`.",

@@ -36,10 +36,8 @@ class ShotFiles:
         self._stored: Stored | None = None
 
     def is_finished(self) -> bool:
-        """Whether an earlier delivery of the job stored the video, or kept it in RECOVERY_DIR. Blocking."""
-        if self._run.stop_delivery.is_set():
-            raise Stopped
-        self._stored = self._run.delivery.find(self._name)
+        """Whether an earlier delivery of the job stored the video, or kept it in RECOVERY_DIR. Blocking. Raises Stopped."""
+        self._stored = self._run.delivery.find(self._name, self._run.stop)
         return self._stored is not None or self._run.delivery.is_kept(self._name)
 
     async def recover(self) -> Output:
@@ -70,7 +68,7 @@ class ShotFiles:
     def _recover(self) -> Output:
         run = self._run
         stored = self._stored or run.delivery.store_kept(
-            self._name, self._encoding.content_type, run.give_up_at(), run.stop_delivery
+            self._name, self._encoding.content_type, run.give_up_at(), run.delivery_limit()
         )
         return Output(self.shot, stored, self._recover_pictures())
 
@@ -78,11 +76,11 @@ class ShotFiles:
         """The pictures beside a finished video. One that is missing cannot be made without the frames."""
         run, found = self._run, PictureItems()
         for picture in run.pictures(self.shot):
-            name, give_up_at = f"{self.shot.index}{picture.suffix}", time.monotonic() + _SECONDS_FOR_A_PICTURE
+            name, limit = f"{self.shot.index}{picture.suffix}", run.delivery_limit(_SECONDS_FOR_A_PICTURE)
             try:
-                stored = run.delivery.find(name)
+                stored = run.delivery.find(name, run.stop_delivery)
                 if stored is None and run.delivery.is_kept(name):
-                    stored = run.delivery.store_kept(name, JPEG, give_up_at, run.stop_delivery)
+                    stored = run.delivery.store_kept(name, JPEG, limit.ends, limit)
             except Stopped:
                 raise
             except Exception as error:
@@ -131,7 +129,7 @@ class ShotFiles:
     async def _upload(self, file: Path, pictures: dict[Picture, Path]) -> Output:
         """Upload the video, and its pictures at the same time."""
         run, index = self._run, self.shot.index
-        arguments = (file, self._encoding.content_type, run.give_up_at(), run.stop_delivery)
+        arguments = (file, self._encoding.content_type, run.give_up_at(), run.delivery_limit())
         with stage("upload", run.timings, job=run.id, prompt_index=index, bytes=file.stat().st_size):
             video = asyncio.create_task(in_thread(run.stop_delivery, run.delivery.put, *arguments))
             uploads = [asyncio.create_task(self._upload_picture(*made, video)) for made in pictures.items()]
@@ -147,9 +145,10 @@ class ShotFiles:
         run = self._run
         while True:
             video_is_stored = video.done()
-            give_up_at = min(run.give_up_at(), time.monotonic() + _SECONDS_FOR_A_PICTURE)
+            limit = run.delivery_limit(_SECONDS_FOR_A_PICTURE)
+            give_up_at = min(run.give_up_at(), limit.ends)
             try:
-                stored = await in_thread(run.stop_delivery, run.delivery.put, path, JPEG, give_up_at, run.stop_delivery)
+                stored = await in_thread(run.stop_delivery, run.delivery.put, path, JPEG, give_up_at, limit)
                 return picture_item(picture, stored)
             except Stopped:
                 raise

@@ -1,6 +1,7 @@
 """A finished file → a URL: in the worker's bucket, in the bucket a job brings along, or in a local folder.
 
 Every call is one attempt. How often one is made, and what becomes of a file that no place takes, is `delivery`'s to say.
+A bucket can be a stranger's: whatever it answers, or does not, a call ends within its limit.
 """
 
 from __future__ import annotations
@@ -9,35 +10,41 @@ import re
 import shutil
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, InvalidRegionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from worker.errors import Code, Problem, WorkerError
-from worker.files import atomic_write
+from worker.errors import Code, Problem, Stopped, WorkerError
+from worker.files import atomic_write, inside
 from worker.logs import log
 from worker.net.addresses import NotPublic
 from worker.net.download import DownloadError, fetch_bytes
-from worker.net.privates import public_only
+from worker.net.privates import STORE_ANSWER_BYTES, TooSlow, guard_store
 from worker.net.statuses import is_refusal
+from worker.net.waiting import wait_for
 from worker.settings import BUCKET_NAME, Settings, SettingsError
 
-_FAILURES = (BotoCoreError, ClientError, NotPublic)
+T = TypeVar("T")
+
 _TRANSFER = TransferConfig(preferred_transfer_client="classic")
 """Not the client that boto3 would take where awscrt is installed: it connects past `public_only`."""
 _CHECK = b"worker-wan-lora"
 """What the check at start stores."""
 _MADE_FROM = "made-from"
 """Key of the objects' metadata."""
+_SECONDS_OFF = 60.0
+"""How far the clocks of the worker and the store may be apart without a word. S3 refuses what is 15 minutes off."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,40 @@ class NotStored(WorkerError):
         self.refused = refused
 
 
-class Storage(Protocol):
+@dataclass(frozen=True)
+class Limit:
+    """How long a call may take."""
+
+    stop: threading.Event
+    """Ends it with Stopped."""
+    ends: float = float("inf")
+    """On `time.monotonic()`; ends it with NotStored."""
+
+    @classmethod
+    def of(cls, seconds: float, stop: threading.Event) -> Limit:
+        """`seconds` from now."""
+        return cls(stop, time.monotonic() + seconds)
+
     def check(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        if time.monotonic() > self.ends:
+            raise NotStored("the bucket did not answer in time; check its endpoint", refused=False)
+
+
+class Storage(Protocol):
+    """A place for files. What it is asked ends within the limit, with NotStored or Stopped."""
+
+    def check(self, limit: Limit) -> None:
         """Write something small and take it away again. Raises NotStored."""
 
-    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
         """Store `file` under `key`, with a note of what it was made from, if that is not "". Raises NotStored."""
 
-    def find(self, key: str, made_from: str) -> Stored | None:
+    def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
         """What lies under `key`, when it was made from the same. None as well when the place cannot be asked."""
 
-    def read(self, key: str, made_from: str) -> bytes | None:
+    def read(self, key: str, made_from: str, limit: Limit) -> bytes | None:
         """The body of what `find` finds; for small files."""
 
     def address(self, key: str, size: int) -> Stored:
@@ -81,15 +111,15 @@ class LocalFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
 
-    def check(self) -> None:
+    def check(self, limit: Limit) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
             raise NotStored("OUTPUT_DIR cannot be written to; use another folder or a bucket", refused=True) from error
 
-    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
-        target = self._folder / key
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
+        target = self._path(key)
         note = self._note(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,19 +132,25 @@ class LocalFolder:
             raise NotStored(f"`{key}` could not be written to OUTPUT_DIR; check its free space", refused=True) from error
         return self._stored(target, key)
 
-    def find(self, key: str, made_from: str) -> Stored | None:
-        target = self._folder / key
+    def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
+        target = self._path(key)
         try:
             same = target.is_file() and self._note(target).read_text() == made_from
         except OSError:
             return None
         return self._stored(target, key) if same else None
 
-    def read(self, key: str, made_from: str) -> bytes | None:
-        return (self._folder / key).read_bytes() if self.find(key, made_from) else None
+    def read(self, key: str, made_from: str, limit: Limit) -> bytes | None:
+        return self._path(key).read_bytes() if self.find(key, made_from, limit) else None
 
     def address(self, key: str, size: int) -> Stored:
-        return Stored((self._folder / key).as_uri(), key, None, size)
+        return Stored(self._path(key).as_uri(), key, None, size)
+
+    def _path(self, key: str) -> Path:
+        try:
+            return inside(self._folder, key)
+        except ValueError as error:
+            raise NotStored("the key leads out of OUTPUT_DIR", refused=True) from error
 
     @staticmethod
     def _note(target: Path) -> Path:
@@ -173,8 +209,8 @@ class Bucket:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             )
-            # A look at what is there must not hold up a job when the store is away; once more, since a store may have closed
-            # a connection that was kept.
+            # A look at what is there must not hold up a job when the store is away; once more, since a store may have closed a
+            # connection that was kept.
             quick = config.merge(Config(retries={"total_max_attempts": 2}, connect_timeout=3, read_timeout=10))
             self._client, self._quick_client = (
                 boto3.client(
@@ -188,59 +224,96 @@ class Bucket:
                 )
                 for config in (config, quick)
             )
-            if public:
-                public_only(self._client)
-                public_only(self._quick_client)
+            guard_store(self._client, public)
+            guard_store(self._quick_client, public)
         except InvalidRegionError:
             raise BadBucket("region") from None
         except (ValueError, BotoCoreError):
             raise BadBucket("endpoint_url") from None
 
-    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
         key = self._key_prefix + key
         size = file.stat().st_size
         options = {"ContentType": content_type, "Metadata": {_MADE_FROM: made_from}}
-        try:
-            self._client.upload_file(str(file), self._name, key, ExtraArgs=options, Config=_TRANSFER)
-            return self._signed(key, size)
-        except (Boto3Error, *_FAILURES) as error:
-            raise self._not_stored(key, error) from error
 
-    def find(self, key: str, made_from: str) -> Stored | None:
+        def upload() -> None:
+            self._client.upload_file(str(file), self._name, key, ExtraArgs=options, Config=_TRANSFER)
+
+        self._ask(upload, key, limit)
+        return self._signed(key, size)
+
+    def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
         key = self._key_prefix + key
-        try:
+
+        def look() -> Stored | None:
             head = self._quick_client.head_object(Bucket=self._name, Key=key)
             same = head["Metadata"].get(_MADE_FROM) == made_from
             return self._signed(key, head["ContentLength"]) if same else None
-        except _FAILURES:
+
+        try:
+            return self._ask(look, key, limit)
+        except NotStored:
             return None
 
-    def read(self, key: str, made_from: str) -> bytes | None:
+    def read(self, key: str, made_from: str, limit: Limit) -> bytes | None:
+        key = self._key_prefix + key
+
+        def read() -> bytes | None:
+            answer = self._quick_client.get_object(Bucket=self._name, Key=key)
+            same = answer["Metadata"].get(_MADE_FROM) == made_from
+            return bytes(answer["Body"].read(STORE_ANSWER_BYTES)) if same else None
+
         try:
-            answer = self._quick_client.get_object(Bucket=self._name, Key=self._key_prefix + key)
-            return answer["Body"].read() if answer["Metadata"].get(_MADE_FROM) == made_from else None
-        except _FAILURES:
+            return self._ask(read, key, limit)
+        except NotStored:
             return None
 
     def address(self, key: str, size: int) -> Stored:
         return self._signed(self._key_prefix + key, size)
 
-    def check(self) -> None:
+    def check(self, limit: Limit) -> None:
         key = f"{self._key_prefix}.worker-wan-lora-write-check"
         try:
-            self._client.put_object(Bucket=self._name, Key=key, Body=_CHECK)
-        except (BotoCoreError, ClientError) as error:
-            raise self._not_stored(key, error) from error
-        self._check_presigned(key)
+            answer = self._ask(lambda: self._client.put_object(Bucket=self._name, Key=key, Body=_CHECK), key, limit)
+        except NotStored as error:
+            raise (error.__cause__ if isinstance(error.__cause__, NotPublic) else error) from error.__cause__
+        clocks = self._compare_clocks(answer)
         try:
-            self._client.delete_object(Bucket=self._name, Key=key)
-        except (BotoCoreError, ClientError) as error:
-            log.warning("the bucket took `%s` but did not let it be deleted (%s)", key, _reason(error))
+            wait_for(lambda: self._check_presigned(key, limit.stop), limit.check)
+        except NotStored as error:
+            raise NotStored(f"{error.message}{clocks and f'; {clocks}'}", error.refused) from error
+        try:
+            self._ask(lambda: self._client.delete_object(Bucket=self._name, Key=key), key, limit)
+        except NotStored as error:
+            log.warning("the bucket took `%s` but did not let it be deleted (%s)", key, _reason(error.__cause__ or error))
 
-    def _check_presigned(self, key: str) -> None:
+    def _ask(self, call: Callable[[], T], key: str, limit: Limit) -> T:
+        """What the call returns. Raises NotStored for whatever else comes of it, and Stopped."""
+        try:
+            return wait_for(call, limit.check)
+        except (NotStored, Stopped):
+            raise
+        except Exception as error:  # a stranger's answer can make anything of boto3's parsers
+            raise self._not_stored(key, error) from error
+
+    def _compare_clocks(self, answer: Any) -> str:
+        """Say that the worker's clock and the store's are apart, since URLs are signed with the one and expire by the other."""
+        try:
+            theirs = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        except (KeyError, TypeError, ValueError):  # a store that does not say
+            return ""
+        seconds = time.time() - theirs
+        if abs(seconds) <= _SECONDS_OFF:
+            return ""
+        off = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
+        text = f"the worker's clock is {off} the bucket's, and URLs are valid for {self._ttl_seconds} s by the bucket's; set it"
+        log.warning("%s", text)
+        return text
+
+    def _check_presigned(self, key: str, stop: threading.Event) -> None:
         """Download the file by a presigned URL, as whoever gets the result will. Raises NotStored."""
         try:
-            body = fetch_bytes(self._signed(key, len(_CHECK)).url, 1000, threading.Event(), private=not self._public)
+            body = fetch_bytes(self._signed(key, len(_CHECK)).url, 1000, stop, private=not self._public)
         except DownloadError as error:
             text = (
                 f"the bucket takes files, but a presigned URL of one does not give it back ({error}); the keys need the "
@@ -404,8 +477,11 @@ def _is_refusal(error: Exception) -> bool:
     return answer is not None and is_refusal(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """A few words without hosts or keys: the store's own error code, or the kind of failure."""
+    if isinstance(error, TooSlow):
+        return "it is too slow, or sends too much"
     if answer := _client_error(error):
-        return str(answer.response.get("Error", {}).get("Code", "refused"))
+        code = str(answer.response.get("Error", {}).get("Code", "refused"))
+        return code if re.fullmatch(r"[\w.-]{1,64}", code, re.ASCII) else "refused"
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()

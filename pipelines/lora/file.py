@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -161,11 +162,24 @@ def _read(path: Path, identity: FileIdentity) -> LoraFile:
     if not header.shapes:
         raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
     try:
-        with safe_open(path, framework="numpy"):
-            pass  # what loads the weights must take the header too
+        _check_with_library(path, header.bytes)
     except SafetensorError as error:
         raise LoraInvalid("the file is not in safetensors format; export the LoRA as safetensors") from error
     return LoraFile(path, header.shapes, header.dtypes, header.metadata, identity)
+
+
+def _check_with_library(path: Path, header_bytes: int) -> None:
+    """What loads the weights must take the header too. Raises SafetensorError, OSError.
+
+    The library maps the file, which kills the process when somebody cuts it short meanwhile. So it is given a file of our own,
+    with the same header and a hole for the tensors.
+    """
+    with tempfile.NamedTemporaryFile() as copy, path.open("rb") as file:
+        copy.write(file.read(header_bytes))
+        copy.truncate(os.fstat(file.fileno()).st_size)
+        copy.flush()
+        with safe_open(copy.name, framework="numpy"):
+            pass
 
 
 def why_unreadable(head: bytes) -> str | None:

@@ -531,3 +531,14 @@ def test_fetching_imports_no_torch() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'safetensors', 'pydantic'}"
     code = f"import builder.fetch_checkpoints, sys; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["transformer/../../../../evil.json", "transformer//evil.json"])
+def test_a_listing_that_names_a_file_outside_writes_none(hub: HubServer, fetch: Fetch, tmp_path: Path, name: str) -> None:
+    """As a hostile mirror in HF_ENDPOINT would."""
+    files = hub.repos[REPO][hub.main[REPO]]
+    weights = json.dumps({"weight_map": {"a": name.removeprefix("transformer/")}}).encode()
+    files |= {"transformer/diffusion_pytorch_model.safetensors.index.json": weights, name: b"{}"}
+    status, said = fetch()
+    assert (status, "is not downloaded" in said or "index" in said) == (1, True), said
+    assert not list(tmp_path.rglob("evil.json"))

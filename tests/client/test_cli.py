@@ -281,3 +281,13 @@ def test_the_documentation_has_the_patience() -> None:
 def test_the_documentation_has_every_exception() -> None:
     page = (ROOT / "docs/client.md").read_text()
     assert set(re.findall(r"^\| `([A-Z]\w+)`", page, re.MULTILINE)) == {error.__name__ for error in _STATUS_OF}
+
+
+def test_what_a_server_sends_cannot_steer_the_terminal(
+    run: list[str], script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.answers = [{"status": "FAILED", "error": "OUT_OF_MEMORY: \x1b]0;title\x07\x1b[2J\x9b31m\u202eevil\rgone"}]
+    assert main(run) == 1
+    shown = capsys.readouterr()
+    assert not set("\x1b\x07\x9b\u202e\r") & set(shown.err + shown.out)
+    assert "OUT_OF_MEMORY: ?]0;title??[2J?31m?evil?gone" in shown.err

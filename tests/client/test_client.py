@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -349,3 +350,27 @@ def test_pauses_grow_and_stay_within_bounds(monkeypatch: pytest.MonkeyPatch) -> 
         assert retry.wait("away")
     assert pauses[0] < 0.7 < pauses[4]
     assert max(pauses) <= 30 * 1.25
+
+
+@pytest.mark.parametrize("key_in_json", [KEY, "".join(f"\\u{ord(letter):04x}" for letter in KEY)])
+def test_a_key_that_a_server_repeats_in_escapes_is_not_in_the_answer(client: Client, api: Api, key_in_json: str) -> None:
+    """As a server writes it that wants to see it in a log."""
+    answer = json.loads(f'{{"status": "FAILED", "error": "{key_in_json}"}}')
+    assert KEY in answer["error"]
+
+    class Response:
+        content = f'{{"status": "FAILED", "error": "{key_in_json}"}}'.encode()
+
+    assert client._api._json(Response()) == {"status": "FAILED", "error": "***"}  # type: ignore[arg-type]
+
+
+def test_a_status_that_runpod_does_not_have_is_not_polled_for_ever(api: Api, script: Script) -> None:
+    client = Client.endpoint("endpoint", KEY, base_url=api.base_url, patience=0.3)
+    script.answers = [{"status": "IN_PROGRESS"}, {"status": "PAUSED\x1b[2J"}]
+    with pytest.raises(Unreachable, match=r"the status 'PAUSED\\x1b\[2J' is not one of RunPod's"):
+        client.wait(client.submit(REQUEST))
+
+
+def test_an_update_of_another_worker_is_no_progress() -> None:
+    update = {"stage": ["\x1b[2J"], "percent": "much"}
+    assert Progress.of("a", {"status": "IN_PROGRESS", "output": update}) == Progress("a", "IN_PROGRESS")

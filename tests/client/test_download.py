@@ -18,11 +18,14 @@ from tests.worker_process import free_port
 
 Fetch = Callable[..., list[Path]]
 
+NEAR = "http://127.0.0.1:1"
+"""The address of an API on this computer, which may name files on a server of this computer. Nothing listens there."""
+
 
 @pytest.fixture
 def fetch(folder: Path, said: list[str]) -> Fetch:
     """Download the URLs. `changes` are made to the files of the result."""
-    client = Client.endpoint("endpoint", KEY, patience=0.5, say=said.append)
+    client = Client.endpoint("endpoint", KEY, NEAR, patience=0.5, say=said.append)
 
     def fetch(*urls: str, **changes: Any) -> list[Path]:
         return client.download(Result.of("job-1", result(*urls, **changes)["output"]), folder)
@@ -57,7 +60,7 @@ def test_a_file_has_the_prompt_and_the_seed_in_its_name(fetch: Fetch, web: Web, 
 def test_any_prompt_makes_a_file_name(web: Web, folder: Path, prompt: str, name: str) -> None:
     answer = result(web.gives("/0.mp4", BODY))["output"]
     answer["settings"]["prompts"][0]["prompt"] = prompt
-    (path,) = Client.endpoint("endpoint", KEY).download(Result.of("job-1", answer), folder)
+    (path,) = Client.endpoint("endpoint", KEY, NEAR).download(Result.of("job-1", answer), folder)
     assert path == folder / name
 
 
@@ -70,7 +73,7 @@ def test_a_contact_sheet_is_saved_beside_its_video_and_a_poster_on_request(web: 
         web.gives(path, path.encode() + BODY[len(path) :])
     pictures = {"poster": picture(web.url("/0.poster.jpg")), "contact_sheet": picture(web.url("/0.sheet.jpg"))}
     done = Result.of("job-1", result(web.url("/0.mp4"), **pictures)["output"])
-    client = Client.endpoint("endpoint", KEY)
+    client = Client.endpoint("endpoint", KEY, NEAR)
     folder.mkdir()
     (folder / "a-sailing-boat-at-sunset-7.mp4").write_bytes(b"another")
     wanted = [folder / f"a-sailing-boat-at-sunset-7-2{end}" for end in (".mp4", ".sheet.jpg", ".poster.jpg")]
@@ -243,3 +246,30 @@ def test_a_redirect_is_followed_without_the_key(fetch: Fetch, web: Web) -> None:
 
     assert fetch(web.runs("/0.mp4", elsewhere))[0].read_bytes() == BODY
     assert all("Authorization" not in headers for _, headers in web.requests)
+
+
+@pytest.mark.parametrize("url", [f"http://{host}/0.mp4" for host in ("127.0.0.1:1", "169.254.169.254", "[::1]", "10.0.0.1")])
+def test_an_endpoint_in_the_public_network_names_no_address_in_this_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    client = Client.endpoint("endpoint", KEY, "https://api.example.com", patience=0)
+    monkeypatch.setattr(client, "_addresses", lambda: {"93.184.215.14"})
+    with pytest.raises(DownloadFailed, match="its URL leads into a private network, and the endpoint is not in it"):
+        client.download(Result.of("job-1", result(url)["output"]), folder)
+
+
+@pytest.mark.parametrize(
+    ("address", "copies"), [("127.0.0.1", True), ("::1", True), ("192.168.1.5", False), ("8.8.8.8", False)]
+)
+def test_a_local_api_names_a_file_of_this_computer_only_when_it_runs_here(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, address: str, copies: bool
+) -> None:
+    (tmp_path / "0.mp4").write_bytes(BODY)
+    client = Client.local("http://worker:8000", patience=0)
+    monkeypatch.setattr(client, "_addresses", lambda: {address})
+    job = Result.of("job-1", result((tmp_path / "0.mp4").as_uri())["output"])
+    if copies:
+        assert client.download(job, folder)[0].read_bytes() == BODY
+    else:
+        with pytest.raises(DownloadFailed, match="on the worker's own disk"):
+            client.download(job, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import signal
 import threading
@@ -10,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from tests.integration.test_local_api import file_of, frames_of, request_for
 from worker import frame_queue, logs
 from worker.files import scratch
 from worker.recovery import Recovery
+from worker.run import left_behind
 from worker.service import Service
 from worker.settings import Settings
 from worker.shot import ShotFiles
 from worker.startup.cold_start import cold_start
-from worker.storage import LocalFolder, NotStored, Stored
+from worker.storage import Limit, LocalFolder, NotStored, Stored
 from worker.video import encode
 
 Runner = Callable[..., Service]
@@ -68,25 +71,25 @@ class FussyStorage:
     def __init__(self, refused: set[int]) -> None:
         self.refused = refused
 
-    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
         if file.name.partition(".")[0] in {str(index) for index in self.refused}:
             raise NotStored("the bucket is away", refused=False)
         return Stored(f"https://example.com/{key}", key, None, file.stat().st_size)
 
-    def find(self, key: str, made_from: str) -> None:
+    def find(self, key: str, made_from: str, limit: Limit) -> None:
         return None
 
-    def read(self, key: str, made_from: str) -> None:
+    def read(self, key: str, made_from: str, limit: Limit) -> None:
         return None
 
 
 class NoPictures(LocalFolder):
     """Takes videos and no JPEG."""
 
-    def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
         if content_type == "image/jpeg":
             raise NotStored(f"no place for `{key}`", refused=True)
-        return super().put(file, key, content_type, made_from)
+        return super().put(file, key, content_type, made_from, limit)
 
 
 def job(tiny: Path, *prompts: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def test_nothing_is_left_in_the_temp_folder(runner: Runner, tiny: Path) -> None:
 
 def test_a_fault_of_the_worker_is_internal_and_says_nothing_of_it(runner: Runner, tiny: Path) -> None:
     class Broken(FussyStorage):
-        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
             raise ZeroDivisionError(f"secret {file}")
 
     answer = run(runner(Broken(set())), job(tiny, {}) | {"id": "test"})
@@ -201,10 +204,10 @@ def test_a_job_that_comes_twice_gets_the_same_result_and_the_gpu_is_not_touched(
 
 def test_what_a_job_finished_before_it_failed_is_not_made_again(runner: Runner, tiny: Path) -> None:
     class TakesOnlyTheFirst(LocalFolder):
-        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
             if file.stem == "1":
                 raise NotStored("no place", refused=True)
-            return super().put(file, key, content_type, made_from)
+            return super().put(file, key, content_type, made_from, limit)
 
     folder = runner()._settings.output_dir
     once_more = job(tiny, {"seed": -1}, {"seed": 7})
@@ -263,6 +266,73 @@ def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
         signal.signal(signal.SIGTERM, before)
     assert answer == {"error": "INTERNAL: the GPU failed and this worker is shutting down; send the job again"}
     assert asked == ["to end"]
+
+
+class HangingStorage(FussyStorage):
+    """A bucket that answers nothing, as behind a firewall: what it is asked ends by its limit alone."""
+
+    def __init__(self) -> None:
+        super().__init__(set())
+
+    def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
+        self._hang(limit)
+        return super().put(file, key, content_type, made_from, limit)
+
+    def find(self, key: str, made_from: str, limit: Limit) -> None:
+        with suppress(NotStored):
+            self._hang(limit)
+
+    read = find
+
+    def _hang(self, limit: Limit) -> None:
+        while True:
+            limit.check()
+            time.sleep(0.02)
+
+
+def test_a_job_ends_in_its_time_though_its_bucket_hangs_from_the_first_look_on(runner: Runner, tiny: Path) -> None:
+    started = time.monotonic()
+    answer = run(runner(HangingStorage(), job_timeout=1), job(tiny, {}) | {"id": "hangs"})
+    assert answer["error"].startswith("TIMEOUT: the job took longer than the 1 s of JOB_TIMEOUT")
+    assert time.monotonic() - started < 4
+
+
+def test_a_job_ends_in_its_time_though_its_bucket_hangs_when_the_video_is_there(
+    runner: Runner, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.run._SECONDS_TO_UPLOAD", 1.0)
+    started = time.monotonic()
+    worker = runner(HangingStorage(), job_timeout=6, upload_timeout=300, recovery_dir=tmp_path / "recovery")
+    answer = run(worker, job(tiny, {}) | {"id": None})
+    assert answer["error"] == f"UPLOAD_FAILED: the bucket did not answer in time; check its endpoint{KEPT}"
+    assert time.monotonic() - started < 10
+    assert len(list((tmp_path / "recovery").glob("*.bin"))) >= 1
+
+
+def test_a_thread_that_does_not_stop_ends_the_worker_after_the_answer(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, asked, release = runner(job_timeout=1), [], threading.Event()
+    monkeypatch.setattr("worker.job.load_control_image", lambda *_: release.wait(30))
+    monkeypatch.setattr("worker.job.Job._read_training", lambda _: release.wait(30))
+    monkeypatch.setattr("worker.run.in_thread.__kwdefaults__", {"executor": None, "seconds_to_stop": 0.3})
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("to end"))
+    try:
+        answer = run(worker, job(tiny, {}))
+        assert answer["error"].startswith("TIMEOUT: ")
+        assert asked == ["to end"] and worker.must_be_replaced
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        release.set()
+        left_behind.clear()
+
+
+def test_a_full_disk_says_so(runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("worker.shot.encode", full)
+    assert run(runner(), job(tiny, {}))["error"].startswith("INTERNAL: the worker's disk is full; give its container more")
 
 
 def test_the_gpu_makes_the_next_video_while_the_last_one_is_written(
@@ -349,10 +419,10 @@ def test_a_job_is_wanted_while_another_only_uploads_what_was_kept(runner: Runner
     uploading, go_on = threading.Event(), threading.Event()
 
     class SlowStorage(LocalFolder):
-        def put(self, file: Path, key: str, content_type: str, made_from: str) -> Stored:
+        def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
             uploading.set()
             go_on.wait(20)
-            return super().put(file, key, content_type, made_from)
+            return super().put(file, key, content_type, made_from, limit)
 
     twice = job(tiny, {})
     assert "error" in run(runner(FussyStorage({0}), recovery_dir=tmp_path / "recovery"), twice)
@@ -435,7 +505,7 @@ def test_a_jobs_own_secret_is_hidden_in_the_log_of_its_error(
     monkeypatch.setattr("worker.faults.log.error", lambda *_, exc_info, **__: redacted.append(logs.redact(str(exc_info))))
 
     class Broken(FussyStorage):
-        def find(self, key: str, made_from: str) -> None:
+        def find(self, key: str, made_from: str, limit: Limit) -> None:
             raise ZeroDivisionError("with the-very-secret-token")
 
     asked = job(tiny, {})
@@ -511,8 +581,8 @@ def test_a_job_that_comes_again_has_its_pictures_though_nobody_can_be_asked_for_
     runner: Runner, tiny: Path, tmp_path: Path
 ) -> None:
     class CannotFindPictures(LocalFolder):
-        def find(self, key: str, made_from: str) -> Stored | None:
-            return None if key.endswith(".jpg") else super().find(key, made_from)
+        def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
+            return None if key.endswith(".jpg") else super().find(key, made_from, limit)
 
     twice = with_sheet(tiny, {})
     first = run(runner(LocalFolder(tmp_path)), twice)

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from socket import create_server
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -211,6 +212,45 @@ def test_the_log_is_json_lines_with_the_jobs_id_and_no_url(api: LocalApi, good: 
 
 def call(api: LocalApi, method: str, path: str, body: Any = None) -> Any:
     return requests.request(method, f"{api.url}/{path}", json=body, timeout=120).json()
+
+
+@pytest.mark.parametrize(
+    ("host", "answers"),
+    [
+        ("localhost:8000", True),
+        ("127.0.0.1", True),
+        ("[::1]:8000", True),
+        ("192.168.1.5:8000", True),
+        ("worker:8000", True),
+        ("gpu-box.local:8000", True),
+        ("host.docker.internal:8000", True),
+        ("rebound.example.com:8000", False),
+        ("localhost.example.com", False),
+        ("127.0.0.1.nip.io", False),
+        ("[", False),
+    ],
+)
+def test_a_page_whose_name_was_bound_to_this_machine_is_refused(api: LocalApi, host: str, answers: bool) -> None:
+    answer = requests.post(f"{api.url}/run", json={"input": {}}, headers={"Host": host}, timeout=10)
+    assert answer.status_code == (200 if answers else 403)
+    assert answers or "does not answer to this host name" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["run", "runsync", "cancel/x", "status/x"])
+def test_a_page_of_another_origin_is_refused(api: LocalApi, path: str) -> None:
+    headers = {"Origin": "https://example.com", "Content-Type": "application/json"}
+    assert requests.post(f"{api.url}/{path}", data="{}", headers=headers, timeout=10).status_code == 403
+
+
+def test_no_result_is_posted_to_a_webhook(api: LocalApi) -> None:
+    with create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(1)
+        hook = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        answer = requests.post(f"{api.url}/runsync", json={"input": {"x": 1}, "webhook": hook}, timeout=30).json()
+        assert answer["status"] == "FAILED"
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert "the local API ignores `webhook`" in api.log.read_text()
 
 
 def test_a_job_tells_how_far_it_is_until_it_is_done(api: LocalApi, tiny: Path) -> None:

@@ -379,3 +379,25 @@ def test_the_command_reports_in_one_line_what_is_missing(
     assert main([*arguments, "--port", "0"]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_a_failure_that_nobody_foresaw_is_an_answer_and_no_traceback(
+    local: Page, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Jobs, "all", lambda _: 1 / 0)
+    answer = local.get("/api/jobs")
+    assert (answer.status_code, answer.json()["error"]) == (500, "this failed (ZeroDivisionError); the terminal has the line")
+    assert "Traceback" not in (err := capfd.readouterr().err) and "GET /api/jobs: ZeroDivisionError" in err
+
+
+def test_a_request_that_nests_too_deep_is_an_answer(local: Page) -> None:
+    assert local.post("/api/check", data=b"[" * 100_000, **{"Content-Type": "application/json"}).status_code in (400, 500)
+
+
+def test_a_job_with_a_status_that_runpod_does_not_have_fails_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(1, "job-1", REQUEST)
+    job.update({"status": "PAUSED"})
+    assert job.status == "running"
+    monkeypatch.setattr("playground.jobs._SECONDS_UNKNOWN", -1)
+    job.update({"status": "PAUSED"})
+    assert (job.status, job.error) == ("failed", "the status 'PAUSED' is not one of RunPod's")

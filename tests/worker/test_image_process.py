@@ -111,8 +111,8 @@ def test_a_process_that_dies_of_its_limits_is_an_error_and_the_next_image_is_dec
 
 
 def test_a_process_that_hangs_is_ended_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_process, "_SECONDS", 0.3)
     apart(JPEG)
+    monkeypatch.setattr(image_process, "_SECONDS", 0.3)
     [process] = image_process._idle
     os.kill(process._process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="too long or too much memory"):

@@ -210,6 +210,15 @@ def test_sixteen_bits_of_gray_in_a_pgm_are_scaled_to_eight():
     assert decode(encoded(image, "PPM")).getpixel((0, 0)) == (128, 128, 128)
 
 
+@pytest.mark.parametrize("end", [b"", b"\xff"], ids=["no end", "half an end"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_a_jpeg_that_lacks_nothing_but_its_end_is_taken(end, options):
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(file, "JPEG", **options)
+    whole = file.getvalue()
+    assert decode(whole.removesuffix(b"\xff\xd9") + end) == decode(whole)
+
+
 # What is refused
 
 
@@ -239,6 +248,7 @@ NOISE = encoded(Image.effect_noise((64, 64), 80).convert("RGB"))
         pytest.param(NOISE[: len(NOISE) // 2], "cut short", id="half a png"),
         pytest.param(NOISE[:20], "cut short", id="head of a png"),
         pytest.param(JPEG[: len(JPEG) // 2], "cut short", id="half a jpeg"),
+        pytest.param(JPEG[:-6], "cut short", id="a jpeg without its last pixels"),
         pytest.param(b"\0" * 100, "not an image that can be read", id="zeros"),
         pytest.param(b"just a text", "not an image that can be read", id="text"),
         pytest.param(b"\0\0\0\x20ftypisom" + b"\0" * 60, "it is a video, which is not read here; save it as PNG", id="mp4"),

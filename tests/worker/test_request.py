@@ -400,8 +400,8 @@ def test_texts_have_a_length_that_an_error_names(fields, field, most):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prompts": [{"prompt": "a", "width": 1}] * 4_000},
-        {"prompts": [{"prompt": "a", "widht": 1}] * 4_000},
+        {"prompts": [{"prompt": "a", "width": 1}] * 1_000},
+        {"prompts": [{"prompt": "a", "widht": 1}] * 1_000},
         {f"surprise{number}": 1 for number in range(4_000)},
         {"prompts": [{"prompt": "\ud800"}] * 4_000},
     ],
@@ -412,6 +412,11 @@ def test_of_very_many_problems_the_first_hundred_are_told(fields):
     assert len(error.problems) == 100
     assert str(error).endswith("(100) there are more than 100 problems; correct these first")
     assert len(str(error)) < 25_000
+
+
+def test_more_prompts_than_a_result_can_hold_are_refused():
+    [problem] = error_of(an_input(prompts=[{"prompt": "a"}] * 1_001)).problems
+    assert problem.text == "must be a list with at least one item and 1000 at most; got a filled list of 1001"
 
 
 def test_the_path_of_a_deep_place_is_cut_short():

@@ -1,3 +1,5 @@
+import re
+import threading
 import time
 from urllib.parse import urlsplit
 
@@ -11,7 +13,9 @@ from tests.s3_server import Gateway, S3Server
 from worker.errors import Code, WorkerError
 from worker.net.addresses import NotPublic
 from worker.settings import Settings, SettingsError, load_settings
-from worker.storage import Bucket, LocalFolder, NotStored, _region_of, _without_bucket, storage_of, storage_of_job
+from worker.storage import Bucket, Limit, LocalFolder, NotStored, _region_of, _without_bucket, storage_of, storage_of_job
+
+LIMIT = Limit(threading.Event())
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,7 @@ def settings_for(server: S3Server | None = None, **others) -> Settings:
 
 def upload_failure(storage, file) -> str:
     with pytest.raises(WorkerError) as caught:
-        storage.put(file, "job/0.mp4", "video/mp4", "sum")
+        storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert caught.value.code is Code.UPLOAD_FAILED
     return str(caught.value)
 
@@ -58,7 +62,7 @@ def upload_failure(storage, file) -> str:
 
 
 def test_the_url_of_an_upload_gives_the_file_back(s3, file):
-    stored = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     answer = requests.get(stored.url, timeout=10)
     assert (answer.status_code, answer.content) == (200, b"a finished video")
     assert answer.headers["Content-Type"] == "video/mp4"
@@ -66,7 +70,7 @@ def test_the_url_of_an_upload_gives_the_file_back(s3, file):
 
 
 def test_a_part_of_the_file_can_be_asked_for_as_players_do(s3, file):
-    stored = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     answer = requests.get(stored.url, headers={"Range": "bytes=2-9"}, timeout=10)
     assert (answer.status_code, answer.content) == (206, b"finished")
 
@@ -74,35 +78,35 @@ def test_a_part_of_the_file_can_be_asked_for_as_players_do(s3, file):
 def test_a_large_file_comes_back_whole(s3, file):
     body = bytes(range(256)) * 4096 * 10  # 10 MiB: sent in parts
     file.write_bytes(body)
-    stored = storage_of(settings_for(s3)).put(file, "job/large.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3)).put(file, "job/large.mp4", "video/mp4", "sum", LIMIT)
     answer = requests.get(stored.url, timeout=20)
     assert answer.content == body
     assert answer.headers["Content-Type"] == "video/mp4"
 
 
 def test_an_upload_lies_in_the_bucket_under_its_key(s3, file):
-    stored = storage_of(settings_for(s3)).put(file, "job-1/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3)).put(file, "job-1/0.mp4", "video/mp4", "sum", LIMIT)
     assert stored.key == "job-1/0.mp4"
     assert s3.client().get_object(Bucket=s3.bucket, Key="job-1/0.mp4")["Body"].read() == b"a finished video"
 
 
 @pytest.mark.parametrize("prefix", ["videos/", "a b/ü+/"])
 def test_the_key_prefix_is_put_before_the_key(s3, file, prefix):
-    stored = storage_of(settings_for(s3, bucket_key_prefix=prefix)).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3, bucket_key_prefix=prefix)).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert stored.key == f"{prefix}job/0.mp4"
     assert requests.get(stored.url, timeout=10).content == b"a finished video"
 
 
 def test_a_second_upload_replaces_the_first(s3, file):
     storage = storage_of(settings_for(s3))
-    storage.put(file, "job/again.mp4", "video/mp4", "sum")
+    storage.put(file, "job/again.mp4", "video/mp4", "sum", LIMIT)
     file.write_bytes(b"newer")
-    assert requests.get(storage.put(file, "job/again.mp4", "video/mp4", "sum").url, timeout=10).content == b"newer"
+    assert requests.get(storage.put(file, "job/again.mp4", "video/mp4", "sum", LIMIT).url, timeout=10).content == b"newer"
 
 
 def test_the_url_says_when_it_ends(s3, file):
     before = time.time()
-    stored = storage_of(settings_for(s3, presigned_url_ttl=3600)).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(s3, presigned_url_ttl=3600)).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert "X-Amz-Expires=3600" in stored.url and "X-Amz-Algorithm=AWS4-HMAC-SHA256" in stored.url
     end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(before + 3600))
     assert end <= stored.expires_at <= time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3601))
@@ -110,7 +114,7 @@ def test_the_url_says_when_it_ends(s3, file):
 
 def test_a_url_that_has_run_out_is_refused(s3, file):
     storage = Bucket(s3.bucket, s3.access_key_id, s3.secret_access_key, s3.endpoint_url, None, "auto", "", ttl_seconds=1)
-    url = storage.put(file, "job/0.mp4", "video/mp4", "sum").url
+    url = storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT).url
     time.sleep(2.1)
     assert requests.get(url, timeout=10).status_code == 403
 
@@ -120,14 +124,14 @@ def test_a_url_that_has_run_out_is_refused(s3, file):
 )
 def test_a_url_that_was_changed_is_refused(s3, file, old, new):
     storage = storage_of(settings_for(s3))
-    storage.put(file, "job/1.mp4", "video/mp4", "sum")
-    url = storage.put(file, "job/0.mp4", "video/mp4", "sum").url
+    storage.put(file, "job/1.mp4", "video/mp4", "sum", LIMIT)
+    url = storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT).url
     assert old in url
     assert requests.get(url.replace(old, new), timeout=10).status_code == 403
 
 
 def test_without_the_signature_nothing_is_given(s3, file):
-    url = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum").url
+    url = storage_of(settings_for(s3)).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT).url
     assert requests.get(url.partition("?")[0], timeout=10).status_code == 403
 
 
@@ -205,14 +209,14 @@ def s3_config(server: S3Server, **changes) -> dict:
 
 def test_a_job_can_bring_its_own_bucket(s3, file, tmp_path):
     storage = storage_of_job(s3_config(s3), settings_for(allow_private_downloads=True, output_dir=tmp_path / "output"))
-    stored = storage.put(file, "job/own.mp4", "video/mp4", "sum")
+    stored = storage.put(file, "job/own.mp4", "video/mp4", "sum", LIMIT)
     assert requests.get(stored.url, timeout=10).content == b"a finished video"
     assert not (tmp_path / "output").exists()
 
 
 def test_the_bucket_of_a_job_goes_before_that_of_the_worker(s3, file):
     storage = storage_of_job(s3_config(s3), settings_for(s3, bucket_name="of-the-worker", bucket_key_prefix="p/"))
-    stored = storage.put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert f"/{s3.bucket}/p/job/0.mp4?" in stored.url
     assert requests.get(stored.url, timeout=10).status_code == 200
 
@@ -296,7 +300,7 @@ def test_what_only_looks_like_the_bucket_stays_in_the_endpoint(endpoint):
 
 def test_an_upload_works_with_the_bucket_in_the_endpoint(s3, file):
     storage = storage_of(settings_for(s3, bucket_endpoint_url=f"{s3.endpoint_url}/{s3.bucket}"))
-    assert requests.get(storage.put(file, "job/0.mp4", "video/mp4", "sum").url, timeout=10).status_code == 200
+    assert requests.get(storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT).url, timeout=10).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -334,7 +338,7 @@ def test_the_region_is_read_off_the_endpoint(endpoint, region):
 
 
 def test_the_check_leaves_nothing_in_the_bucket(s3):
-    storage_of(settings_for(s3, bucket_key_prefix="checked/")).check()
+    storage_of(settings_for(s3, bucket_key_prefix="checked/")).check(LIMIT)
     assert s3.keys("checked/") == []
 
 
@@ -342,7 +346,7 @@ def test_the_check_leaves_nothing_in_the_bucket(s3):
 def test_a_store_that_takes_files_and_refuses_their_presigned_urls_fails_the_check(s3, gateway, status):
     gateway.faults.order("GET", Status(status))
     with pytest.raises(NotStored, match=rf"does not give it back \(.*{status}.*GetObject.*RunPod's own S3 API") as caught:
-        storage_of(settings_for(s3, bucket_endpoint_url=gateway.endpoint_url)).check()
+        storage_of(settings_for(s3, bucket_endpoint_url=gateway.endpoint_url)).check(LIMIT)
     assert caught.value.refused
     assert "127.0.0.1" not in str(caught.value) and "Signature" not in str(caught.value)
 
@@ -350,18 +354,32 @@ def test_a_store_that_takes_files_and_refuses_their_presigned_urls_fails_the_che
 def test_a_session_token_is_sent_and_signed(file, monkeypatch):
     storage = storage_of(settings_for(**KEYS, bucket_session_token=" t0ken\n"))
     monkeypatch.setattr(storage._client, "upload_file", lambda *_, **__: None)
-    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum").url
+    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum", LIMIT).url
 
 
 def test_a_job_can_bring_keys_with_a_session_token(s3, file, monkeypatch):
     storage = storage_of_job(s3_config(s3, sessionToken="t0ken"), settings_for(allow_private_downloads=True))
     monkeypatch.setattr(storage._client, "upload_file", lambda *_, **__: None)
-    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum").url
+    assert "X-Amz-Security-Token=t0ken&" in storage.put(file, "0.mp4", "video/mp4", "sum", LIMIT).url
 
 
 def test_keys_that_were_pasted_with_a_line_end_are_taken(s3):
     pasted = f"{s3.secret_access_key}\n"
-    storage_of(settings_for(s3, bucket_access_key_id=f" {s3.access_key_id}", bucket_secret_access_key=pasted)).check()
+    storage_of(settings_for(s3, bucket_access_key_id=f" {s3.access_key_id}", bucket_secret_access_key=pasted)).check(LIMIT)
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(600, "ahead of"), (-600, "behind")])
+def test_a_clock_that_is_off_is_told_at_start(s3, monkeypatch, caplog, seconds, says):
+    storage = storage_of(settings_for(s3, presigned_url_ttl=300))
+    monkeypatch.setattr("worker.storage.time.time", lambda now=time.time: now() + seconds)
+    storage.check(LIMIT)
+    (line,) = [record.message for record in caplog.records if "clock" in record.message]
+    assert re.search(rf"the worker's clock is (599|600|601) s {says} the bucket's, and URLs are valid for 300 s", line)
+
+
+def test_a_clock_that_is_right_is_not_worth_a_line(s3, caplog):
+    storage_of(settings_for(s3)).check(LIMIT)
+    assert not [record for record in caplog.records if "clock" in record.message]
 
 
 # Where the URL points, without an upload: presigning needs no network
@@ -381,7 +399,7 @@ def test_keys_that_were_pasted_with_a_line_end_are_taken(s3):
 def test_the_bucket_is_in_the_host_on_aws_and_in_the_path_elsewhere(monkeypatch, file, endpoint, style, start):
     bucket = Bucket("videos", "id", "secret", endpoint, "eu-west-1", style, "", 60)
     monkeypatch.setattr(bucket._client, "upload_file", lambda *_, **__: None)
-    url = bucket.put(file, "job/0.mp4", "video/mp4", "sum").url
+    url = bucket.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT).url
     assert url.startswith(f"{start}job/0.mp4?")
     assert "%2Feu-west-1%2Fs3%2Faws4_request" in url
 
@@ -390,7 +408,7 @@ def test_the_bucket_is_in_the_host_on_aws_and_in_the_path_elsewhere(monkeypatch,
 
 
 def test_without_a_bucket_results_go_to_the_local_folder(file, tmp_path):
-    stored = storage_of(settings_for(output_dir=tmp_path / "output")).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for(output_dir=tmp_path / "output")).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     target = tmp_path / "output" / "job" / "0.mp4"
     assert (stored.url, stored.key, stored.expires_at) == (target.as_uri(), "job/0.mp4", None)
     assert target.read_bytes() == b"a finished video"
@@ -399,12 +417,12 @@ def test_without_a_bucket_results_go_to_the_local_folder(file, tmp_path):
 
 def test_a_relative_folder_gives_an_absolute_url(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stored = storage_of(settings_for()).put(file, "job/0.mp4", "video/mp4", "sum")
+    stored = storage_of(settings_for()).put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert stored.url == (tmp_path / "output" / "job" / "0.mp4").as_uri()
 
 
 def test_the_file_that_was_made_stays_where_it_is(file, tmp_path):
-    LocalFolder(tmp_path / "output").put(file, "job/0.mp4", "video/mp4", "sum")
+    LocalFolder(tmp_path / "output").put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
     assert file.exists()
 
 
@@ -413,7 +431,7 @@ def test_an_older_result_is_replaced_as_a_whole(file, tmp_path):
     target.parent.mkdir(parents=True)
     target.write_bytes(b"an older and longer video that someone watches")
     with target.open("rb") as watching:
-        LocalFolder(tmp_path / "output").put(file, "job/0.mp4", "video/mp4", "sum")
+        LocalFolder(tmp_path / "output").put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
         assert watching.read() == b"an older and longer video that someone watches"
     assert target.read_bytes() == b"a finished video"
     assert {path.name for path in target.parent.iterdir()} == {"0.mp4", ".0.mp4.made-from"}
@@ -422,12 +440,12 @@ def test_an_older_result_is_replaced_as_a_whole(file, tmp_path):
 def test_a_folder_that_cannot_be_written_stops_the_worker_at_start(tmp_path):
     (tmp_path / "output").write_bytes(b"a file in the way")
     with pytest.raises(NotStored, match=r"^UPLOAD_FAILED: OUTPUT_DIR cannot be written to"):
-        storage_of(settings_for(output_dir=tmp_path / "output")).check()
+        storage_of(settings_for(output_dir=tmp_path / "output")).check(LIMIT)
 
 
 def test_a_folder_that_can_no_longer_be_written_is_an_upload_that_failed(file, tmp_path):
     storage = LocalFolder(tmp_path / "output")
-    storage.check()
+    storage.check(LIMIT)
     (tmp_path / "output" / "job").write_bytes(b"a file in the way")
     text = upload_failure(storage, file)
     assert "OUTPUT_DIR" in text and str(tmp_path) not in text
@@ -447,10 +465,10 @@ def test_an_s3config_of_many_fields_is_refused_before_they_are_looked_at(s3):
 def test_a_job_cannot_send_the_worker_into_its_own_network(s3, file, call):
     storage = storage_of_job(s3_config(s3), settings_for())
     calls = {
-        "check": lambda: storage.check(),
-        "put": lambda: storage.put(file, "private/0.mp4", "video/mp4", "sum"),
-        "find": lambda: storage.find("private/0.mp4", "sum"),
-        "read": lambda: storage.read("private/0.mp4", "sum"),
+        "check": lambda: storage.check(LIMIT),
+        "put": lambda: storage.put(file, "private/0.mp4", "video/mp4", "sum", LIMIT),
+        "find": lambda: storage.find("private/0.mp4", "sum", LIMIT),
+        "read": lambda: storage.read("private/0.mp4", "sum", LIMIT),
     }
     if call in ("find", "read"):
         assert calls[call]() is None
@@ -462,8 +480,8 @@ def test_a_job_cannot_send_the_worker_into_its_own_network(s3, file, call):
 
 
 def test_a_job_may_use_a_bucket_in_the_workers_own_store(s3):
-    storage_of_job(s3_config(s3), settings_for(s3)).check()
+    storage_of_job(s3_config(s3), settings_for(s3)).check(LIMIT)
 
 
 def test_on_a_local_machine_a_job_may_use_a_local_store(s3):
-    storage_of_job(s3_config(s3), settings_for(allow_private_downloads=True)).check()
+    storage_of_job(s3_config(s3), settings_for(allow_private_downloads=True)).check(LIMIT)

@@ -8,13 +8,14 @@ the connections of urllib3. A version that makes its connections in another way 
 from __future__ import annotations
 
 import http.client
+import io
 import socket
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import requests
-from botocore.httpsession import ProxyConfiguration
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
@@ -85,28 +86,102 @@ def _with_connection(
     return cast("type[HTTPConnectionPool]", type(f"{name}Pool", (pool,), {"ConnectionCls": connection}))
 
 
-def public_only(client: Any) -> None:
-    """Make a boto3 client reach public addresses only. What it then refuses, it refuses at once, with NotPublic.
+# Connections to a store
 
-    botocore has no setting for either, so this replaces parts of its HTTP session (`URLLib3Session`). Raises GuardMissing.
+
+class TooSlow(Exception):
+    """A store takes or gives too few bytes, or too many."""
+
+
+class _Paced(HTTPConnection):
+    """A connection that breaks off with TooSlow when a request or its answer does not end, however the bytes drip.
+
+    The timeouts of boto3 begin anew with every byte.
     """
+
+    _started, _sent = float("inf"), 0
+
+    def request(self, method: str, url: str, body: Any = None, headers: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Without `Expect: 100-continue`: what botocore then reads has no limit, and reads for ever where a store hangs up."""
+        kept = {name: value for name, value in (headers or {}).items() if name.lower() != "expect"}
+        super().request(method, url, body, kept, *args, **kwargs)
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> None:
+        self._started, self._sent = time.monotonic(), 0
+        super().putrequest(*args, **kwargs)
+
+    def send(self, data: Any) -> Any:
+        """Called for every 16 KiB of a body."""
+        seconds = time.monotonic() - self._started
+        if seconds > STORE_SECONDS and self._sent < STORE_BYTES_PER_SECOND * (seconds - STORE_SECONDS):
+            raise TooSlow
+        self._sent += len(data) if isinstance(data, bytes | bytearray | memoryview) else 0
+        return super().send(data)
+
+
+STORE_SECONDS = 60.0
+"""How long a request to a store, and how long its answer, may take in any case."""
+STORE_BYTES_PER_SECOND = 20_000
+"""What an upload must bring beyond that. A video of five megabytes has five minutes."""
+STORE_ANSWER_BYTES = 4_000_000
+"""The largest answer of a store that is read: the result of an earlier delivery. An error has some hundred bytes."""
+
+
+class _Pace(io.RawIOBase):
+    """Reads one answer of a store from its socket, headers included."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock, self._raw = sock, raw
+        self._started, self._left = time.monotonic(), STORE_ANSWER_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._sock.recv_into(buffer)
+        self._left -= count
+        if self._left < 0 or time.monotonic() - self._started > STORE_SECONDS:
+            raise TooSlow
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def guard_store(client: Any, public: bool) -> None:
+    """Bound what the store of a boto3 client can do to this process: time and bytes, and with `public` the addresses.
+
+    What is refused is refused at once, with NotPublic or TooSlow. botocore has no setting for any of it, so this replaces parts
+    of its HTTP session (`URLLib3Session`). Raises GuardMissing.
+    """
+    from botocore.httpsession import ProxyConfiguration  # the client has no use for botocore
+
     try:
         session = client._endpoint.http_session
-        session._manager.pool_classes_by_scheme = public_pools(session._manager.pool_classes_by_scheme)
+        pools = {
+            scheme: _with_connection(
+                pool, "Paced", (_Paced,), response_class=_watched(lambda *it: io.BufferedReader(_Pace(*it)))
+            )
+            for scheme, pool in session._manager.pool_classes_by_scheme.items()
+        }
+        session._manager.pool_classes_by_scheme = public_pools(pools) if public else pools
         _ = session._proxy_config  # where it is gone, setting it would do nothing
-        session._proxy_config = ProxyConfiguration()  # a proxy would look the name up itself
-        pools = [session._manager.connection_from_url(f"{scheme}://127.0.0.1:1") for scheme in ("http", "https")]
+        if public:
+            session._proxy_config = ProxyConfiguration()  # a proxy would look the name up itself
+        made = [session._manager.connection_from_url(f"{scheme}://127.0.0.1:1") for scheme in ("http", "https")]
     except AttributeError as error:
-        raise GuardMissing("the bucket of a job") from error
-    if not all(issubclass(cast("Any", pool).ConnectionCls, _PublicOnly) for pool in pools):
-        raise GuardMissing("the bucket of a job")
+        raise GuardMissing("a bucket") from error
+    needed = (_Paced, _PublicOnly) if public else (_Paced,)
+    if not all(issubclass(cast("Any", pool).ConnectionCls, kind) for pool in made for kind in needed):
+        raise GuardMissing("a bucket")
     client.meta.events.register_first("needs-retry", _do_not_retry)
 
 
 def _do_not_retry(caught_exception: Exception | None = None, **_: Any) -> None:
-    """Pass NotPublic on. botocore wraps what it does not know into an HTTPClientError, and retries."""
+    """Pass our own errors on. botocore wraps what it does not know into an HTTPClientError, and retries."""
     cause = getattr(caught_exception, "kwargs", {}).get("error")
-    if isinstance(cause, NotPublic):
+    if isinstance(cause, NotPublic | TooSlow):
         raise cause
 
 
@@ -115,8 +190,12 @@ def _do_not_retry(caught_exception: Exception | None = None, **_: Any) -> None:
 
 def watched_pools(pools: Pools, watch: Callable[[socket.socket, Any], Any]) -> Pools:
     """The same pools. Every response reads its headers and its body through the file that `watch(socket, its file)` returns."""
-    response_class = staticmethod(partial(_WatchedResponse, watch=watch))
-    return {scheme: _with_connection(pool, "Watched", response_class=response_class) for scheme, pool in pools.items()}
+    return {scheme: _with_connection(pool, "Watched", response_class=_watched(watch)) for scheme, pool in pools.items()}
+
+
+def _watched(watch: Callable[[socket.socket, Any], Any]) -> Any:
+    """A connection's `response_class`."""
+    return staticmethod(partial(_WatchedResponse, watch=watch))
 
 
 class _WatchedResponse(http.client.HTTPResponse):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import queue
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import urljoin, urlsplit
 
@@ -24,6 +23,7 @@ from urllib3.exceptions import DecodeError, HTTPError
 from worker.errors import Stopped
 from worker.net.addresses import NotPublic
 from worker.net.privates import check_watched, guard, public_pools, watched_pools
+from worker.net.waiting import wait_for
 
 _CONNECT_SECONDS = 10.0
 """For one address to accept the connection, and again for the TLS handshake."""
@@ -36,7 +36,7 @@ _WINDOW_SECONDS, _WINDOW_BYTES = 60.0, 60_000
 _TOTAL_SECONDS = 1800.0
 """For a download with all its tries."""
 _POLL_SECONDS = 0.5
-"""How long nothing may come before the clock and the stop event are looked at again."""
+"""How long a socket may be silent before the clock and the stop event are looked at again."""
 _REDIRECTS = 5
 _CHUNK = 1 << 18
 _OVERHEAD = 1 << 20
@@ -115,7 +115,8 @@ def opened(url: str, headers: Mapping[str, str], clock: Clock, *, private: bool)
     """
     with (
         contextlib.closing(_adapter(clock, private)) as adapter,
-        _in_time(lambda: _follow(adapter, url, headers, clock), clock) as response,
+        # A name's look-up and a TLS handshake cannot be interrupted. An answer that nobody takes is closed as it is dropped.
+        wait_for(lambda: _follow(adapter, url, headers, clock), clock.check) as response,
     ):
         clock.answered()
         yield response
@@ -130,34 +131,6 @@ def read(response: requests.Response) -> bytes:
         raise DownloadError("what the server sends cannot be unpacked") from None
     except HTTPError:
         raise TryAgain("the connection broke off before the end") from None
-
-
-def _in_time(work: Callable[[], requests.Response], clock: Clock) -> requests.Response:
-    """What `work` returns, or the error of the clock.
-
-    The look-up of a name and a TLS handshake cannot be interrupted. So the work has a thread of its own, which is left behind
-    when it is time to go; all it still waits for has an end, and an answer that nobody takes is closed as it is dropped.
-    """
-    clock.check()
-    outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put(work())
-        except Exception as error:
-            outcome.put(error)
-
-    threading.Thread(target=run, name="download", daemon=True).start()
-    while True:
-        try:
-            result = outcome.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            clock.check()
-        else:
-            break
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def _follow(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], clock: Clock) -> requests.Response:

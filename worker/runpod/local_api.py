@@ -2,7 +2,11 @@
 
 The SDK's own local API runs a job when its status is requested, reports no progress, and cannot cancel. Here /run starts the
 job, GET /status reports its progress, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local API has,
-waits for the end of the job, as there. /runsync is the SDK's, with our handler.
+waits for the end of the job, as there.
+
+Other pages in the browser of this machine must not reach it. So it answers to names that no page can have (an address, or a
+name without a dot), which ends DNS rebinding, and to no page of another origin. It posts results to no webhook: whoever may
+start a job could make it call any address.
 """
 
 from __future__ import annotations
@@ -10,13 +14,17 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 from runpod.serverless.modules import rp_fastapi
 from runpod.serverless.modules.rp_fastapi import DefaultRequest
 from runpod.serverless.modules.rp_job import run_job
 
+from worker.logs import log
 from worker.progress import Update
 
 Answer = dict[str, Any]
@@ -57,13 +65,22 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
         self._jobs: dict[str, _Job] = {}
         self.rp_app.add_api_route("/status/{job_id}", self._status, methods=["GET"], summary="How far a job is.")
         self.rp_app.add_api_route("/cancel/{job_id}", self._cancel, methods=["POST"], summary="Stops a job.")
+        self.rp_app.middleware("http")(_only_for_this_machine)
 
     async def _sim_run(self, job_request: DefaultRequest) -> Answer:
+        return self._start(job_request).answer()
+
+    async def _sim_runsync(self, job_request: DefaultRequest) -> Answer:
+        return await self._sim_status(self._start(job_request).id)
+
+    def _start(self, job_request: DefaultRequest) -> _Job:
+        if job_request.webhook:
+            log.warning("the local API ignores `webhook`; ask for the job's status instead")
         for job_id in [job_id for job_id, job in self._jobs.items() if job.task.done()][: -_KEPT + 1]:
             del self._jobs[job_id]
         job = _Job(self.config["handler"], job_request.input)
         self._jobs[job.id] = job
-        return job.answer()
+        return job
 
     async def _status(self, job_id: str) -> Answer:
         return self._job(job_id).answer()
@@ -84,3 +101,27 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
         if job_id not in self._jobs:
             raise HTTPException(404, "no such job here; a worker that was restarted has forgotten its jobs")
         return self._jobs[job_id]
+
+
+async def _only_for_this_machine(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if not _is_private_name(host):
+        text = "the local API does not answer to this host name; use localhost, or the machine's address"
+    elif origin is not None and urlsplit(origin).netloc != host:
+        text = "the local API does not answer to pages of other origins"
+    else:
+        return await answer(request)
+    return JSONResponse({"error": text}, 403)
+
+
+def _is_private_name(host: str) -> bool:
+    """Whether a `Host` is an address, or a name that cannot be bought: without a dot, or of a local network."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    try:
+        ip_address(name)
+    except ValueError:
+        return bool(name) and ("." not in name or name.endswith((".localhost", ".local", ".internal")))
+    return True

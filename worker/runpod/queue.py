@@ -5,7 +5,7 @@ worker may be idle. The last job's file is encoded and uploaded meanwhile.
 
 The SDK itself posts a result three times and then drops it without a word. It cancels a request for a job after 90 s, and on
 SIGTERM, whether or not the platform has just handed a job over. It forgets a stop that arrives before its job has started. It
-asks a queue that fails, or answers nothing, again at once, hundreds of times a second.
+asks a queue that fails, or answers nothing, again at once, hundreds of times a second. It drops a job that it cannot parse.
 
 Import this after the log is set up: the SDK reads the environment when it is imported. Tested with runpod 1.12.0.
 """
@@ -13,7 +13,6 @@ Import this after the log is set up: the SDK reads the environment when it is im
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -27,12 +26,13 @@ import worker.runpod.sdk  # noqa: F401 it makes the import of the SDK quick
 import aiohttp
 import runpod
 from runpod.http_client import AsyncClientSession, TooManyRequests
-from runpod.serverless.modules import rp_fitness, rp_http, rp_scale
-from runpod.serverless.modules.rp_job import get_job, run_job
+from runpod.serverless.modules import rp_fitness, rp_http, rp_job, rp_scale
+from runpod.serverless.modules.rp_job import run_job
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from worker.logs import log, redact
 from worker.net.statuses import is_refusal
+from worker.runpod.bodies import bodies_of, take_apart
 from worker.settings import SettingsError, is_in_cloud
 
 TESTED_WITH = "1.12.0"
@@ -118,7 +118,7 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         self.jobs_fetcher = self._take_a_job
         self._handler: Handler = config["our_handler"]
         self._wants_a_job: Callable[[], bool] = config["wants_a_job"]
-        self._polls: list[asyncio.Task[list[Job] | None]] = []
+        self._polls: list[asyncio.Task[list[Job]]] = []
         """Requests for a job that are not answered yet, the newest last."""
         self._not_begun: set[str] = set()
         """Ids of jobs that were taken and have not reached the handler."""
@@ -129,7 +129,7 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
                 return jobs
         if not self.is_alive():
             return None
-        self._polls.append(asyncio.create_task(get_job(session, 1)))
+        self._polls.append(asyncio.create_task(get_job(session)))
         return await self._answer(_SECONDS_PER_POLL)
 
     async def _answer(self, seconds: float) -> list[Job] | None:
@@ -149,7 +149,6 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         except Exception:
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
             raise
-        jobs = [job for job in jobs or [] if isinstance(job, dict) and isinstance(job.get("id"), str)]
         if not jobs:  # a queue with nothing to do answers late; a refusal, a page or an empty answer comes at once
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
         self._not_begun.update(job["id"] for job in jobs)
@@ -179,10 +178,27 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         return bool(await super().stop_job(job_id))
 
 
+async def get_job(session: aiohttp.ClientSession) -> list[Job]:
+    """The jobs that the platform hands out, of which each has an id; none when there is nothing to do, and for what is no job.
+
+    Raises TooManyRequests, and aiohttp's errors.
+    """
+    async with session.get(rp_job._job_get_url(1)) as response:
+        if response.status == 429:
+            raise TooManyRequests(response.request_info, response.history, status=429, message=str(response.reason))
+        response.raise_for_status()
+        body = await response.read() if response.status == 200 else b""
+    jobs, unreadable = await asyncio.to_thread(take_apart, body)
+    for job_id, text in unreadable:
+        await _post(session, {"error": text}, job_id)
+    return jobs
+
+
 async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:
     """Post a result until it arrives: for minutes, since the GPU time is paid. A refusal is final after a few tries."""
     url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
-    body = json.dumps(result, ensure_ascii=False).encode()
+    bodies = bodies_of(result)
+    body = next(bodies)
     headers = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": job_id}
     timeout = aiohttp.ClientTimeout(total=_SECONDS_PER_TRY)
     give_up_at, pause, refusals = time.monotonic() + _SECONDS_TO_POST, 0.5, 0
@@ -193,6 +209,8 @@ async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: 
                     return
                 reason = f"the queue answered {answer.status}"
                 refusals += is_refusal(answer.status)
+                if answer.status == 413 and (smaller := next(bodies, None)):
+                    body, refusals = smaller, 0
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = type(error).__name__
         if refusals == _REFUSALS or time.monotonic() + pause > give_up_at:

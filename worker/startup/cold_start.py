@@ -21,7 +21,7 @@ from worker.recovery import Recovery
 from worker.service import Service
 from worker.settings import Settings, SettingsError
 from worker.startup.missing_weights import fetch_missing
-from worker.storage import Storage, storage_of
+from worker.storage import Limit, Storage, storage_of
 
 _SECONDS_FOR_THE_BUCKET = 20.0
 """How long the bucket may take to answer at start: a store that has just restarted should not end the worker."""
@@ -54,7 +54,9 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
         with timed(took, "download"):
             checkpoints = fetch_missing(settings, checkpoints)
     # Upload what an earlier worker could not; in the background, since the model takes longer to load.
-    threading.Thread(target=Recovery(settings.recovery_dir).upload_all, args=(storage,), daemon=True).start()
+    threading.Thread(
+        target=Recovery(settings.recovery_dir, settings.recovery_max_bytes).upload_all, args=(storage,), daemon=True
+    ).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
             model = load_pipeline(
@@ -81,4 +83,5 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
 def _check_storage(storage: Storage) -> None:
     """Raises WorkerError with UPLOAD_FAILED: at once when the place refuses, after a while when it does not answer."""
     give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
-    retry_until(storage.check, give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)
+    limit = Limit(threading.Event(), give_up_at)
+    retry_until(lambda: storage.check(limit), give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)

@@ -26,7 +26,7 @@ def client():
 
 def test_with_the_tested_versions_everything_is_guarded() -> None:
     privates.check()
-    privates.public_only(client())
+    privates.guard_store(client(), public=True)
 
 
 @pytest.fixture
@@ -59,15 +59,15 @@ def test_pools_that_are_chosen_in_another_way_stop_the_start(monkeypatch: pytest
 def test_a_botocore_that_has_moved_reaches_no_bucket_of_a_job(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     bucket = client()
     delattr(bucket._endpoint.http_session, name)
-    with pytest.raises(GuardMissing, match="the bucket of a job cannot be guarded"):
-        privates.public_only(bucket)
+    with pytest.raises(GuardMissing, match="a bucket cannot be guarded"):
+        privates.guard_store(bucket, public=True)
 
 
 def test_a_botocore_that_keeps_its_session_elsewhere_reaches_no_bucket_of_a_job() -> None:
     bucket = client()
     bucket._endpoint.http_session = object()
     with pytest.raises(GuardMissing):
-        privates.public_only(bucket)
+        privates.guard_store(bucket, public=True)
 
 
 def test_a_response_that_is_not_watched_is_not_read(monkeypatch: pytest.MonkeyPatch, web) -> None:
