@@ -72,7 +72,7 @@ _QUEUE: dict[Kind, list[tuple[Fault, int]]] = {
 }
 _READS: list[tuple[Fault, int]] = [(Status(503), 2), (Dropped(), 1), (CutShort(), 1), (Slow(1), 1)]
 _BUCKET: dict[str, list[tuple[Fault, int]]] = {
-    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2)],
+    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2), (Slow(7), 1)],
     "GET": _READS,
     "HEAD": _READS,
 }
@@ -221,7 +221,7 @@ class Soak:
         """What every request gives in quiet."""
         for case in self._cases:
             job_id = "quiet-" + "".join(letter for letter in case.name if letter.isalnum())
-            self._cloud.submit(job_id, case.of(job_id))
+            self._cloud.submit(job_id, case.of(job_id), **case.beside)
             result = self._cloud.wait_for(job_id, seconds=120)
             if ("error" in result) != bool(case.error):
                 self._violations.append(f"{case.name}: in quiet it gave {result.get('error', 'a result')}")
@@ -231,7 +231,7 @@ class Soak:
         case = case or self._random.choices(self._cases, [case.weight for case in self._cases])[0]
         self._jobs[job_id] = case
         self._open.add(job_id)
-        self._cloud.submit(job_id, case.of(job_id))
+        self._cloud.submit(job_id, case.of(job_id), **case.beside)
 
     def _order_a_fault(self) -> None:
         """Of each kind of request in turn, though in no order that repeats."""

@@ -8,8 +8,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ class Case:
     weight: int
     request: dict[str, Any]
     error: str = ""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """What the job has beside its input."""
 
     def of(self, job_id: str) -> dict[str, Any]:
         return json.loads(json.dumps(self.request).replace("{job}", job_id))
@@ -38,10 +40,13 @@ def cases_of(model_id: str, web: str) -> list[Case]:
     """Of wan21_1b or wan22_14b_t2v; `web` is the address of a `lora_server`."""
     loras = {"wan21_1b": _single_loras, "wan22_14b_t2v": _moe_loras}[model_id]
 
-    def case(name: str, weight: int, lora: str, *prompts: dict[str, Any], error: str = "", **more: Any) -> Case:
+    def case(
+        name: str, weight: int, lora: str, *prompts: dict[str, Any], error: str = "", bucket: str = "", **more: Any
+    ) -> Case:
         shots = [PROMPT | changes for changes in prompts or ({},)]
         base = {"model": model_id, "trigger_word": "sks", "loras": loras(lora, web), "prompts": shots}
-        return Case(name, weight, base | more, error)
+        keys = {"accessId": "id", "accessSecret": "secret", "bucketName": "videos", "endpointUrl": f"{web}/{bucket}"}
+        return Case(name, weight, base | more, error, {"s3Config": keys} if bucket else {})
 
     return [
         case("mp4", 4, "a"),
@@ -63,6 +68,10 @@ def cases_of(model_id: str, web: str) -> list[Case]:
         case("LoRA from a dead server", 1, "dead", error="LORA_DOWNLOAD_FAILED"),
         case("no such LoRA", 1, "nothing", error="LORA_NOT_FOUND"),
         case("no LoRA", 1, "a", loras=[], error="LORA_FILE_REQUIRED"),
+        case("bucket that floods", 1, "a", bucket="flood", error="UPLOAD_FAILED"),
+        case("bucket that drips", 1, "a", bucket="drip", error="UPLOAD_FAILED"),
+        case("bucket that does not answer", 1, "a", bucket="silence", error="UPLOAD_FAILED"),
+        case("prompts for megabytes of result", 1, "a", *[{}] * 1001, error="INVALID_INPUT"),
         case("text for a number", 1, "a", {"width": "64"}, error="INVALID_INPUT"),
     ]
 
@@ -105,6 +114,19 @@ def lora_server(folder: Path) -> Iterator[str]:
             else:
                 body = folder.joinpath(*parts[-2:]).read_bytes()
                 self._give(body, manner, first)
+
+        def do_PUT(self) -> None:
+            """A stranger's bucket."""
+            manner = self.path.split("/")[1]
+            with suppress(OSError):
+                if manner != "silence":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000000000")
+                    self.end_headers()
+                for _ in range(1000):
+                    time.sleep(0 if manner == "flood" else 0.1)
+                    self.wfile.write({"flood": b"x" * 100_000, "drip": b"x", "silence": b""}[manner])
+            self.close_connection = True
 
         def _give(self, body: bytes, manner: str, first: bool) -> None:
             etag = f'"{hashlib.sha256(body).hexdigest()}"'

@@ -35,7 +35,7 @@ _SECONDS_UNTIL_KEPT = 5.0
 """An upload that is still under way after so long is kept meanwhile: the process may be killed before it ends."""
 _SECONDS_TO_LOOK = 15.0
 """For all looks at what an earlier delivery stored, after which the job goes on as if there were nothing."""
-_SECONDS_TO_CHECK = 60.0
+_SECONDS_TO_CHECK = 30.0
 """For the check of a bucket that a job brings along."""
 _SECONDS_TO_SAVE = 10.0
 """For the result beside its files, without which they are found as well."""
