@@ -44,7 +44,7 @@ from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import refresh, stays_on_device
 from pipelines.pristine import CheckpointFile
-from pipelines.quantized import Quantized
+from pipelines.quantized import CodedLinear, Quantized, encode_layers
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.toolkit import Toolkit
 from pipelines.trained import Quantization
@@ -100,6 +100,11 @@ class WanModel(ABC):
         self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
         cache_embeddings(pipe, lambda: (self._text_attention, self._text_encoder.active))
         self._shapes = {name: tuple(value.shape) for name, value in pipe.transformer.named_parameters()}
+        self._shapes |= {
+            f"{name}.weight": (module.out_features, module.in_features)
+            for name, module in pipe.transformer.named_modules()
+            if isinstance(module, CodedLinear)
+        }
         self._adapters = Adapters(spec, pipe)
         files = {name: CheckpointFile(parts.checkpoints.folder_of(name), name) for name in (*spec.transformers, "text_encoder")}
         self._merges = Merges(pipe, files)
@@ -109,6 +114,10 @@ class WanModel(ABC):
         self._recovery = {name: Beside(getattr(pipe, name), parts.device, pipe.transformer.dtype) for name in spec.transformers}
         self._beside = {name: Beside(getattr(pipe, name), parts.device) for name in spec.transformers}
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
+        self.quantization = parts.quantization
+        """What is kept as codes, for all jobs; None: nothing."""
+        if self.quantization:
+            self._kept_in_float32.cast(pipe.transformer.dtype)  # as the trainer does before it quantizes
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the transformers' blocks, before the first LoRA is applied; see `compiled.compile_blocks`."""
@@ -126,7 +135,9 @@ class WanModel(ABC):
         reading = fit.check(adapter.file, self.spec, self._shapes)
         warnings = fit.hints(adapter, self.spec, reading)
         zeros = zero_keys(adapter.file)
-        _, why_merged = fit.mode_for(reading, mode, self._shapes, zeros)
+        _, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
+        if why_merged and self.quantization:
+            raise LoraIncompatible(f"{why_merged}, which cannot be done with QUANTIZE; use a worker without it")
         if why_merged and not OFFLOAD[self.facts["offload_mode"]].can_merge:
             raise LoraIncompatible(f"{why_merged}, which OFFLOAD_MODE={self.facts['offload_mode']} cannot do; use another mode")
         if why_merged:
@@ -147,7 +158,11 @@ class WanModel(ABC):
 
     def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
         """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
-        return fit.mode_for(read(adapter.file), mode, self._shapes, zero_keys(adapter.file))[0]
+        return fit.mode_for(read(adapter.file), self._possible(mode), self._shapes, zero_keys(adapter.file))[0]
+
+    def _possible(self, mode: LoraMode) -> LoraMode:
+        """Nothing is merged into codes: LoRAs lie beside them, as in the trainer."""
+        return "beside" if mode == "merge" and self.quantization else mode
 
     def apply_loras(
         self,
@@ -159,7 +174,8 @@ class WanModel(ABC):
         """Make the model carry exactly these LoRAs at these scales; what is applied already stays.
 
         `quantization`: how the weights are rounded, as in a quantized training; `recovery`: the accuracy recovery adapter that
-        lies beneath the LoRAs there. With them, LoRAs are carried `beside`.
+        lies beneath the LoRAs there. With them, LoRAs are carried `beside`. A model whose weights are kept as codes has both as
+        they are.
 
         Raises LoraError with its `position`, OutOfMemory, DeviceLost; every transformer is plain then.
         """
@@ -182,6 +198,8 @@ class WanModel(ABC):
 
     def _quantize(self, wanted: Quantization | None, recovery: Adapter | None) -> None:
         """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this."""
+        if self.quantization:
+            wanted = recovery = None  # the codes are what they are
         layers = fit.by_transformer([recovery]) if recovery else {}
         if recovery and not read(recovery.file).has_both_sides:
             layers = dict.fromkeys(self.spec.transformers, layers["transformer"])
@@ -195,7 +213,7 @@ class WanModel(ABC):
         changed = [name for name, part in self._quantized.items() if self._round(name, part, wanted, layers.get(name))]
         if self._text_encoder.apply(wanted.text_encoder if wanted else None):
             changed.append("text_encoder")
-        if not format and self._kept_in_float32.restore():
+        if not format and not self.quantization and self._kept_in_float32.restore():
             changed = [*self.spec.transformers, *changed]
         if changed:
             refresh(self._pipe, tuple(changed))
@@ -265,7 +283,7 @@ class WanModel(ABC):
 
     @property
     def _is_quantized(self) -> bool:
-        return any(part.active for part in self._quantized.values())
+        return self.quantization is not None or any(part.active for part in self._quantized.values())
 
     @contextmanager
     def _hooks_are_seen(self) -> Iterator[None]:
@@ -497,8 +515,13 @@ class Parts:
         device: torch.device,
         offload_mode: OffloadMode,
         took: dict[str, float],
+        quantization: Quantization | None = None,
     ) -> None:
-        """`took` gets the seconds of each component. What `offload_mode` moves to the device later stays in main memory."""
+        """`took` gets the seconds of each component. What `offload_mode` moves to the device later stays in main memory.
+
+        `quantization`: which weights are kept as codes.
+        """
+        self.quantization = quantization
         self.spec = spec
         self.checkpoints = checkpoints
         self.device = device
@@ -527,6 +550,10 @@ class Parts:
             "image_encoder": transformers.CLIPVisionModel,
         }[name]
         part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
+        if self.quantization and name == "text_encoder" and self.quantization.text_encoder:
+            encode_layers(part, self.quantization.text_encoder, (), self.device, self._dtype)
+        elif self.quantization and name in self.spec.transformers and self.quantization.transformer:
+            encode_layers(part, self.quantization.transformer, self.quantization.excluded, self.device, self._dtype)
         return part if name in self._stay_in_memory else part.to(self.device)
 
 

@@ -18,6 +18,8 @@ Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
 """What a video is made to match: the model page, or the samples of the trainer."""
+Quantize = Literal["none", "auto", "qfloat8", "float8", "int8", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7"]
+"""How a worker keeps its weights; see `load_pipeline`."""
 LoraMode = Literal["adapter", "merge", "beside"]
 """`adapter`: beside the weights, as diffusers does. `merge`: added into them, as the trainer does for its samples. `beside`: in
 float32 beside them, as the trainer does where it cannot merge."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from pipelines import diffusers_privates as privates
 from pipelines.attention import set_attention
 from pipelines.base import Parts, WanModel, is_out_of_memory
-from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode
+from pipelines.catalog import BYTES_OF_A_JOB, MODELS, Attention, Family, ModelSpec, OffloadMode, Quantize
 from pipelines.checkpoints import Checkpoints
 from pipelines.diffusers_models import DiffusersModel
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable, OutOfMemory
@@ -21,6 +21,7 @@ from pipelines.facts import facts_of
 from pipelines.offload import bytes_by_mode, mode_for, place
 from pipelines.toolkit import load_toolkit
 from pipelines.toolkit_models import Wan22ImageToVideo, Wan22TextImageToVideo
+from pipelines.trained import Quantization, TrainedWith
 
 _MODEL_CLASS: dict[Family, type[WanModel]] = {
     "t2v": DiffusersModel,
@@ -40,12 +41,15 @@ def load_pipeline(
     toolkit_commit: str | None = None,
     took: dict[str, float] | None = None,
     attention: Attention = "native",
+    quantize: Quantize = "none",
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU. Downloads nothing.
 
     `checkpoints` is a folder with an `ORG/NAME` per Hub repo id in diffusers layout, or what was found in several places.
     `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, if it has one; None: any.
-    `took` gets the seconds of each component. `attention`: see `attention.set_attention`.
+    `took` gets the seconds of each component. `attention`: see `attention.set_attention`. `quantize`: the format in which the
+    weights of the transformers and the text encoder are kept; `auto`: the first of none, qfloat8 and uint4 that leaves room
+    for a job without streaming a transformer.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory, LibraryMoved.
     """
     _quiet_libraries()
@@ -55,13 +59,17 @@ def load_pipeline(
     toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
     sizes: dict[OffloadMode, int] = {}
     mode: OffloadMode = "none"
+    quantization = _quantization(spec, "none" if quantize == "auto" else quantize)
     try:
         checkpoints = Checkpoints.of(spec, checkpoints)
         checkpoints.check()
         if target.type == "cuda":
-            sizes = bytes_by_mode(checkpoints, dtype.itemsize)
-            mode = mode_for(offload_mode, spec, sizes, torch.cuda.mem_get_info(target)[0])
-        parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took)
+            free = torch.cuda.mem_get_info(target)[0]
+            if quantize == "auto":
+                quantization = choose_quantization(spec, checkpoints, dtype.itemsize, free)
+            sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
+            mode = mode_for(offload_mode, spec, sizes, free)
+        parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
         model = _MODEL_CLASS[spec.family].load(parts, toolkit)
         place(model._pipe, target, mode)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -75,9 +83,25 @@ def load_pipeline(
     set_attention([getattr(model._pipe, name) for name in spec.transformers], attention, target)
     model.bytes_by_mode = sizes
     model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": mode}
+    model.facts["quantize"] = quantization.transformer if quantization else None
     for warning in privates.check(model._pipe, mode):
         logging.getLogger(__name__).warning("%s", warning)
     return model
+
+
+def _quantization(spec: ModelSpec, quantize: str) -> Quantization | None:
+    """What a training with the newest trainer quantizes in this format."""
+    return None if quantize == "none" else TrainedWith(quantize=True, qtype=quantize).quantization(spec, None)
+
+
+def choose_quantization(spec: ModelSpec, checkpoints: Checkpoints, itemsize: int, free: int) -> Quantization | None:
+    """What `auto` takes for a device with `free` bytes: the finest with which no transformer has to be streamed."""
+    for quantize in ("none", "qfloat8", "uint4"):
+        quantization = _quantization(spec, quantize)
+        needed = bytes_by_mode(checkpoints, itemsize, quantization)
+        if min(needed["none"], needed["text_encoder"]) + BYTES_OF_A_JOB <= free:
+            return quantization
+    return _quantization(spec, "uint4")
 
 
 def _quiet_libraries() -> None:

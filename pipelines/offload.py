@@ -6,7 +6,7 @@ The modes are the table OFFLOAD of the catalog.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines import diffusers_privates as privates
 from pipelines.catalog import BYTES_OF_A_JOB, OFFLOAD, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
+from pipelines.trained import Quantization, bytes_of_codes
 from pipelines.weights import STEM_OF, file_names
 
 
@@ -40,9 +41,9 @@ def mode_for(asked: OffloadMode, spec: ModelSpec, needed: Mapping[OffloadMode, i
     )
 
 
-def bytes_by_mode(checkpoints: Checkpoints, itemsize: int) -> dict[OffloadMode, int]:
-    """Bytes of weights on the device in each mode, in numbers of `itemsize` bytes."""
-    return on_device(checkpoints.spec, _bytes_of_parts(checkpoints, itemsize))
+def bytes_by_mode(checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None = None) -> dict[OffloadMode, int]:
+    """Bytes of weights on the device in each mode, in numbers of `itemsize` bytes, or as codes where they are quantized."""
+    return on_device(checkpoints.spec, _bytes_of_parts(checkpoints, itemsize, quantization))
 
 
 def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
@@ -90,17 +91,35 @@ def _distinct(pipe: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(pipe, name) for name in reversed(found.values())}
 
 
-def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int) -> dict[str, int]:
-    """Bytes of each component's weights, in numbers of `itemsize` bytes."""
+def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None) -> dict[str, int]:
+    """Bytes of each component's weights."""
     sizes = {}
     for part in checkpoints.spec.sources:
         if part in STEM_OF:
             folder = checkpoints.folder_of(part)
-            sizes[part] = sum(_count(folder / name) for name in file_names(folder, part)) * itemsize
+            shapes = (item for name in file_names(folder, part) for item in _shapes(folder / name))
+            sizes[part] = sum(bytes_of_tensor(part, key, shape, itemsize, quantization) for key, shape in shapes)
     return sizes
 
 
-def _count(file: Path) -> int:
-    """The number of elements of all tensors in a safetensors file."""
+_EMBEDDINGS = ("shared", "embed_tokens", "relative_attention_bias")
+"""Modules of the text encoder whose weights are tables, and no linear layers'."""
+
+
+def bytes_of_tensor(part: str, key: str, shape: Sequence[int], itemsize: int, quantization: Quantization | None) -> int:
+    """Bytes of one tensor of a component, by its name in the file and its shape."""
+    format = (
+        {"text_encoder": quantization.text_encoder, "image_encoder": None, "vae": None}.get(part, quantization.transformer)
+        if quantization
+        else None
+    )
+    is_linear = len(shape) == 2 and key.endswith(".weight") and not any(name in key for name in _EMBEDDINGS)
+    is_left_out = part != "text_encoder" and quantization is not None and key.startswith(quantization.excluded or ("\0",))
+    if format and is_linear and not is_left_out:
+        return bytes_of_codes(format, shape[0], shape[1], itemsize)
+    return math.prod(shape) * itemsize
+
+
+def _shapes(file: Path) -> list[tuple[str, list[int]]]:
     with safe_open(file, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        return [(key, tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118

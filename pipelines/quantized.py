@@ -1,4 +1,4 @@
-"""Weights as a quantized training has them: decode(encode(w)), in place, and back to the bit.
+"""Weights as a quantized training has them: decode(encode(w)), in place for a job and back to the bit, or as codes in memory.
 
 The formats are those of the trainer (optimum-quanto's qfloat8, torchao's uintN and float8), rebuilt in plain torch. A worker
 needs neither library: the samples depend on the values alone, and on one thing more: quanto adds the bias of a layer in an
@@ -15,19 +15,30 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from pipelines.pristine import CheckpointFile
+from pipelines.trained import GROUP
 
-GROUP = 64
-"""Inputs that share a scale in the uintN formats."""
 _FLOAT8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
 
 
+Codes = tuple[torch.Tensor, ...]
+"""The codes of a weight, and the scales that decode them, in the weight's dtype."""
+
+
 @dataclass(frozen=True)
 class Format:
-    """How a weight is rounded. `decoded` returns the rounded weight in the weight's dtype, or the weight itself."""
+    """How a weight [outputs, inputs] is kept."""
 
-    decoded: Callable[[torch.Tensor], torch.Tensor]
+    encode: Callable[[torch.Tensor], Codes | None]
+    """None for a weight that the format leaves as it is."""
+    decode: Callable[..., torch.Tensor]
+    """The rounded weight from its codes, in the dtype of the scales."""
     adds_bias_apart: bool = False
+
+    def decoded(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rounded weight in the weight's dtype, or the weight itself."""
+        codes = self.encode(weight)
+        return weight if codes is None else self.decode(*codes)
 
 
 def _scale_of(weight: torch.Tensor, largest: float) -> torch.Tensor:
@@ -36,48 +47,119 @@ def _scale_of(weight: torch.Tensor, largest: float) -> torch.Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _qfloat8(weight: torch.Tensor) -> torch.Tensor:
+def _as_float8(weight: torch.Tensor) -> torch.Tensor:
+    """Rounded to float8, as its bytes: a tensor of float8 would be cast with the rest of a model."""
+    return weight.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _qfloat8(weight: torch.Tensor) -> Codes:
     scale = _scale_of(weight, _FLOAT8_MAX)
-    codes = (weight / scale).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
-    return scale * codes.to(weight.dtype)
+    return _as_float8(weight / scale), scale
 
 
-def _float8(weight: torch.Tensor) -> torch.Tensor:
+def _float8(weight: torch.Tensor) -> Codes:
     scale = _scale_of(weight, _FLOAT8_MAX)
-    codes = (weight * (1 / scale)).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
-    return codes.to(weight.dtype) * scale
+    return _as_float8(weight * (1 / scale)), scale
 
 
-def _int8(weight: torch.Tensor) -> torch.Tensor:
+def _from_float8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.view(torch.float8_e4m3fn).to(scale.dtype) * scale
+
+
+def _int8(weight: torch.Tensor) -> Codes:
     scale = _scale_of(weight, 127.5)
-    codes = (weight / scale).round().clamp(-128, 127)
-    return codes * scale
+    return (weight / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def _uint(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    def decoded(weight: torch.Tensor) -> torch.Tensor:
+def _from_int8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.to(scale.dtype) * scale
+
+
+def _uint(bits: int) -> Format:
+    top = 2**bits - 1
+
+    def encode(weight: torch.Tensor) -> Codes | None:
         if weight.shape[1] % GROUP:
-            return weight
+            return None
         groups = weight.reshape(weight.shape[0], -1, GROUP)
         low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
-        top = 2**bits - 1
         scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).eps)
         zero = (-(low / scale).round()).clamp(0, top)
         codes = ((groups * (1 / scale)).round() + zero).clamp(0, top)
-        rounded: torch.Tensor = (codes - zero) * scale
-        return rounded.reshape(weight.shape)
+        return _packed(codes.to(torch.uint8), bits), scale, zero
 
-    return decoded
+    def decode(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        codes = _unpacked(packed, bits).to(scale.dtype)
+        weight: torch.Tensor = (codes - zero) * scale
+        return weight.flatten(1)
+
+    return Format(encode, decode)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [rows, groups, 64] of `bits` bits → [rows, groups, bits, 8]: of eight codes, a byte for each of their bits."""
+    eights = codes.reshape(*codes.shape[:2], 8, 8)
+    places = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    planes = [(((eights >> bit) & 1) << places).sum(3, dtype=torch.uint8) for bit in range(bits)]
+    return torch.stack(planes, 2)
+
+
+def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    codes = torch.zeros((*packed.shape[:2], 8, 8), dtype=torch.uint8, device=packed.device)
+    for bit in range(bits):
+        codes |= ((packed[:, :, bit, :, None] >> places) & 1) << bit
+    return codes.flatten(2)
 
 
 FORMATS: dict[str, Format] = {
-    "qfloat8": Format(_qfloat8, adds_bias_apart=True),
-    "float8": Format(_float8),
-    "int8": Format(_int8),
-    **{f"uint{bits}": Format(_uint(bits)) for bits in range(2, 8)},
-    "uint8": Format(lambda weight: weight),
+    "qfloat8": Format(_qfloat8, _from_float8, adds_bias_apart=True),
+    "float8": Format(_float8, _from_float8),
+    "int8": Format(_int8, _from_int8),
+    **{f"uint{bits}": _uint(bits) for bits in range(2, 8)},
+    "uint8": Format(lambda _: None, lambda: torch.empty(0)),
 }
 """uint8 changes nothing in the trainer: its own check for that format skips every layer."""
+
+
+class CodedLinear(torch.nn.Linear):
+    """A linear layer whose weight is in memory as codes, and is decoded whenever it is asked for."""
+
+    def __init__(self, layer: torch.nn.Linear, format: Format, codes: Codes) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._format = format
+        self._names = [f"code_{number}" for number in range(len(codes))]
+        for name, part in zip(self._names, codes, strict=True):
+            self.register_buffer(name, part)
+        self.register_parameter("bias", layer.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return self._format.decode(*(getattr(self, name) for name in self._names))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.bias is None or not self._format.adds_bias_apart:
+            return torch.nn.functional.linear(inputs, self.weight, self.bias)
+        return torch.nn.functional.linear(inputs, self.weight) + self.bias
+
+
+@torch.no_grad()
+def encode_layers(
+    component: torch.nn.Module, format: str, excluded: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace the linear layers of a component by coded ones, one after the other, so that few weights are there twice.
+
+    `excluded`: starts of the names of layers that are left out. `device` computes the codes, `dtype` is the model's.
+    """
+    for name, layer in list(component.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and not name.startswith(excluded or ("\0",)):
+            codes = FORMATS[format].encode(layer.weight.to(device, dtype))
+            if codes is not None:
+                home = layer.weight.device
+                coded = CodedLinear(layer, FORMATS[format], tuple(part.to(home) for part in codes))
+                parent, _, own = name.rpartition(".")
+                setattr(component.get_submodule(parent), own, coded)
 
 
 class Quantized:

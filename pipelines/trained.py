@@ -20,6 +20,19 @@ QTYPES = ("qfloat8", "float8", "int8", *(f"uint{bits}" for bits in range(2, 9)))
 
 _EXCLUDED = ("condition_embedder", "proj_out")
 
+GROUP = 64
+"""Inputs that share a scale in the uintN formats."""
+
+
+def bytes_of_codes(format: str, rows: int, columns: int, itemsize: int) -> int:
+    """Bytes that a weight [rows, columns] takes in a format, with its scales, which have `itemsize` bytes each."""
+    if not format.startswith("uint"):
+        return rows * (columns + itemsize)
+    bits = int(format.removeprefix("uint"))
+    if bits == 8 or columns % GROUP:
+        return rows * columns * itemsize
+    return rows * columns * bits // 8 + 2 * rows * columns // GROUP * itemsize
+
 
 @dataclass(frozen=True)
 class TrainedWith:
@@ -105,6 +118,10 @@ class Quantization:
     text_encoder: str | None
     excluded: tuple[str, ...] = ()
     """Modules of the transformer that are left as they are, by the start of their name."""
+
+    def __str__(self) -> str:
+        parts = {"transformer": self.transformer, "text encoder": self.text_encoder}
+        return " and ".join(f"the {part} as {format}" for part, format in parts.items() if format)
 
 
 def trained_with(process: Mapping[str, Any]) -> TrainedWith:

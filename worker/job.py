@@ -164,7 +164,7 @@ class Job:
 
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
         run.warnings = [
-            *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"]),
+            *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"], model.quantization),
             *length_warnings(run.shots, model.tokens_of),
         ]
         run.settings = settings_of(model.facts, adapters, run.match, lambda adapter: model.mode_of(adapter, run.mode))

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
+from pipelines.trained import Quantization
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
 from worker.request import FIELD_OF, Shot
@@ -147,11 +148,13 @@ def sum_of_pixels(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def teaching_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str) -> list[str]:
-    """What would bring the user closer to the trainer's samples."""
+def teaching_warnings(
+    run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str, kept: Quantization | None
+) -> list[str]:
+    """What would bring the user closer to the trainer's samples; `kept`: how the worker keeps its weights."""
     return [
         *_era_warnings(run, files, numbers_of),
-        *_training_warnings(run, files, dtype),
+        *_training_warnings(run, files, dtype, kept),
         *_trigger_warnings(files, run.shots),
     ]
 
@@ -168,9 +171,18 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
 _SIXTEEN_BITS = {"F16", "BF16"}
 
 
-def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str) -> Iterator[str]:
-    """What of the training changes its samples, and how near they can be met. The sizes are those of docs/preview-match.md."""
+def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Quantization | None) -> Iterator[str]:
+    """What of the training changes its samples, and how near they can be met. The sizes are those of docs/preview-match.md.
+
+    `kept`: how the worker keeps its weights.
+    """
     trained = run.training.trained
+    if run.match == "preview" and kept and (kept != run.quantization or trained.recovery_adapter):
+        how = str(run.quantization) if run.quantization else "none of its weights"
+        yield (
+            f"this worker keeps its weights quantized (QUANTIZE: {kept}), and the training quantized {how}, so that the "
+            "samples are met only roughly; use a worker without QUANTIZE"
+        )
     if run.training.warning:
         yield run.training.warning
     if run.match != "preview":

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pipelines.catalog import MODELS, OFFLOAD, TOOLKIT_COMMIT, Attention, Match, Offload, OffloadMode
+from pipelines.catalog import MODELS, OFFLOAD, TOOLKIT_COMMIT, Attention, Match, Offload, OffloadMode, Quantize
 from pipelines.checkpoints import Place
 from worker.errors import Code, WorkerError
 
@@ -94,6 +94,12 @@ class Settings(BaseSettings):
         description="What waits in main memory: `none`, `text_encoder`, `group` (transformers too, streamed block by block), "
         "`model` (all but one component), `sequential` (all but one layer); `auto`: the first of the first three that leaves "
         "room for a job.",
+    )
+    quantize: Quantize = Field(
+        default="none",
+        description="The format in which transformers and text encoder keep their weights, as in a quantized training: "
+        "`qfloat8` (half the memory of bf16), `uint4` (a third), `float8`, `int8`, `uint2` to `uint7`; `auto`: the first of "
+        "`none`, `qfloat8` and `uint4` with which no transformer is streamed. It changes the frames.",
     )
     attention: Attention = Field(
         default="native",
@@ -227,6 +233,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
             )
+        if self.compiles and self.quantize != "none":
+            raise ValueError("COMPILE=1 does not go with QUANTIZE; set one of them")
         if self.compiles and not offload.can_compile:
             raise ValueError(f"COMPILE=1 does not go with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
         if self.offload_mode not in ("auto", "none") and self.device != "cuda":

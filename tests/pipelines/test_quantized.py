@@ -6,20 +6,24 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.catalog import MODELS
+from pipelines.checkpoints import Checkpoints
 from pipelines.errors import LoraIncompatible
+from pipelines.load import choose_quantization
 from pipelines.lora.file import LoraFile
+from pipelines.offload import bytes_by_mode
 from pipelines.pristine import CheckpointFile
-from pipelines.quantized import FORMATS
-from pipelines.trained import EXCLUDED_SINCE, QTYPES, Quantization, TrainedWith
+from pipelines.quantized import FORMATS, CodedLinear, _packed, _unpacked
+from pipelines.trained import EXCLUDED_SINCE, QTYPES, Quantization, TrainedWith, bytes_of_codes
 from tests import lora_zoo
 from tests.conftest import REAL_TOOLKIT
-from tests.pipelines.test_models import make
+from tests.pipelines.test_models import lora_paths, make
 from tests.trainer import stand_in
 
 BF16 = torch.bfloat16
@@ -160,3 +164,104 @@ def test_a_file_whose_parts_must_be_merged_is_refused_on_quantized_weights(model
     assert (make(model) == before).all()
     model.apply_loras([])
     assert (make(model) == before).all()
+
+
+# Weights that are kept as codes
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "uint8"])
+def test_codes_take_as_many_bytes_as_the_tables_say(name: str, weight: torch.Tensor) -> None:
+    codes = FORMATS[name].encode(weight)
+    assert codes is not None
+    assert sum(part.numel() * part.element_size() for part in codes) == bytes_of_codes(
+        name, *weight.shape, weight.element_size()
+    )
+    assert not any(part.is_floating_point() and part.dtype != BF16 for part in codes)  # a cast of the model would change them
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_codes_are_packed_without_a_loss(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 3, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = _packed(codes, bits)
+    assert packed.shape == (5, 3, bits, 8)
+    assert torch.equal(_unpacked(packed, bits), codes)
+
+
+MODELS_WITH_CODES = ["wan21_1b", "wan22_14b_t2v"]
+
+
+def _align(model: WanModel) -> None:
+    """Move weights from where they lie in their file to memory of their own: a CPU's float32 kernels round by the alignment."""
+    for part in ("text_encoder", *model.spec.transformers):
+        for module in getattr(model._pipe, part).modules():
+            if isinstance(module, torch.nn.Linear) and not isinstance(module, CodedLinear):
+                module.weight.data = module.weight.data.clone()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["qfloat8", "uint4"])
+@pytest.mark.parametrize("model_id", MODELS_WITH_CODES)
+def test_a_worker_that_keeps_codes_makes_the_frames_of_a_quantized_job_to_the_bit(
+    model_id: str, format: str, dtype: torch.dtype, tiny: Path
+) -> None:
+    spec = MODELS[model_id]
+    plain, coded = (load_pipeline(model_id, tiny, "cpu", dtype=dtype, quantize=quantize) for quantize in ("none", format))
+    wanted = TrainedWith(quantize=True, qtype=format).quantization(spec, None)
+    assert (coded.quantization, coded.facts["quantize"], plain.facts["quantize"]) == (wanted, format, None)
+    loras = [Adapter(LoraFile.read(path), 0.7, side) for path, side in lora_paths(model_id, tiny)]
+    plain.apply_loras(loras, "beside", wanted)
+    for model in (plain, coded):
+        _align(model)
+    coded.apply_loras(loras, "beside", wanted)
+    frames = make(plain)
+    assert np.array_equal(make(coded), frames)
+    plain.apply_loras([])
+    coded.apply_loras([])
+    assert not np.array_equal(make(plain), make(coded))
+    coded.apply_loras(loras, "merge", wanted)  # nothing can be merged into codes: they lie beside, as in the trainer
+    assert np.array_equal(make(coded), frames)
+
+
+def test_an_adapter_lies_over_codes_as_over_weights(tiny: Path) -> None:
+    """In `documented`: peft's own arithmetic, on the rounded weights."""
+    plain, coded = (load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16, quantize=quantize) for quantize in ("none", "uint4"))
+    ((path, _),) = lora_paths("wan21_1b", tiny)
+    lora = Adapter(LoraFile.read(path), 1.0)
+    layer = coded._pipe.transformer.blocks[0].attn1.to_q
+    coded.apply_loras([lora])
+    over = coded._pipe.transformer.blocks[0].attn1.to_q
+    inputs = torch.randn(1, 3, layer.in_features).to(BF16)
+    plain._pipe.transformer.blocks[0].attn1.to_q.weight.data.copy_(FORMATS["uint4"].decoded(layer.weight))
+    assert over is not layer and not torch.equal(over(inputs), layer(inputs))
+    plain.apply_loras([lora])
+    with torch.no_grad():
+        plain._pipe.transformer.blocks[0].attn1.to_q.base_layer.weight.copy_(layer.weight)
+    assert torch.equal(plain._pipe.transformer.blocks[0].attn1.to_q(inputs), over(inputs))
+    coded.apply_loras([])
+    assert coded._pipe.transformer.blocks[0].attn1.to_q is layer
+
+
+def test_codes_take_the_memory_that_the_table_says(tiny: Path) -> None:
+    checkpoints = Checkpoints.of(MODELS["wan22_14b_t2v"], tiny)
+    for format in ("none", "qfloat8", "uint4"):
+        model = load_pipeline("wan22_14b_t2v", tiny, "cpu", dtype=BF16, quantize=format)
+        parts = [getattr(model._pipe, part) for part in ("text_encoder", "transformer", "transformer_2", "vae")]
+        tensors = {id(tensor): tensor for part in parts for tensor in part.parameters()}
+        coded = [module for part in parts for module in part.modules() if isinstance(module, CodedLinear)]
+        tensors |= {id(tensor): tensor for module in coded for tensor in module.buffers()}
+        there = sum(BF16.itemsize * t.numel() if t.is_floating_point() else t.nbytes for t in tensors.values())
+        assert there == bytes_by_mode(checkpoints, BF16.itemsize, model.quantization)["none"]
+
+
+def test_a_lora_that_has_to_be_merged_is_refused_over_codes(tiny: Path, tmp_path: Path) -> None:
+    coded = load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16, quantize="qfloat8")
+    save_file(lora_zoo.merged()["differences"][0], tmp_path / "lora.safetensors")
+    with pytest.raises(LoraIncompatible, match="which cannot be done with QUANTIZE; use a worker without it"):
+        coded.check_lora(Adapter(LoraFile.read(tmp_path / "lora.safetensors")))
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(10**12, None), (0, "uint4")])
+def test_auto_takes_the_finest_format_that_fits(tiny: Path, free: int, chosen: str | None) -> None:
+    spec = MODELS["wan22_14b_t2v"]
+    found = choose_quantization(spec, Checkpoints.of(spec, tiny), BF16.itemsize, free)
+    assert (found.transformer if found else None) == chosen

@@ -44,6 +44,12 @@ NEAR = {
 }
 """Largest mean difference of a video's last frame, of 255; all other videos are exact."""
 
+ON_ANOTHER_CPU = {"float32": 0.01, "bfloat16": 2.0}
+"""The same where the CPU rounds otherwise than the trainer's, which had AVX-512: with AVX2 0.001 and 1.7 were measured."""
+
+PROBE = ("wan21_1b_bf16save32", "s0_0")
+"""A sample from before the training, without a LoRA. It tells whether this CPU rounds as the trainer's did."""
+
 
 def facts_of(run: str) -> dict[str, Any]:
     return json.loads((RUNS / run / "run.json").read_text())
@@ -112,17 +118,36 @@ def frames_of(model: WanModel, run: str, raw: dict[str, Any], step: str) -> np.n
     return np.concatenate(list(model.generate(shot.sampling, shot.recipe)))
 
 
+@pytest.fixture(scope="module")
+def is_alike(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether frames can be equal to the bit on this CPU."""
+    run, key = PROBE
+    frames = frames_of(loaded("wan21_1b", "bfloat16"), run, request_of(run, key, tmp_path_factory.mktemp("probe")), "0")
+    return is_equal(frames, run, key)
+
+
+def is_equal(frames: np.ndarray, run: str, key: str) -> bool:
+    return hashlib.sha256(frames.tobytes()).hexdigest() == facts_of(run)["videos"][key]["sha256"]
+
+
 @pytest.mark.parametrize(("run", "key"), CASES, ids=[f"{run}/{key}" for run, key in CASES])
-def test_the_frames_are_those_that_the_trainer_showed(run: str, key: str, loaded: Any, tmp_path: Path) -> None:
+def test_the_frames_are_those_that_the_trainer_showed(run: str, key: str, is_alike: bool, loaded: Any, tmp_path: Path) -> None:
     facts = facts_of(run)
     model = loaded(facts["model"], facts["dtype"])
-    frames = frames_of(model, run, request_of(run, key, tmp_path), key[1:].split("_")[0])
+    check(frames_of(model, run, request_of(run, key, tmp_path), key[1:].split("_")[0]), run, key, is_alike)
+
+
+def check(frames: np.ndarray, run: str, key: str, is_alike: bool) -> None:
+    """The frames are those that the trainer showed, as far as this kind of CPU can make them."""
+    facts = facts_of(run)
     assert list(frames.shape) == facts["videos"][key]["shape"]
-    if limit := NEAR.get(f"{run}/{key}"):
-        theirs = np.load(RUNS / run / "last_frames.npz")[key]
-        assert 0 < np.abs(frames[-1].astype(int) - theirs).mean() < limit
+    limit = NEAR.get(f"{run}/{key}", 0.0)
+    if not limit and is_alike:
+        assert is_equal(frames, run, key)
     else:
-        assert hashlib.sha256(frames.tobytes()).hexdigest() == facts["videos"][key]["sha256"]
+        limit += 0.0 if is_alike else ON_ANOTHER_CPU[facts["dtype"]]
+        theirs = np.load(RUNS / run / "last_frames.npz")[key]
+        assert np.abs(frames[-1].astype(int) - theirs).mean() < limit
 
 
 # Through the worker
@@ -136,41 +161,44 @@ def api(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalA
         yield api
 
 
-def sum_of(output: dict[str, Any]) -> str:
-    """sha256 of the raw frames of the one video."""
-    total = hashlib.sha256()
+def frames_in(output: dict[str, Any]) -> np.ndarray:
+    """The raw frames of the one video."""
     with zipfile.ZipFile(file_of(output["outputs"]["videos"][0])) as archive:
-        for name in sorted(archive.namelist()):
-            total.update(np.asarray(Image.open(io.BytesIO(archive.read(name)))).tobytes())
-    return total.hexdigest()
+        return np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in sorted(archive.namelist())])
+
+
+def sum_of(output: dict[str, Any]) -> str:
+    return hashlib.sha256(frames_in(output).tobytes()).hexdigest()
 
 
 def in_folder(run: str, request: dict[str, Any]) -> dict[str, Any]:
     return request | {"loras": [lora | {"path": f"{run}/{lora['path']}"} for lora in request["loras"]]}
 
 
-def test_a_worker_makes_what_the_trainer_showed_and_an_ordinary_job_afterwards_is_as_before(api: LocalApi, tmp_path: Path):
+def test_a_worker_makes_what_the_trainer_showed_and_an_ordinary_job_afterwards_is_as_before(
+    api: LocalApi, is_alike: bool, tmp_path: Path
+) -> None:
     run, key = "wan21_1b_q8save32", "s4_3"
     request = in_folder(run, request_of(run, key, tmp_path))
     ordinary = request | {"match": "documented", "trained_with": None}
     before = sum_of(output_of(api, ordinary))
     quantized = output_of(api, request)
-    assert sum_of(quantized) == facts_of(run)["videos"][key]["sha256"]
+    check(frames_in(quantized), run, key, is_alike)
     assert quantized["settings"]["trained_with"]["qtype"] == "qfloat8"
     assert quantized["settings"]["loras"][0]["applied_by"] == "beside"
     assert not any("16 bits" in warning or "how the training ran" in warning for warning in quantized["warnings"])
     assert sum_of(output_of(api, ordinary)) == before != sum_of(quantized)
     run, key = "wan21_1b_bf16save32", "s4_1"
     merged = output_of(api, in_folder(run, request_of(run, key, tmp_path)))
-    assert sum_of(merged) == facts_of(run)["videos"][key]["sha256"]
+    check(frames_in(merged), run, key, is_alike)
     assert merged["settings"]["loras"][0]["applied_by"] == "merge"
 
 
-def test_the_config_beside_a_lora_says_how_it_was_trained(api: LocalApi, tmp_path: Path) -> None:
+def test_the_config_beside_a_lora_says_how_it_was_trained(api: LocalApi, is_alike: bool, tmp_path: Path) -> None:
     run, key = "wan21_1b_q8save32", "s4_3"
     request = in_folder(run, request_of(run, key, tmp_path))
     output = output_of(api, {name: value for name, value in request.items() if name != "trained_with"})
-    assert sum_of(output) == facts_of(run)["videos"][key]["sha256"]
+    check(frames_in(output), run, key, is_alike)
     assert output["settings"]["trained_with_because"] == "the config.yaml beside the LoRA says so"
     output = output_of(api, request | {"match": "documented", "trained_with": None})
     [taught] = [warning for warning in output["warnings"] if "the training ran with" in warning]

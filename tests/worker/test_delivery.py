@@ -260,6 +260,7 @@ def test_a_file_is_kept_from_the_first_failed_try_on(tmp_path, recovery, file, m
     assert kept_in(tmp_path / "recovery") == [b"a finished video"]  # and now the process may be killed
     stop.set()
     thread.join()
+    assert kept_in(tmp_path / "recovery") == []  # of a job that was stopped, nobody wants it
 
 
 def test_a_file_is_kept_while_its_upload_takes_long_and_no_longer(tmp_path, recovery, file, monkeypatch):

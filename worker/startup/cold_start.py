@@ -69,6 +69,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
                 toolkit_commit=settings.ai_toolkit_commit,
                 took=took,
                 attention="native" if settings.exact else settings.attention,
+                quantize=settings.quantize,
             )
             if settings.compiles:
                 with timed(took, "compiler"):
