@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from benchmarks import real_size, report
 from pipelines.catalog import MODELS
 from pipelines.diffusers_privates import decode_pieces
 from pipelines.offload import on_device
+from pipelines.trained import TrainedWith
 
 SIZES = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
 """Width, height, frames."""
@@ -64,7 +65,19 @@ def main() -> int:
         jobs = {f"job {'x'.join(map(str, size))}": gigabytes(value) for size, value in work.items()}
         rows.append({"model": model_id, **modes, **jobs})
     report.write("memory", rows, unit="GB, calculated")
+    quantized = [{"model": model_id} | dict(_quantized(model_id)) for model_id in MODELS]
+    report.write("memory-quantized", quantized, unit="GB, calculated")
     return 0
+
+
+def _quantized(model_id: str) -> Iterator[tuple[str, float | None]]:
+    """The weights with QUANTIZE, by format and mode."""
+    spec = MODELS[model_id]
+    for format in ("qfloat8", "uint4"):
+        quantization = TrainedWith(quantize=True, qtype=format).quantization(spec, None)
+        needed = on_device(spec, real_size.bytes_of_parts(model_id, quantization))
+        for mode in ("none", "text_encoder"):
+            yield f"{format} {mode}", gigabytes(needed[mode])
 
 
 def gigabytes(value: int, is_possible: bool = True) -> float | None:

@@ -9,6 +9,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from pipelines.catalog import MODELS, Family
+from pipelines.offload import bytes_of_tensor
+from pipelines.trained import Quantization
 
 _FFN_DIM = {1536: 8960, 3072: 14336, 5120: 13824}
 """By the hidden size."""
@@ -64,8 +66,8 @@ def latents_of(model_id: str, width: int, height: int, num_frames: int) -> tuple
     return (1, channels, (num_frames - 1) // 4 + 1, height // scale, width // scale)
 
 
-def bytes_of_parts(model_id: str) -> dict[str, int]:
-    """What each component's weights take in bf16."""
+def bytes_of_parts(model_id: str, quantization: Quantization | None = None) -> dict[str, int]:
+    """What each component's weights take in bf16, or as codes where they are quantized."""
     with torch.device("meta"):
         parts: dict[str, Any] = {
             "text_encoder": UMT5EncoderModel(
@@ -77,5 +79,8 @@ def bytes_of_parts(model_id: str) -> dict[str, int]:
         if "image_dim" in TRANSFORMERS[model_id]:
             shape = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
             parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=14, image_size=224))
-    sizes = {name: 2 * sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    sizes = {
+        name: sum(bytes_of_tensor(name, key, value.shape, 2, quantization) for key, value in part.named_parameters())
+        for name, part in parts.items()
+    }
     return sizes | ({"transformer_2": sizes["transformer"]} if MODELS[model_id].moe else {})

@@ -60,6 +60,14 @@ def gpu_table() -> Table:
     return [head, *rows]
 
 
+def quantized_table() -> Table:
+    """GB by model that must be free on the GPU for a worker with QUANTIZE and a job."""
+    rows = _rows("memory-quantized")
+    places = [name for name in rows[0] if name != "model"]
+    head = ("model id", *(f"`QUANTIZE={name.partition(' ')[0]}`, `{name.partition(' ')[2]}`" for name in places))
+    return [head, *((f"`{row['model']}`", *(f"{row[name] + BYTES_OF_A_JOB / 1e9:.1f}" for name in places)) for row in rows)]
+
+
 def cost_table() -> Table:
     """PFLOP by model and size."""
     head = ("model", "size", "frames", "a step", "of it attention", "the decode")
