@@ -1,4 +1,4 @@
-# make run    sets up, builds tiny checkpoints and runs test_input.json to a playable MP4
+# make run    sets up, lays out tiny trained checkpoints and runs test_input.json to a playable MP4
 # make test   sets up and runs the tests
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-TINY := .tiny
+DEMO := .demo
 
 .PHONY: setup run serve playground test image-test soak lint format docs clean
 
@@ -23,21 +23,18 @@ $(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/
 	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
 	touch $@
 
-$(TINY)/.ready: builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
-	$(PY) builder/tiny_checkpoints.py $(TINY)
+$(DEMO)/.ready: $(wildcard builder/demo/weights/*/*) builder/demo/install.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
+	$(PY) -m builder.demo.install $(DEMO)
 	touch $@
 
-TINY_WORKER := MODEL_ID=wan22_14b_t2v CHECKPOINT_DIR=$(TINY) LORA_DIR=$(TINY)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py
+run: $(DEMO)/.ready
+	$(PY) -m builder.demo.run $(DEMO)
 
-run: $(TINY)/.ready
-	$(TINY_WORKER)
-	@echo "the video: $(CURDIR)/output/local_test/0.mp4"
+serve: $(DEMO)/.ready
+	MODEL_ID=wan22_14b_t2v CHECKPOINT_DIR=$(DEMO) LORA_DIR=$(DEMO)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py --rp_serve_api
 
-serve: $(TINY)/.ready
-	$(TINY_WORKER) --rp_serve_api
-
-playground: $(TINY)/.ready
-	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(TINY)))
+playground: $(DEMO)/.ready
+	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(DEMO)))
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
@@ -64,4 +61,4 @@ docs: setup
 	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(TINY) output site
+	rm -rf $(VENV) $(DEMO) output site

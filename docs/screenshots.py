@@ -1,6 +1,6 @@
 """Take the pictures of docs/playground.md from the real page, before a worker with tiny checkpoints.
 
-    python -m docs.screenshots .tiny
+    python -m docs.screenshots .demo
 
 Needs Chromium. The fonts are those of this machine.
 """

@@ -1,0 +1,44 @@
+"""Draw the loss curves of a training as one SVG."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+WIDTH, HEIGHT, MARGIN = 440, 180, 24
+COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b", "lora": "#3a9d5d"}
+INK = "#808080"
+"""Readable on white and on black alike."""
+
+
+def write_curves(folder: Path) -> None:
+    """Write FOLDER/loss.svg from the `*-loss.csv` in it: the logarithm of each loss over its own share of the time."""
+    lines: list[str] = []
+    for name, colour in COLOURS.items():
+        curve = folder / f"{name}-loss.csv"
+        if not curve.exists():
+            continue
+        with curve.open() as file:
+            rows = [(float(row["seconds"]), float(row["loss"])) for row in csv.DictReader(file)]
+        first, last = rows[0][1], rows[-1][1]
+        lines.append(f'<polyline points="{_points(rows)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        label = f"{name}: {first:.2f} to {last:.2f} in {rows[-1][0] / 60:.0f} min"
+        lines.append(f'<text x="{WIDTH - 190}" y="{MARGIN + 8 * len(lines)}" fill="{colour}">{label}</text>')
+    (folder / "loss.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'font-family="system-ui, sans-serif" font-size="12" role="img" aria-label="Loss curves">{"".join(lines)}'
+        f'<path d="M0 {HEIGHT - 1}H{WIDTH}" stroke="{INK}"/>'
+        f'<text x="0" y="{HEIGHT - 6}" fill="{INK}">logarithm of the loss, over the time of each training</text></svg>\n'
+    )
+
+
+def _points(rows: list[tuple[float, float]]) -> str:
+    logs = [math.log(loss) for _, loss in rows]
+    low, high = min(logs), max(logs)
+    points = []
+    for (seconds, _), value in zip(rows, logs, strict=True):
+        x = seconds / rows[-1][0] * WIDTH
+        y = MARGIN + (high - value) / ((high - low) or 1) * (HEIGHT - 2 * MARGIN)
+        points.append(f"{x:.1f},{y:.1f}")
+    return " ".join(points)

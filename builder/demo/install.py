@@ -1,0 +1,61 @@
+"""Lay the trained tiny weights out as the checkpoints of the text-to-video models.
+
+    python -m builder.demo.install ROOT
+
+The result is `ROOT/ORG/NAME` for every Hub repo that the T2V models of pipelines/catalog.py read, and `ROOT/loras` with a pair
+for `wan22_14b_t2v`. All models, and both transformers of 2.2, are the same weights: what differs is how they are sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from builder.tiny_checkpoints import write_index
+from pipelines.catalog import MODELS, ModelSpec
+
+WEIGHTS = Path(__file__).parent / "weights"
+LORA = WEIGHTS / "lora/striped_sail.safetensors"
+MODEL_IDS = tuple(spec.id for spec in MODELS.values() if spec.family == "t2v")
+
+
+def install(root: Path) -> None:
+    """Write the repos and the LoRAs below `root`; what lies there already is written over."""
+    for model_id in MODEL_IDS:
+        _install_model(MODELS[model_id], root)
+    for side in ("high", "low"):
+        _copy_file(LORA, root / f"loras/wan22_14b_t2v/wan22_14b_t2v_{side}_noise.safetensors")
+
+
+def _install_model(spec: ModelSpec, root: Path) -> None:
+    for part, source in spec.sources.items():
+        _copy_part(part, root / source.repo / source.subfolder)
+    base = root / spec.sources["vae"].repo
+    for part in spec.transformers:  # 2.2: beside those that the worker reads, for plain diffusers
+        _copy_part(part, base / part)
+    write_index(base, "WanPipeline", **({"boundary_ratio": 0.875} if spec.moe else {}))
+
+
+def _copy_part(part: str, to: Path) -> None:
+    for file in (WEIGHTS / part.removesuffix("_2")).iterdir():
+        _copy_file(file, to / file.name)
+
+
+def _copy_file(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, to)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write ROOT/ORG/NAME and ROOT/loras into")
+    root = parser.parse_args().root
+    install(root)
+    print(f"demo checkpoints of {', '.join(MODEL_IDS)} and a LoRA in {root}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Measure what the demo weights have learned, with diffusers' own WanPipeline and the judge.
+
+    python -m builder.demo.measure CHECKPOINTS OUT
+
+The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings.
+Writes OUT/figures.json, and a sheet of the films for each setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+from builder.demo import world
+from builder.demo.judge import Verdict, judge
+from pipelines.catalog import MODELS
+
+LARGE, SMALL = (96, 128, 17), (64, 96, 9)
+"""Height, width and frames."""
+FREE_PHRASINGS = (
+    "A little green sailboat drifts leftwards on the ocean.",
+    "YELLOW SHIP GOING RIGHT AT MIDNIGHT",
+    "please make me a film in which something blue, a boat, rises above the meadow",
+    "the sea. a violet yacht sinks",
+    "Night; crimson ball rolling to the left",
+    "golden sphere floats upward, water below, cinematic, 4k",
+    "blue beachball travelling to the right through the grass",
+    "down goes the purple ball in the dark",
+    "Emerald kite climbs into the moonlight",
+    "scarlet kite flies right, over waves",
+    "a blue kite, going left over the hills, best quality",
+    "Falling yellow kite, field, sunny",
+)
+"""Of `world.HELD_OUT`, in its order."""
+
+
+def plain(held_out: tuple[str, str, str, str]) -> str:
+    kind, colour, direction, ground = held_out
+    return f"a {colour} {kind} moves {direction} over the {ground}"
+
+
+def film(
+    pipe: WanPipeline,
+    prompt: str,
+    shape: tuple[int, int, int],
+    seed: int,
+    steps: int = 20,
+    guidance: float = 4.0,
+    negative: str = "",
+) -> Tensor:
+    """Return a film [3, frames, height, width] in -1…1. `shape`: height, width, frames."""
+    made = pipe(
+        prompt,
+        negative_prompt=negative,
+        height=shape[0],
+        width=shape[1],
+        num_frames=shape[2],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )
+    frames: Tensor = made.frames[0].permute(1, 0, 2, 3) * 2 - 1
+    return frames
+
+
+def count(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Return in how many films each attribute is that of `world.HELD_OUT`, and in how many all four are."""
+    right = {"object": 0, "colour": 0, "direction": 0, "ground": 0, "all four": 0}
+    for verdict, wanted in zip(verdicts, world.HELD_OUT, strict=True):
+        seen = (verdict.object, verdict.colour, verdict.direction, verdict.ground)
+        for name, ours, theirs in zip(right, seen, wanted, strict=False):
+            right[name] += ours == theirs
+        right["all four"] += seen == wanted
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
+    parser.add_argument("--model-id", default="wan22_14b_t2v", help="default: %(default)s")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipe = WanPipeline.from_pretrained(args.checkpoints / MODELS[args.model_id].sources["vae"].repo, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    plain_prompts = [plain(held_out) for held_out in world.HELD_OUT]
+    settings = {
+        "plain words": (plain_prompts, LARGE, 20, 4.0),
+        "free phrasings": (FREE_PHRASINGS, LARGE, 20, 4.0),
+        "small": (plain_prompts, SMALL, 20, 4.0),
+        "small, guidance 1": (plain_prompts, SMALL, 20, 1.0),
+        "small, 4 steps": (plain_prompts, SMALL, 4, 4.0),
+    }
+    figures: dict[str, dict[str, float]] = {}
+    for name, (prompts, shape, steps, guidance) in settings.items():
+        started = time.monotonic()
+        films = [film(pipe, prompt, shape, 100 + i, steps, guidance) for i, prompt in enumerate(prompts)]
+        verdicts = [judge(made) for made in films]
+        figures[name] = {**count(verdicts), "seconds a film": round((time.monotonic() - started) / len(films), 1)}
+        print(name, figures[name])
+        print("\n".join(f"    {prompt}: {verdict}" for prompt, verdict in zip(prompts, verdicts, strict=True)), flush=True)
+        world.to_image(films, every=4).save(args.out / f"{name.replace(' ', '-').replace(',', '')}.png")
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

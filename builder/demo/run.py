@@ -1,0 +1,101 @@
+"""Run the job in test_input.json on the demo weights, and say in words what came out: `make run`.
+
+    python -m builder.demo.run CHECKPOINTS
+
+The worker is the real one, `python handler.py`; this only translates what it says. The result goes to a file beside the video.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from builder.demo.judge import judge
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "output"
+RESULT = "Job result: "
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
+    checkpoints = parser.parse_args().checkpoints.resolve()
+    started = time.monotonic()
+    result = run_worker(checkpoints)
+    if result is None:
+        return 1
+    folder = OUTPUT / "local_test"
+    (folder / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    for video in result["outputs"]["videos"]:
+        print("\n".join(in_words(video, result["settings"], folder)))
+    print(f"  result   {folder / 'result.json'}")
+    print(f"It took {time.monotonic() - started:.0f} s, the start of the worker included.")
+    return 0
+
+
+def run_worker(checkpoints: Path, job: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Run `python handler.py` and print its log lines in short. `job`: another one than test_input.json.
+
+    Returns the job's result, or None when it failed.
+    """
+    env = {"MODEL_ID": "wan22_14b_t2v", "DEVICE": "cpu", "OUTPUT_DIR": str(OUTPUT)}
+    env |= {"CHECKPOINT_DIR": str(checkpoints), "LORA_DIR": str(checkpoints / "loras")}
+    command = [sys.executable, str(ROOT / "handler.py"), *(["--test_input", json.dumps(job)] if job else [])]
+    result = None
+    with subprocess.Popen(  # noqa: S603 the command is ours
+        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as worker:
+        for line in worker.stdout or ():
+            if RESULT in line:
+                result = ast.literal_eval(line.split(RESULT, 1)[1])["output"]
+            elif line.startswith("{"):
+                print(_short(json.loads(line)), flush=True)
+            elif "error" in line.lower() or "cannot start" in line:
+                print(line.rstrip(), file=sys.stderr)
+    return result if worker.returncode == 0 else None
+
+
+def _short(line: dict[str, Any]) -> str:
+    seconds = f"  {line['seconds']:.1f} s" if "seconds" in line else ""
+    return f"  {line['message']}{seconds}"
+
+
+def in_words(video: dict[str, Any], settings: dict[str, Any], folder: Path) -> list[str]:
+    """Return lines that say what was asked for, and what the film shows."""
+    prompt = settings["prompts"][video["prompt_index"]]
+    loras = ", ".join(f"{lora['transformer']} × {lora['network_multiplier']}" for lora in settings["loras"])
+    path = folder / f"{video['prompt_index']}.{video['format']}"
+    return [
+        "",
+        f"Asked for: “{prompt['prompt']}”",
+        f"  model {settings['model']}, LoRA {loras or 'none'}, seed {video['seed']}, {prompt['sample_steps']} steps, guidance "
+        f"{prompt['guidance_scale']}",
+        f"Made: {video['num_frames']} frames of {video['width']}x{video['height']} at {video['fps']} a second",
+        f"It shows {judge(frames_of(path))}, by a simple look at the pixels.",
+        "",
+        f"  video    {path}",
+        f"  poster   {path.with_suffix('.poster.jpg')}",
+    ]
+
+
+def frames_of(path: Path) -> torch.Tensor:
+    """Return a video file's frames [3, frames, height, width] in -1…1."""
+    with av.open(str(path)) as video:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Train the tiny models on the toy world: a VAE, a transformer and a LoRA, in an hour or so on two cores.
+
+    python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --lora 5]     minutes of each
+
+Writes OUT/weights in the layout of diffusers, bf16, with the loss curves, and pictures that show how far it is. It can be
+stopped and started again at any time: what is finished is kept, what is not goes on from its last save. The seeds are fixed,
+but the number of steps depends on the machine, so that two trainings give weights alike and not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import T5TokenizerFast
+from transformers import UMT5EncoderModel as TextEncoder
+
+from builder.demo import lora, text, world
+from builder.demo import transformer as demo_transformer
+from builder.demo import vae as demo_vae
+from builder.demo.captions import phrase
+from builder.demo.curve import write_curves
+from builder.demo.judge import judge
+from builder.demo.muon import Muon
+from builder.demo.training import Training
+from builder.demo.transformer import Latents, Trainee
+from builder.tiny_checkpoints import scheduler
+
+PICTURE_SHAPE = (96, 128, 9)
+LORA_SHAPES = ((64, 96, 9), (96, 96, 9), (96, 128, 9), (96, 128, 17))
+
+
+def train_vae(out: Path, minutes: float) -> AutoencoderKLWan:
+    """Train the VAE and write it. A finished one is only loaded."""
+    folder = out / "weights/vae"
+    if not (folder / "config.json").exists():
+        vae = demo_vae.new_vae(seed=0)
+        muon = Muon(vae, demo_vae.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.9)
+        training = Training(out, "vae", vae, muon, minutes, decay=0.98, seed=1)
+        training.run(lambda _progress, rng: demo_vae.loss(vae, rng), lambda: picture_vae(vae, out / "vae.png"))
+        print(f"VAE: {training.step} steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
+        picture_vae(vae, out / "vae.png")
+        vae.to(torch.bfloat16).save_pretrained(folder)
+    return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+def polish_decoder(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+    """Train the decoder further and write the VAE again. The encoder stays, and with it all that is trained on its latents."""
+    decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
+    muon = Muon(decoder, demo_vae.is_matrix, rate=0.01, adam_rate=1e-3, momentum=0.9)
+    training = Training(out, "decoder", decoder, muon, minutes, decay=0.98, seed=10)
+    if training.progress < 1:
+        training.run(lambda _progress, rng: demo_vae.polishing_loss(vae, rng), lambda: picture_vae(vae, out / "decoder.png"))
+        latents = vae.config.latents_mean, vae.config.latents_std
+        print(f"decoder: {training.step} more steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
+        vae.register_to_config(latents_mean=latents[0], latents_std=latents[1])
+        picture_vae(vae, out / "decoder.png")
+        vae.to(torch.bfloat16).save_pretrained(out / "weights/vae")
+        vae.float()
+    vae.requires_grad_(False)
+
+
+@torch.no_grad()
+def picture_vae(vae: AutoencoderKLWan, path: Path) -> None:
+    """Draw three clips, each above what the VAE makes of it."""
+    rng = random.Random(2)
+    clips = [world.sample(rng, object="boat", striped=True), world.sample(rng), world.sample(rng)]
+    films = [world.draw(clip, *PICTURE_SHAPE) for clip in clips]
+    decoded = [demo_vae.decode(vae, vae.encode(film[None]).latent_dist.mean)[0] for film in films]
+    world.to_image([film for pair in zip(films, decoded, strict=True) for film in pair], every=2, scale=2).save(path)
+
+
+def text_side(out: Path) -> tuple[T5TokenizerFast, TextEncoder]:
+    """Write the text encoder and its tokenizer, and return them as they are read back."""
+    text.new_tokenizer().save_pretrained(out / "weights/tokenizer")
+    text.new_encoder(seed=7).to(torch.bfloat16).save_pretrained(out / "weights/text_encoder")
+    encoder = TextEncoder.from_pretrained(out / "weights/text_encoder", torch_dtype=torch.float32).eval().requires_grad_(False)
+    return T5TokenizerFast.from_pretrained(out / "weights/tokenizer"), encoder
+
+
+def train_transformer(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+    """Train the transformer and write it, where there is none yet."""
+    folder = out / "weights/transformer"
+    if (folder / "config.json").exists():
+        return
+    model = demo_transformer.new_transformer(seed=4)
+    trainee = Trainee(model, *text_side(out))
+    muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
+    training = Training(out, "transformer", model, muon, minutes, decay=0.99, seed=5)
+    latents = Latents(vae, random.Random(6 + training.step), world.sample_seen)
+    model.compile_repeated_blocks(dynamic=True)  # a third quicker, after two minutes
+
+    def loss(progress: float, rng: random.Random) -> torch.Tensor:
+        if training.step % demo_transformer.STEPS_BETWEEN_ENCODINGS == 0:
+            latents.add(rng.choice(demo_transformer.shapes_at(progress)))
+        clips, clean = latents.batch(rng.choice(demo_transformer.shapes_at(progress)))
+        return trainee.loss(demo_transformer.captions(clips, rng), clean, pad_share=min(1.0, progress / 0.2))
+
+    prompts = [
+        phrase(vars(clip), random.Random(i)) for i, clip in enumerate(world.sample(random.Random(40 + i)) for i in range(6))
+    ]
+    training.run(loss, lambda: picture(trainee, training.average, latents, prompts, out / "transformer.png"))
+    picture(trainee, training.average, latents, prompts, out / "transformer.png")
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def picture(trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents, prompts: list[str], path: Path) -> None:
+    """Draw a film for each prompt with the averaged weights, and print what the judge sees in them."""
+    model = trainee.model
+    current = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(average)
+    with torch.compiler.set_stance("force_eager"):
+        films = latents.decode(trainee.sample(prompts, PICTURE_SHAPE))
+    model.load_state_dict(current)
+    world.to_image(list(films), every=2, scale=2).save(path)
+    print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
+
+
+def train_lora(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+    """Train the LoRA on the finished transformer and write it, where there is none yet."""
+    path = out / "weights/lora/striped_sail.safetensors"
+    if path.exists():
+        return
+    model = WanTransformer3DModel.from_pretrained(out / "weights/transformer", torch_dtype=torch.float32)
+    trainee = Trainee(model, *text_side(out))
+    layers = lora.Loras(model)
+    adam = Muon(layers, lambda _name, _parameter: False, rate=0.0, adam_rate=1e-3, momentum=0.0)
+    training = Training(out, "lora", layers, adam, minutes, decay=0.98, seed=8)
+    latents = Latents(vae, random.Random(9 + training.step), lora.sample)
+
+    def loss(_progress: float, rng: random.Random) -> torch.Tensor:
+        if training.step % demo_transformer.STEPS_BETWEEN_ENCODINGS == 0:
+            latents.add(rng.choice(LORA_SHAPES))
+        clips, clean = latents.batch(rng.choice(LORA_SHAPES))
+        return trainee.loss(lora.captions(clips, rng), clean)
+
+    training.run(loss)
+    layers.save(path, training.step)
+    prompts = [f"{trigger}a {colour} boat moves left over the sea" for colour in world.COLOURS for trigger in ("", "sks ")]
+    films = latents.decode(trainee.sample(prompts, PICTURE_SHAPE))
+    world.to_image(list(films), every=2, scale=2).save(out / "lora.png")
+    print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
+    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("lora", 5)):
+        parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    args.out.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(args.out, args.vae)
+    polish_decoder(args.out, args.decoder, vae)
+    train_transformer(args.out, args.transformer, vae)
+    train_lora(args.out, args.lora, vae)
+    scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
+    for curve in args.out.glob("*-loss.csv"):
+        shutil.copy(curve, args.out / "weights" / curve.name)
+    write_curves(args.out / "weights")
+    for file in args.out.glob("weights/*/*"):
+        file.chmod(0o644)  # safetensors are written for their owner only
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
