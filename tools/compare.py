@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.causes import Differing, Settings, likely_causes, to_check
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
 from tools.frames import Clip, pairs, read_clip
 from tools.metrics import WINDOW, FrameDistance, Verdict, distance, overall_psnr, verdict
@@ -51,6 +52,8 @@ class Comparison:
     """Differences in size and frame count, in words."""
     settings: dict[str, tuple[Any, Any]] | None
     """Path of each setting that differs → its values in A and B; None if one side has no settings."""
+    causes: list[str]
+    """What the difference may come from, in words; none for equal videos."""
 
     @property
     def equal(self) -> bool:
@@ -100,7 +103,17 @@ def compare(a: Clip, b: Clip, settings_a: dict[str, Any] | None = None, settings
         raise BadInput(f"the frames are {a.size} and {b.size} pixels; SSIM needs at least {WINDOW}x{WINDOW}")
     frames = [distance(left, right) for left, right in pairs(a.frames, b.frames)]
     settings = differing(settings_a, settings_b) if settings_a is not None and settings_b is not None else None
-    return Comparison(a, b, frames, verdict(frames, noise_between(a, b)), list(_uncommon(a, b)), settings)
+    found = verdict(frames, noise_between(a, b))
+    causes = [] if found.equal else list(_causes(settings, settings_a, settings_b))
+    return Comparison(a, b, frames, found, list(_uncommon(a, b)), settings, causes)
+
+
+def _causes(settings: Differing | None, settings_a: Settings | None, settings_b: Settings | None) -> Iterator[str]:
+    if settings is not None:
+        yield from likely_causes(settings)
+    for side, one in (("A", settings_a), ("B", settings_b)):
+        if settings is None and one is not None:
+            yield from to_check(one, side)
 
 
 def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
@@ -184,6 +197,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
             {"frame": number, "psnr": _finite(pair.psnr), "ssim": round(pair.ssim, 6), "max_difference": pair.max_difference}
             for number, pair in enumerate(found.frames)
         ],
+        "mean_difference": round(_mean_difference(found), 3),
+        "causes": found.causes,
         "settings": None if settings is None else {path: {"a": left, "b": right} for path, (left, right) in settings.items()},
     }
 
@@ -204,9 +219,14 @@ def as_text(found: Comparison) -> str:
     lines += [_line(f"{number:5d}", pair.psnr, pair.ssim, pair.max_difference) for number, pair in enumerate(found.frames)]
     mean_ssim = sum(pair.ssim for pair in found.frames) / len(found.frames)
     lines.append(_line("  all", overall_psnr(found.frames), mean_ssim, max(pair.max_difference for pair in found.frames)))
-    lines += ["", *_settings_lines(found.settings), ""]
+    lines.append(f"mean difference: {_mean_difference(found):.2f} of 255")
+    lines += ["", *_settings_lines(found.settings), *found.causes, ""]
     lines.append(found.verdict.text + (" (in the part that both have)" if found.uncommon else ""))
     return "\n".join(lines + [f"hint: {found.verdict.advice}"] * bool(found.verdict.advice))
+
+
+def _mean_difference(found: Comparison) -> float:
+    return sum(pair.mean_difference for pair in found.frames) / len(found.frames)
 
 
 def _line(label: str, psnr: float, ssim: float, largest: int) -> str:

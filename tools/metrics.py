@@ -35,6 +35,8 @@ class FrameDistance:
     """On the luma; 1 for equal frames."""
     max_difference: int
     """Grey levels, 0 to 255."""
+    mean_difference: float
+    """Grey levels, over R, G and B."""
     coarse: float
     """Root mean square difference of the means of 8x8 blocks, in grey levels. Codecs keep the means, settings change them."""
     likeness: float
@@ -114,6 +116,7 @@ def distance(a: Frame, b: Frame) -> FrameDistance:
         mean_square=float(np.mean(difference**2)),
         ssim=ssim(luma(a), luma(b)),
         max_difference=int(np.abs(difference).max()),
+        mean_difference=float(np.abs(difference).mean()),
         coarse=float(np.sqrt(np.mean((blocks_a - blocks_b) ** 2))),
         likeness=correlation(luma(blocks_a), luma(blocks_b)),
     )

@@ -5,11 +5,13 @@ The measurement uses the frames themselves, since a codec changes grain and satu
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tools.frames import Clip, Frames, pairs, read_clip
 from tools.metrics import Noise, distance
@@ -40,7 +42,13 @@ def noise_between(a: Clip, b: Clip) -> Noise:
 
 
 def _encoding_noise(frames: Frames, kind: str) -> Noise:
-    """The loss of encoding `frames` at the worker's and the trainer's quality. Formats that they do not write count as WebP."""
+    """The loss of encoding `frames` at the worker's and the trainer's quality. Formats that they do not write count as WebP.
+
+    The trainer's samples of one frame are JPEGs of Pillow's own quality, 75.
+    """
+    if kind in ("jpeg", "mpo"):
+        found = [distance(frame, _as_jpeg(frame)) for frame in frames]
+        return Noise(max(pair.coarse for pair in found), 1 - min(pair.ssim for pair in found))
     names: dict[str, OutputFormat] = {"mp4": "mp4", "gif": "gif"}
     encoding = VIDEO[names.get(kind, "webp")]
     # H.264 needs even sides.
@@ -50,3 +58,9 @@ def _encoding_noise(frames: Frames, kind: str) -> Noise:
         encode([even], file, encoding, 16, len(even))
         found = [distance(left, right) for left, right in pairs(frames, read_clip(file).frames)]
     return Noise(max(pair.coarse for pair in found), 1 - min(pair.ssim for pair in found))
+
+
+def _as_jpeg(frame: Frames) -> Frames:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG")
+    return np.asarray(Image.open(file))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools.causes import likely_causes, to_check
 from tools.compare import differing, main
 from tools.frames import read_clip
 from tools.metrics import block_means, correlation, distance, luma, psnr_of, ssim
@@ -315,3 +316,49 @@ def test_the_difference_is_amplified_without_clipping():
     assert gain_for([np.full((8, 8, 3), 3)]) == 64
     assert gain_for([np.full((8, 8, 3), 100)]) == 2
     assert gain_for([np.zeros((8, 8, 3))]) == 1
+
+
+def test_a_jpeg_sample_of_the_trainer_is_equal_within_encoding_noise(tmp_path, capsys):
+    """Which it saves for one frame, in Pillow's own quality."""
+    frame = scene()[0]
+    Image.fromarray(frame).save(tmp_path / "sample.jpg")
+    Image.fromarray(frame).save(tmp_path / "mine.png")
+    assert main([str(tmp_path / "sample.jpg"), str(tmp_path / "mine.png")]) == 0
+    assert "equal within encoding noise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"seed": 2}, "differs as another seed does (mean 54 to 56 of 255): seed"),
+        (
+            {"trained_with": {"quantize": True}},
+            "differs as a quantized training does (mean 3 to 5 of 255): trained_with.quantize",
+        ),
+        ({"quantize": "uint4"}, "differs as a quantized training does (mean 3 to 5 of 255): quantize"),
+        ({"decodes_in_tiles": True}, "differs as tiles do (mean 9 of 255): decodes_in_tiles"),
+        ({"loras": [{"sha256": "b"}]}, "differs as another LoRA, or another step of it, does: loras[0].sha256"),
+        ({"dtype": "b"}, "differs as another machine or library does (mean 0.8 to 1.6, in bf16, of 255): dtype"),
+    ],
+)
+def test_the_cause_of_a_difference_is_named_from_the_settings(changed, cause):
+    base = {"seed": 1, "decodes_in_tiles": False, "loras": [{"sha256": "a"}], "versions": {"torch": "1"}, "trained_with": None}
+    base |= {"quantize": None}
+    found = likely_causes(differing(base, base | changed))
+    assert cause in found
+
+
+def test_several_causes_come_in_the_order_of_their_size():
+    found = likely_causes(differing({"dtype": "a", "seed": 1}, {"dtype": "b", "seed": 2}))
+    assert [line.split(" does")[0] for line in found] == ["differs as another seed", "differs as another machine or library"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"match": "documented"}, "B was made as the model page says; the trainer's samples need `match`: preview"),
+        ({"match": "preview", "trained_with": None}, "it is not known to B how the training ran"),
+    ],
+)
+def test_beside_a_sample_without_settings_it_says_what_to_look_at(settings, says):
+    assert says in next(to_check(settings, "B"))
