@@ -371,7 +371,7 @@ def check_error(text: str) -> None:
     assert TOKEN not in text and not MACHINE.search(text)
 
 
-@examples(3000)
+@examples(1500)
 @given(job=jobs())
 def test_every_job_ends_with_a_result_or_with_a_code(runner: Service, quiet: None, no_names: None, job: dict[str, Any]) -> None:
     with in_time():
@@ -609,13 +609,13 @@ def use(model: WanModel, path: Path, content: bytes) -> None:
             assert len(text) < 2000
 
 
-@examples(800)
+@examples(500)
 @given(content=odd_loras())
 def test_every_odd_lora_is_applied_or_refused_in_words(runner: Service, quiet: None, lora: Path, content: bytes) -> None:
     use(runner._gpu.model, lora, content)
 
 
-@examples(1500)
+@examples(800)
 @given(content=broken_loras())
 def test_every_broken_lora_is_refused_in_words(runner: Service, quiet: None, lora: Path, content: bytes) -> None:
     use(runner._gpu.model, lora, content)
@@ -702,7 +702,7 @@ def check_image(content: bytes) -> None:
             assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS if image else " " in text
 
 
-@examples(2000)
+@examples(1000)
 @given(data=st.data())
 def test_every_damaged_image_is_read_or_refused_in_words(bounded_memory: None, data: st.DataObject) -> None:
     content = data.draw(damaged(data.draw(st.sampled_from(PICTURES))))
