@@ -52,7 +52,7 @@ class Header:
     dtypes: dict[str, str]
     metadata: dict[str, str]
     bytes: int
-    """Of the header with its length, before the tensors."""
+    """The header's size with its length, before the tensors."""
 
 
 def looks_like_safetensors(head: bytes) -> bool:

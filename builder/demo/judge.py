@@ -15,9 +15,9 @@ from builder.demo.world import COLOURS, LARGEST_VALUE, OBJECTS, Colour, Directio
 COLOUR_TOLERANCE = 0.42
 """The largest distance between a pixel and its colour, in RGB of -1…1."""
 SMALLEST_AREA = 0.006
-"""Of the object's coloured part, as a share of the frame."""
+"""The area of the object's coloured part, as a share of the frame."""
 SHORTEST_WAY = 0.1
-"""Of a movement, as a share of the frame's side."""
+"""The least way of a movement, as a share of the frame's side."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from builder.tiny_checkpoints import lora_metadata
 
 RANK = 8
 STRIPED_SHARE = 0.5
-"""Of the clips. The others are plain and come without the trigger word, so that the LoRA does nothing without it."""
+"""The share of striped clips. The others are plain and without the trigger word, so that the LoRA does nothing without it."""
 
 
 class LoraLinear(nn.Module):

@@ -39,7 +39,7 @@ FREE_PHRASINGS = (
     "a blue kite, going left over the hills, best quality",
     "Falling yellow kite, field, sunny",
 )
-"""Of `world.HELD_OUT`, in its order."""
+"""The phrases of `world.HELD_OUT`, in its order."""
 
 
 def plain(held_out: tuple[str, str, str, str]) -> str:

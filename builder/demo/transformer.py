@@ -25,11 +25,11 @@ LARGE_SHAPES: tuple[Shape, ...] = (
 )
 """Height, width and frames of the clips. The one of `make run` comes three times."""
 SMALL_SHARE = 0.5
-"""Of the time, in which only the small shapes are seen: a step of many small clips teaches more words than one of few large."""
+"""The share of the time in which only small shapes are seen: a step of many small clips teaches more words than one of few."""
 TOKENS_OF_A_BATCH = 2000
 PIXELS_OF_AN_ENCODING = 250_000
 FIRST_PIXELS = 2_500_000
-"""Of each shape, before its first batch."""
+"""The pixels of the clips of each shape that are drawn before its first batch."""
 STEPS_BETWEEN_ENCODINGS = 4
 SHIFT = 3.0
 """The flow shift of the checkpoints' scheduler; the timesteps of training are shifted alike."""
