@@ -72,7 +72,7 @@ _QUEUE: dict[Kind, list[tuple[Fault, int]]] = {
 }
 _READS: list[tuple[Fault, int]] = [(Status(503), 2), (Dropped(), 1), (CutShort(), 1), (Slow(1), 1)]
 _BUCKET: dict[str, list[tuple[Fault, int]]] = {
-    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2), (Slow(7), 1)],
+    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2)],
     "GET": _READS,
     "HEAD": _READS,
 }
