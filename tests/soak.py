@@ -476,7 +476,7 @@ class Soak:
     def _came_again_in_peace(self, job_id: str) -> bool:
         """Whether every later delivery came after the first result was ready, while the bucket could be asked."""
         ready = self._cloud.tries_of(job_id)[0].at
-        troubles = [*self._outages, *((at - 3, at) for at, kind, _ in self._gateway.faults.met_at if kind != "PUT")]
+        troubles = [*self._outages, *((at - 10, at) for at, kind, _ in self._gateway.faults.met_at if kind != "PUT")]
         times = sorted(delivery.at for delivery in self._cloud.deliveries if delivery.job_id == job_id)[1:]
         return all(at > ready and not any(start < at < end for start, end in troubles) for at in times)
 
