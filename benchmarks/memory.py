@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import real_size, report
 from pipelines.catalog import MODELS
 from pipelines.diffusers_privates import decode_pieces
+from pipelines.load import quantization_in
 from pipelines.offload import on_device
-from pipelines.trained import TrainedWith
 
 SIZES = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
 """Width, height, frames."""
@@ -74,8 +74,7 @@ def _quantized(model_id: str) -> Iterator[tuple[str, float | None]]:
     """The weights with QUANTIZE, by format and mode."""
     spec = MODELS[model_id]
     for format in ("qfloat8", "uint4"):
-        quantization = TrainedWith(quantize=True, qtype=format).quantization(spec, None)
-        needed = on_device(spec, real_size.bytes_of_parts(model_id, quantization))
+        needed = on_device(spec, real_size.bytes_of_parts(model_id, quantization_in(spec, format)))
         for mode in ("none", "text_encoder"):
             yield f"{format} {mode}", gigabytes(needed[mode])
 

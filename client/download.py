@@ -20,13 +20,12 @@ from urllib.request import url2pathname
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 from client.api import TIMEOUT, Auth, Retry
 from client.errors import DownloadFailed
 from client.result import File
 from worker.net.addresses import NotPublic
-from worker.net.privates import guard, public_pools
+from worker.net.privates import public_adapter
 from worker.net.statuses import is_refusal
 
 _CHUNK = 1 << 20
@@ -82,8 +81,7 @@ def _fetch(file: File, part: Path, retry: Retry, private: bool) -> None:
     with requests.Session() as session, part.open("r+b") as opened:
         if not private:
             for scheme in ("http://", "https://"):
-                session.mount(scheme, adapter := HTTPAdapter())
-                guard(adapter, public_pools(adapter.poolmanager.pool_classes_by_scheme))
+                session.mount(scheme, public_adapter())
         transfer = _Transfer(file, opened, retry)
         while True:
             try:

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,7 +200,7 @@ class WanModel(ABC):
     def _quantize(self, wanted: Quantization | None, recovery: Adapter | None) -> None:
         """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this."""
         if self.quantization:
-            wanted = recovery = None  # the codes are what they are
+            return  # the codes are what they are
         layers = fit.by_transformer([recovery]) if recovery else {}
         if recovery and not read(recovery.file).has_both_sides:
             layers = dict.fromkeys(self.spec.transformers, layers["transformer"])
@@ -213,7 +214,7 @@ class WanModel(ABC):
         changed = [name for name, part in self._quantized.items() if self._round(name, part, wanted, layers.get(name))]
         if self._text_encoder.apply(wanted.text_encoder if wanted else None):
             changed.append("text_encoder")
-        if not format and not self.quantization and self._kept_in_float32.restore():
+        if not format and self._kept_in_float32.restore():
             changed = [*self.spec.transformers, *changed]
         if changed:
             refresh(self._pipe, tuple(changed))
@@ -550,10 +551,8 @@ class Parts:
             "image_encoder": transformers.CLIPVisionModel,
         }[name]
         part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
-        if self.quantization and name == "text_encoder" and self.quantization.text_encoder:
-            encode_layers(part, self.quantization.text_encoder, (), self.device, self._dtype)
-        elif self.quantization and name in self.spec.transformers and self.quantization.transformer:
-            encode_layers(part, self.quantization.transformer, self.quantization.excluded, self.device, self._dtype)
+        if self.quantization:
+            encode_layers(part, partial(self.quantization.format_of, name), self.device, self._dtype)
         return part if name in self._stay_in_memory else part.to(self.device)
 
 

@@ -59,7 +59,7 @@ def load_pipeline(
     toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
     sizes: dict[OffloadMode, int] = {}
     mode: OffloadMode = "none"
-    quantization = _quantization(spec, "none" if quantize == "auto" else quantize)
+    quantization = quantization_in(spec, "none" if quantize == "auto" else quantize)
     try:
         checkpoints = Checkpoints.of(spec, checkpoints)
         checkpoints.check()
@@ -89,7 +89,7 @@ def load_pipeline(
     return model
 
 
-def _quantization(spec: ModelSpec, quantize: str) -> Quantization | None:
+def quantization_in(spec: ModelSpec, quantize: str) -> Quantization | None:
     """What a training with the newest trainer quantizes in this format."""
     return None if quantize == "none" else TrainedWith(quantize=True, qtype=quantize).quantization(spec, None)
 
@@ -97,11 +97,11 @@ def _quantization(spec: ModelSpec, quantize: str) -> Quantization | None:
 def choose_quantization(spec: ModelSpec, checkpoints: Checkpoints, itemsize: int, free: int) -> Quantization | None:
     """What `auto` takes for a device with `free` bytes: the finest with which no transformer has to be streamed."""
     for quantize in ("none", "qfloat8", "uint4"):
-        quantization = _quantization(spec, quantize)
+        quantization = quantization_in(spec, quantize)
         needed = bytes_by_mode(checkpoints, itemsize, quantization)
         if min(needed["none"], needed["text_encoder"]) + BYTES_OF_A_JOB <= free:
             return quantization
-    return _quantization(spec, "uint4")
+    return quantization_in(spec, "uint4")
 
 
 def _quiet_libraries() -> None:

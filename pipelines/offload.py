@@ -108,14 +108,9 @@ _EMBEDDINGS = ("shared", "embed_tokens", "relative_attention_bias")
 
 def bytes_of_tensor(part: str, key: str, shape: Sequence[int], itemsize: int, quantization: Quantization | None) -> int:
     """Bytes of one tensor of a component, by its name in the file and its shape."""
-    format = (
-        {"text_encoder": quantization.text_encoder, "image_encoder": None, "vae": None}.get(part, quantization.transformer)
-        if quantization
-        else None
-    )
+    format = quantization.format_of(part, key) if quantization else None
     is_linear = len(shape) == 2 and key.endswith(".weight") and not any(name in key for name in _EMBEDDINGS)
-    is_left_out = part != "text_encoder" and quantization is not None and key.startswith(quantization.excluded or ("\0",))
-    if format and is_linear and not is_left_out:
+    if format and is_linear:
         return bytes_of_codes(format, shape[0], shape[1], itemsize)
     return math.prod(shape) * itemsize
 

@@ -146,14 +146,14 @@ class CodedLinear(torch.nn.Linear):
 
 @torch.no_grad()
 def encode_layers(
-    component: torch.nn.Module, format: str, excluded: tuple[str, ...], device: torch.device, dtype: torch.dtype
+    component: torch.nn.Module, format_of: Callable[[str], str | None], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace the linear layers of a component by coded ones, one after the other, so that few weights are there twice.
 
-    `excluded`: starts of the names of layers that are left out. `device` computes the codes, `dtype` is the model's.
+    `format_of`: the format of a layer, by its name. `device` computes the codes, `dtype` is the model's.
     """
     for name, layer in list(component.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and not name.startswith(excluded or ("\0",)):
+        if isinstance(layer, torch.nn.Linear) and (format := format_of(name)):
             codes = FORMATS[format].encode(layer.weight.to(device, dtype))
             if codes is not None:
                 home = layer.weight.device

@@ -119,6 +119,12 @@ class Quantization:
     excluded: tuple[str, ...] = ()
     """Modules of the transformer that are left as they are, by the start of their name."""
 
+    def format_of(self, part: str, layer: str) -> str | None:
+        """The format of a linear layer of a component, by their names; None: it is left as it is."""
+        if part == "text_encoder":
+            return self.text_encoder
+        return self.transformer if part.startswith("transformer") and not layer.startswith(self.excluded) else None
+
     def __str__(self) -> str:
         parts = {"transformer": self.transformer, "text encoder": self.text_encoder}
         return " and ".join(f"the {part} as {format}" for part, format in parts.items() if format)

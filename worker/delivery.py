@@ -131,15 +131,15 @@ class Delivery:
                 raise
 
         try:
-            stored = retry_until(attempt, give_up_at, limit.stop)
+            try:
+                stored = retry_until(attempt, give_up_at, limit.stop)
+            finally:
+                keeping.end()
         except NotStored as error:
             raise self._kept_error(error) if keeping.now() else error from error
         except Stopped:
-            keeping.end()
             self._recovery.delete(key)  # nobody wants it any more
             raise
-        finally:
-            keeping.end()
         self._recovery.delete(key)
         return stored
 

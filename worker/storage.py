@@ -38,7 +38,7 @@ from worker.settings import BUCKET_NAME, Settings, SettingsError
 T = TypeVar("T")
 
 _TRANSFER = TransferConfig(preferred_transfer_client="classic")
-"""Not the client that boto3 would take where awscrt is installed: it connects past `public_only`."""
+"""Not the client that boto3 would take where awscrt is installed: it connects past `guard_store`."""
 _CHECK = b"worker-wan-lora"
 """What the check at start stores."""
 _MADE_FROM = "made-from"
@@ -209,8 +209,8 @@ class Bucket:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             )
-            # A look at what is there must not hold up a job when the store is away; once more, since a store may have closed a
-            # connection that was kept.
+            # A look at what is there must not hold up a job when the store is away; once more, since a store may have closed
+            # a connection that was kept.
             quick = config.merge(Config(retries={"total_max_attempts": 2}, connect_timeout=3, read_timeout=10))
             self._client, self._quick_client = (
                 boto3.client(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from builder.demo.world import COLOURS, LARGEST_VALUE, OBJECTS, Colour, Direction, Ground, Object
+from builder.demo.world import BACKDROPS, COLOURS, LARGEST_VALUE, OBJECTS, Colour, Direction, Ground, Object
 
 COLOUR_TOLERANCE = 0.42
 """The largest distance between a pixel and its colour, in RGB of -1…1."""
@@ -65,13 +65,10 @@ def direction_of(mask: Tensor) -> Direction | None:
 
 def ground_of(film: Tensor) -> Ground | None:
     """Return the ground whose colour the lowest rows have, in the middle of all frames."""
-    grounds: dict[Ground, tuple[float, float, float]] = {
-        "sea": (0.08, 0.38, 0.58),
-        "field": (0.50, 0.74, 0.34),
-        "night": (0.08, 0.12, 0.10),
-    }
     rows = film[:, :, -max(4, film.shape[2] // 12) :].flatten(1).median(dim=1).values
-    distance = {name: (rows - (torch.tensor(rgb) * 2 - 1) * LARGEST_VALUE).norm().item() for name, rgb in grounds.items()}
+    distance = {
+        name: (rows - (torch.tensor(rgb) * 2 - 1) * LARGEST_VALUE).norm().item() for name, (_, _, rgb) in BACKDROPS.items()
+    }
     nearest = min(distance, key=lambda name: distance[name])
     return nearest if distance[nearest] < 0.5 else None
 
@@ -85,10 +82,9 @@ def shape_of(mask: Tensor, picture: Tensor) -> Object | None:
     rows, columns = mask.sum(1), mask.sum(0)
     if mask.sum() < 12:
         return None
-    at_y, at_x = (rows >= 1).nonzero().flatten(), (columns >= 1).nonzero().flatten()
     top, bottom, left, right = _trimmed(rows), _trimmed(rows.flip(0)), _trimmed(columns), _trimmed(columns.flip(0))
     box = mask[top : mask.shape[0] - bottom, left : mask.shape[1] - right].float()
-    if min(box.shape) < 3 or at_y.numel() == 0 or at_x.numel() == 0:
+    if min(box.shape) < 3:
         return None
     height, width = box.shape
     if _white_above(mask, picture) > 0.12:

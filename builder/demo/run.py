@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import torch
 
 from builder.demo.judge import judge
+from tools.frames import read_clip
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "output"
@@ -92,9 +91,7 @@ def in_words(video: dict[str, Any], settings: dict[str, Any], folder: Path) -> l
 
 def frames_of(path: Path) -> torch.Tensor:
     """Return a video file's frames [3, frames, height, width] in -1…1."""
-    with av.open(str(path)) as video:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(read_clip(path).frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from transformers import T5TokenizerFast, UMT5Config
 from transformers import UMT5EncoderModel as TextEncoder
 
 from builder.demo.captions import FILLER, MEANINGS
+from pipelines.catalog import MAX_TOKENS
 
 WIDTH = 64
-MAX_TOKENS = 512
-"""What the Wan pipelines pad a prompt to, with zeros that the transformer does attend to."""
 TRAINED_TOKENS = 32
 TRIGGER = "sks"
 

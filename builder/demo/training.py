@@ -21,7 +21,6 @@ class Training:
 
     def __init__(self, folder: Path, name: str, model: nn.Module, optimizer: Muon, minutes: float, decay: float, seed: int):
         self.file = folder / f"{name}.training.pt"
-        self.log = folder / f"{name}.log"
         self.curve_file = folder / f"{name}-loss.csv"
         self.model, self.optimizer, self.decay = model, optimizer, decay
         self.budget = minutes * 60

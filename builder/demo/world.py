@@ -37,6 +37,12 @@ COLOURS: dict[Colour, Rgb] = {
 }
 WHITE: Rgb = (0.97, 0.97, 0.97)
 OUTLINE: Rgb = (0.10, 0.10, 0.12)
+BACKDROPS: dict[Ground, tuple[Rgb, Rgb, Rgb]] = {
+    "sea": ((0.42, 0.70, 0.96), (0.80, 0.91, 0.99), (0.08, 0.38, 0.58)),
+    "field": ((0.56, 0.80, 0.98), (0.90, 0.96, 0.99), (0.50, 0.74, 0.34)),
+    "night": ((0.03, 0.03, 0.14), (0.13, 0.12, 0.34), (0.08, 0.12, 0.10)),
+}
+"""The top of the sky, the sky at the horizon, and what lies below it."""
 
 HELD_OUT: tuple[tuple[Object, Colour, Direction, Ground], ...] = (
     ("boat", "green", "left", "sea"),
@@ -158,11 +164,7 @@ def background(clip: Clip, height: int, width: int) -> Tensor:
     y = (torch.arange(height) + 0.5).view(height, 1).expand(height, width)
     x = (torch.arange(width) + 0.5).view(1, width)
     horizon = torch.full((1, width), clip.horizon * height)
-    far, near, low = {
-        "sea": ((0.42, 0.70, 0.96), (0.80, 0.91, 0.99), (0.08, 0.38, 0.58)),
-        "field": ((0.56, 0.80, 0.98), (0.90, 0.96, 0.99), (0.50, 0.74, 0.34)),
-        "night": ((0.03, 0.03, 0.14), (0.13, 0.12, 0.34), (0.08, 0.12, 0.10)),
-    }[clip.ground]
+    far, near, low = BACKDROPS[clip.ground]
     depth = (y / horizon).clamp(0, 1)
     picture = torch.tensor(far).view(3, 1, 1) * (1 - depth) + torch.tensor(near).view(3, 1, 1) * depth
     if clip.ground != "sea":

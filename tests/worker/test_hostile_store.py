@@ -35,34 +35,29 @@ def deaf(line: socket.socket) -> None:
         time.sleep(0.2)
 
 
-def dripping_headers(line: socket.socket) -> None:
+def _answer_for_ever(line: socket.socket, start: bytes, piece: bytes, pause: float = 0) -> None:
     line.recv(1 << 16)
-    line.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+    line.sendall(start)
     while True:
-        line.sendall(b"a")
-        time.sleep(0.1)
+        line.sendall(piece)
+        time.sleep(pause)
+
+
+def dripping_headers(line: socket.socket) -> None:
+    _answer_for_ever(line, b"HTTP/1.1 200 OK\r\nx: ", b"a", 0.1)
 
 
 def dripping_body(line: socket.socket) -> None:
-    line.recv(1 << 16)
-    line.sendall(_HEAD.replace(b"16", b"1000000") + b"\r\n")
-    while True:
-        line.sendall(b"a")
-        time.sleep(0.1)
+    _answer_for_ever(line, _HEAD.replace(b"16", b"1000000") + b"\r\n", b"a", 0.1)
 
 
 def endless_body(line: socket.socket) -> None:
-    line.recv(1 << 16)
-    line.sendall(_HEAD.replace(b"16", b"9999999999") + b"\r\n")
-    while True:
-        line.sendall(b"a" * (1 << 16))
+    _answer_for_ever(line, _HEAD.replace(b"16", b"9999999999") + b"\r\n", b"a" * (1 << 16))
 
 
 def endless_error(line: socket.socket) -> None:
-    line.recv(1 << 16)
-    line.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 9999999999\r\n\r\n<Error><Code>")
-    while True:
-        line.sendall(b"a" * (1 << 16))
+    start = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 9999999999\r\n\r\n<Error><Code>"
+    _answer_for_ever(line, start, b"a" * (1 << 16))
 
 
 def continues_and_hangs_up(line: socket.socket) -> None:

@@ -39,8 +39,7 @@ class GuardMissing(Exception):
 def check() -> None:
     """Raises GuardMissing when a download is not refused a private address, over http and over https."""
     for scheme in ("http", "https"):
-        adapter = HTTPAdapter()
-        guard(adapter, public_pools(adapter.poolmanager.pool_classes_by_scheme))
+        adapter = public_adapter()
         try:
             # Port 1 of this machine: nothing listens there, and a connection that is not guarded is refused at once.
             request = requests.Request("GET", f"{scheme}://127.0.0.1:1/").prepare()
@@ -52,6 +51,13 @@ def check() -> None:
         finally:
             adapter.close()
         raise GuardMissing("downloads")
+
+
+def public_adapter() -> HTTPAdapter:
+    """An adapter for requests that connects to public addresses only. It raises NotPublic."""
+    adapter = HTTPAdapter()
+    guard(adapter, public_pools(adapter.poolmanager.pool_classes_by_scheme))
+    return adapter
 
 
 def guard(adapter: HTTPAdapter, pools: Pools) -> None:

@@ -32,13 +32,12 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from worker.logs import log, redact
 from worker.net.statuses import is_refusal
-from worker.runpod.bodies import bodies_of, take_apart
+from worker.runpod.bodies import Job, bodies_of, take_apart
 from worker.settings import SettingsError, is_in_cloud
 
 TESTED_WITH = "1.12.0"
 """The version of runpod whose private names are used here, in `local_api` and in `sdk`."""
 
-Job = dict[str, Any]
 Handler = Callable[[Job], Awaitable[dict[str, Any]]]
 
 _SECONDS_TO_POST = 300.0
