@@ -72,7 +72,7 @@ _QUEUE: dict[Kind, list[tuple[Fault, int]]] = {
 }
 _READS: list[tuple[Fault, int]] = [(Status(503), 2), (Dropped(), 1), (CutShort(), 1), (Slow(1), 1)]
 _BUCKET: dict[str, list[tuple[Fault, int]]] = {
-    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2)],
+    "PUT": [(Status(500), 3), (Status(503), 4), (Dropped(), 2), (Unanswered(), 2), (Slow(1), 2), (Slow(7), 1)],
     "GET": _READS,
     "HEAD": _READS,
 }
@@ -476,7 +476,9 @@ class Soak:
     def _came_again_in_peace(self, job_id: str) -> bool:
         """Whether every later delivery came after the first result was ready, while the bucket could be asked."""
         ready = self._cloud.tries_of(job_id)[0].at
-        troubles = [*self._outages, *((at - 10, at) for at, kind, _ in self._gateway.faults.met_at if kind != "PUT")]
+        faults = ((at, at) for at, kind, _ in self._gateway.faults.met_at if kind != "PUT")
+        # A worker looks into the bucket within three seconds after the delivery, and meets what begins meanwhile.
+        troubles = [(start - 3, end) for start, end in (*self._outages, *faults)]
         times = sorted(delivery.at for delivery in self._cloud.deliveries if delivery.job_id == job_id)[1:]
         return all(at > ready and not any(start < at < end for start, end in troubles) for at in times)
 
