@@ -31,7 +31,9 @@ def test_kernels_that_do_not_work_here_stop_the_start(tiny: Path, asked: Any) ->
 
 
 def test_other_kernels_that_compute_the_same_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention._BACKENDS, "flash", "_NATIVE_MATH")
+    """Both are torch's plain kernels here: its others are more than twice as exact on some CPUs."""
+    for name in ("flash", "native"):
+        monkeypatch.setitem(attention._BACKENDS, name, "_NATIVE_MATH")
     assert why_not("flash", CPU) == ""
 
 
