@@ -41,6 +41,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HF_HUB_OFFLINE=1 \
     TRANSFORMERS_OFFLINE=1 \
     HF_HUB_DISABLE_TELEMETRY=1 \
+    PYTORCH_ALLOC_CONF=expandable_segments:True,pinned_max_round_threshold_mb:1 \
     CHECKPOINT_DIR=/checkpoints \
     AI_TOOLKIT_PATH=/opt/ai-toolkit
 # torch comes first and alone, since it is by far the largest package and changes least often. PyPI has the CUDA build, with the

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import real_size, report
-from pipelines.catalog import MODELS
+from pipelines.catalog import MODELS, OFFLOAD
 from pipelines.diffusers_privates import decode_pieces
 from pipelines.load import quantization_in
 from pipelines.offload import on_device
@@ -59,11 +59,12 @@ def main() -> int:
     for model_id, spec in MODELS.items():
         sizes = real_size.bytes_of_parts(model_id)
         work = {size: max(denoising(model_id, *size), decoding(model_id, *size)) for size in SIZES}
-        modes = {
-            f"weights {mode}": gigabytes(value, mode in spec.offload_modes) for mode, value in on_device(spec, sizes).items()
-        }
+        needed = on_device(spec, sizes)
+        modes = {f"weights {mode}": gigabytes(needed[mode]) if mode in needed else None for mode in OFFLOAD}
+        waiting = {mode: sum(sizes.get(part, 0) for part in spec.waits_in_memory(mode)) for mode in needed}
+        host = {f"host {mode}": gigabytes(waiting[mode]) if mode in waiting else None for mode in OFFLOAD if mode != "none"}
         jobs = {f"job {'x'.join(map(str, size))}": gigabytes(value) for size, value in work.items()}
-        rows.append({"model": model_id, **modes, **jobs})
+        rows.append({"model": model_id, **modes, **host, **jobs})
     report.write("memory", rows, unit="GB, calculated")
     quantized = [{"model": model_id} | dict(_quantized(model_id)) for model_id in MODELS]
     report.write("memory-quantized", quantized, unit="GB, calculated")
@@ -79,8 +80,8 @@ def _quantized(model_id: str) -> Iterator[tuple[str, float | None]]:
             yield f"{format} {mode}", gigabytes(needed[mode])
 
 
-def gigabytes(value: int, is_possible: bool = True) -> float | None:
-    return round(value / 1e9, 1) if is_possible else None
+def gigabytes(value: int) -> float:
+    return round(value / 1e9, 1)
 
 
 def denoising(model_id: str, width: int, height: int, num_frames: int) -> int:

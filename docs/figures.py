@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import sizes
-from pipelines.catalog import BYTES_OF_A_JOB
+from pipelines.catalog import MODELS, OffloadMode
 
 Table = list[tuple[str, ...]]
 """Head and rows."""
@@ -40,32 +40,50 @@ def ratio_table() -> Table:
 
 def memory_table() -> Table:
     """GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
-    rows = _rows("memory")
+    rows = [{name: value for name, value in row.items() if not name.startswith("host")} for row in _rows("memory")]
     head = tuple(name.replace("x", "×") if name.startswith("job ") else name.removeprefix("weights ") for name in rows[0])
     return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
 
 
 def gpu_table() -> Table:
     """GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
-    job = BYTES_OF_A_JOB / 1e9
-    head = ("model id", "weights on disk", "`none` from", "`text_encoder` from", "`group` needs")
-    rows = [
-        (
-            f"`{row['model']}`",
-            f"{sizes.on_disk(row['model']) / 1e9:.1f}",
-            *(f"{row[f'weights {mode}'] + job:.1f}" for mode in ("none", "text_encoder", "group")),
-        )
-        for row in _rows("memory")
+    modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "swap", "group")
+    head = ("model id", "weights on disk", *(f"`{mode}` from" for mode in modes))
+    return [
+        head,
+        *(
+            (
+                f"`{row['model']}`",
+                f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+                *(_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes),
+            )
+            for row in _rows("memory")
+        ),
     ]
-    return [head, *rows]
+
+
+def _needed(model_id: str, mode: OffloadMode, weights: float | None) -> str:
+    """GB of the weights and of a job."""
+    return "" if weights is None else f"{weights + MODELS[model_id].bytes_of_a_job(mode) / 1e9:.1f}"
+
+
+def host_table() -> Table:
+    """GB of weights by model that wait in main memory."""
+    modes: tuple[OffloadMode, ...] = ("text_encoder", "swap", "group")
+    rows = _rows("memory")
+    head = ("model id", *(f"`{mode}`" for mode in modes))
+    texts = [["" if (size := row[f"host {mode}"]) is None else str(size) for mode in modes] for row in rows]
+    return [head, *((f"`{row['model']}`", *text) for row, text in zip(rows, texts, strict=True))]
 
 
 def quantized_table() -> Table:
     """GB by model that must be free on the GPU for a worker with QUANTIZE and a job."""
     rows = _rows("memory-quantized")
     places = [name for name in rows[0] if name != "model"]
-    head = ("model id", *(f"`QUANTIZE={name.partition(' ')[0]}`, `{name.partition(' ')[2]}`" for name in places))
-    return [head, *((f"`{row['model']}`", *(f"{row[name] + BYTES_OF_A_JOB / 1e9:.1f}" for name in places)) for row in rows)]
+    modes: dict[str, OffloadMode] = {name: "none" if name.endswith(" none") else "text_encoder" for name in places}
+    head = ("model id", *(f"`QUANTIZE={name.partition(' ')[0]}`, `{mode}`" for name, mode in modes.items()))
+    texts = [[_needed(row["model"], mode, row[name]) for name, mode in modes.items()] for row in rows]
+    return [head, *((f"`{row['model']}`", *text) for row, text in zip(rows, texts, strict=True))]
 
 
 def cost_table() -> Table:

@@ -65,6 +65,7 @@ def filled(path: Path) -> str:
         "memory": lambda: table(*figures.memory_table()),
         "cost": lambda: table(*figures.cost_table()),
         "gpus": lambda: table(*figures.gpu_table()),
+        "host": lambda: table(*figures.host_table()),
         "quantized": lambda: table(*figures.quantized_table()),
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}

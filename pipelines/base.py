@@ -31,7 +31,7 @@ from pipelines import diffusers_privates as privates
 from pipelines.catalog import OFFLOAD, LoraMode, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
-from pipelines.compiled import compile_blocks
+from pipelines.compiled import compile_blocks, compiler_settings
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
 from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, LoraInvalid, OutOfMemory, blamed_on
@@ -43,7 +43,7 @@ from pipelines.lora.file import Adapter, LoraFile
 from pipelines.lora.layers import Layers, read
 from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
-from pipelines.offload import refresh, stays_on_device
+from pipelines.offload import Swap, place, refresh
 from pipelines.pristine import CheckpointFile
 from pipelines.quantized import CodedLinear, Quantized, encode_layers
 from pipelines.recipes import Recipe, Sampling, documented
@@ -86,6 +86,7 @@ class WanModel(ABC):
 
     def __init__(self, pipe: Any, parts: Parts) -> None:
         self.spec = spec = parts.spec
+        self._swap: Swap | None = None
         self.facts: dict[str, Any] = {}
         """See `facts_of`."""
         self.bytes_by_mode: dict[OffloadMode, int] = {}
@@ -100,6 +101,8 @@ class WanModel(ABC):
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
         cache_embeddings(pipe, lambda: (self._text_attention, self._text_encoder.active))
+        self._parts_out: dict[tuple[int, ...], int] = {}
+        """How many parts of the model had to leave the device for a decode, by the shape of its latents."""
         self._shapes = {name: tuple(value.shape) for name, value in pipe.transformer.named_parameters()}
         self._shapes |= {
             f"{name}.weight": (module.out_features, module.in_features)
@@ -108,10 +111,10 @@ class WanModel(ABC):
         }
         self._adapters = Adapters(spec, pipe)
         files = {name: CheckpointFile(parts.checkpoints.folder_of(name), name) for name in (*spec.transformers, "text_encoder")}
-        self._merges = Merges(pipe, files)
-        self._text_encoder = Quantized(pipe.text_encoder, files["text_encoder"])
+        self._merges = Merges(pipe, files, parts.device)
+        self._text_encoder = Quantized(pipe.text_encoder, files["text_encoder"], parts.device)
         self._text_attention = "sdpa"
-        self._quantized = {name: Quantized(getattr(pipe, name), files[name]) for name in spec.transformers}
+        self._quantized = {name: Quantized(getattr(pipe, name), files[name], parts.device) for name in spec.transformers}
         self._recovery = {name: Beside(getattr(pipe, name), parts.device, pipe.transformer.dtype) for name in spec.transformers}
         self._beside = {name: Beside(getattr(pipe, name), parts.device) for name in spec.transformers}
         self._kept_in_float32 = KeptInFloat32([getattr(pipe, name) for name in spec.transformers])
@@ -119,6 +122,11 @@ class WanModel(ABC):
         """What is kept as codes, for all jobs; None: nothing."""
         if self.quantization:
             self._kept_in_float32.cast(pipe.transformer.dtype)  # as the trainer does before it quantizes
+
+    def place(self, mode: OffloadMode) -> None:
+        """Set up the offloading of `mode`, once."""
+        self._swap = place(self._pipe, self.device, mode)
+        self.facts["offload_mode"] = mode
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the transformers' blocks, before the first LoRA is applied; see `compiled.compile_blocks`."""
@@ -266,12 +274,16 @@ class WanModel(ABC):
         with self._device_errors():
             self._apply_recipe(recipe)
             try:
-                with torch.no_grad(), self._hooks_are_seen(), _seeded(sampling.seed, self.device) as generator:
+                with torch.no_grad(), self._compiled(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
+                if self._swap:
+                    self._swap.release()
                 self._check_finite(latents)
                 with self._tiles(recipe):
                     yield from self._decode(latents, privates.decode_whole if recipe.decodes_in_tiles else self._pieces_of)
             finally:
+                if self._swap:
+                    self._swap.release()
                 self._pipe.maybe_free_model_hooks()
 
     def _check_finite(self, latents: torch.Tensor) -> None:
@@ -287,14 +299,20 @@ class WanModel(ABC):
         return self.quantization is not None or any(part.active for part in self._quantized.values())
 
     @contextmanager
-    def _hooks_are_seen(self) -> Iterator[None]:
-        """Compiled code does not look for hooks that came later, so that with hooks it is not used."""
+    def _compiled(self) -> Iterator[None]:
+        """Have blocks compiled within, where they are to be.
+
+        Compiled code does not look for hooks that came later, so that with hooks it is not used.
+        """
         hooked = any(part.is_active for part in (*self._beside.values(), *self._recovery.values()))
-        if (hooked or self._is_quantized) and self._adapters.are_compiled:
+        if not self._adapters.are_compiled:
+            yield
+        elif hooked or self._is_quantized:
             with torch.compiler.set_stance("force_eager"):
                 yield
         else:
-            yield
+            with compiler_settings():
+                yield
 
     @contextmanager
     def _tiles(self, recipe: Recipe) -> Iterator[None]:
@@ -390,10 +408,12 @@ class WanModel(ABC):
 
         The arithmetic is the same, and so are the frames; tiles, the usual remedy, would change them.
         """
-        out_of_the_way: list[torch.nn.Module] = []
-        waiting = self._rest_of_the_model()
-        number = 0
+        waiting, number = self._rest_of_the_model(), 0
+        known = self._parts_out.get(latents.shape, 0)  # as the last decode of this size needed it
+        out_of_the_way, waiting = waiting[:known], waiting[known:]
         try:
+            for module in out_of_the_way:
+                module.to("cpu")
             while True:
                 try:
                     for frames in itertools.islice(decode(self._pipe.vae, latents, self.device, pieces_of), number, None):
@@ -401,22 +421,33 @@ class WanModel(ABC):
                         number += 1
                     return
                 except (RuntimeError, MemoryError) as error:
-                    if not waiting or not is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
-                    self._free(error)
+                    self._free(error)  # before anything comes back to the device
+                    if not waiting:
+                        raise
                 out_of_the_way.append(waiting.pop(0))
                 out_of_the_way[-1].to("cpu")
+                self._parts_out[latents.shape] = len(out_of_the_way)
         finally:
-            for module in out_of_the_way:
+            self._bring_back(out_of_the_way)
+
+    def _bring_back(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Raises DeviceLost when the device has no room for what was on it before: nothing heals half a model."""
+        try:
+            for module in modules:
                 module.to(self.device)
+        except (RuntimeError, MemoryError) as error:
+            raise DeviceLost("the model does not fit back onto the device") from error
 
     def _rest_of_the_model(self) -> list[torch.nn.Module]:
         """What a decode does not need and another memory could hold."""
         if self.device.type == "cpu":
             return []
         names = ("text_encoder", "image_encoder", "transformer", "transformer_2")
-        parts = {id(part): part for name in names if (part := getattr(self._pipe, name, None)) is not None}
-        return [part for part in parts.values() if stays_on_device(part)]
+        waiting = self.spec.waits_in_memory(self.facts["offload_mode"])
+        parts = [getattr(self._pipe, name, None) for name in names if name not in waiting]
+        return list({id(part): part for part in parts if part is not None}.values())
 
     def device_answers(self) -> bool:
         """Whether the device still computes: after an illegal access, an assert or an ECC error it does not, for ever."""
@@ -439,11 +470,22 @@ class WanModel(ABC):
                 self._free(error)
             if not self.device_answers():
                 raise DeviceLost("the device no longer answers") from error
+            self._refresh_after(error)
             if out_of_memory:
                 raise OutOfMemory(
                     f"the device ran out of memory; ask for fewer frames or a smaller size, or {self._memory_remedy()}"
                 ) from None
             raise
+
+    def _refresh_after(self, error: Exception) -> None:
+        """Bring back to main memory what a pass that died of `error` left on the device.
+
+        Streaming would throw it away, with whatever is written into it by then. Raises DeviceLost when there is no room.
+        """
+        try:
+            refresh(self._pipe, ("text_encoder", *self.spec.transformers))
+        except (RuntimeError, MemoryError):
+            raise DeviceLost("the model does not fit back into main memory") from error
 
     def _memory_remedy(self) -> str:
         """What the operator can change: an offload mode with fewer weights on the device, where there is one for this model."""
@@ -473,11 +515,11 @@ class KeptInFloat32:
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self._is_cast = False
         self._wide = [
-            (place, name, tensor)
+            (owner, name, tensor)
             for model in models
             for module in model.modules()
-            for place in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))
-            for name, tensor in place.items()
+            for owner in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))
+            for name, tensor in owner.items()
             if tensor is not None and tensor.is_floating_point() and tensor.dtype != model.dtype
         ]
 
@@ -485,10 +527,10 @@ class KeptInFloat32:
         """Cast them as the trainer's `.to(dtype)` on the whole model does. Whether there was anything to do."""
         if self._is_cast:
             return False
-        for place, name, tensor in self._wide:
+        for owner, name, tensor in self._wide:
             narrow = tensor.detach().to(dtype)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            place[name] = torch.nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
+            owner[name] = torch.nn.Parameter(narrow, requires_grad=False) if is_parameter else narrow
         self._is_cast = True
         return True
 
@@ -496,8 +538,8 @@ class KeptInFloat32:
         """Put the very tensors of the load back. Whether there was anything to do."""
         if not self._is_cast:
             return False
-        for place, name, tensor in self._wide:
-            place[name] = tensor
+        for owner, name, tensor in self._wide:
+            owner[name] = tensor
         self._is_cast = False
         return True
 
@@ -527,8 +569,7 @@ class Parts:
         self.checkpoints = checkpoints
         self.device = device
         self._dtype = dtype
-        streamed = OFFLOAD[offload_mode].streamed
-        self._stay_in_memory = tuple(spec.sources) if streamed is None else streamed
+        self._stay_in_memory = spec.waits_in_memory(offload_mode)
         self._took = took
 
     def load(self, names: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-OffloadMode = Literal["auto", "none", "text_encoder", "group", "model", "sequential"]
+OffloadMode = Literal["auto", "none", "text_encoder", "swap", "group", "model", "sequential"]
 """See OFFLOAD."""
 Family = Literal["t2v", "i2v", "toolkit_i2v", "toolkit_ti2v"]
 """Which pipeline a model runs on: diffusers' own (`diffusers_models`), or ai-toolkit's (`toolkit_models`)."""
@@ -34,12 +34,15 @@ class Offload:
     can_merge: bool = True
     """Whether LoRAs can be merged into the weights."""
     can_compile: bool = True
+    swaps_transformers: bool = False
+    """Whether only the transformer that computes is on the device: each of the two comes once per video."""
 
 
 OFFLOAD: Mapping[OffloadMode, Offload] = MappingProxyType(
     {
         "none": Offload(streamed=()),
         "text_encoder": Offload(streamed=("text_encoder",)),  # layer by layer, for a text that is new
+        "swap": Offload(streamed=("text_encoder",), swaps_transformers=True),  # for models with two transformers
         "group": Offload(streamed=("text_encoder", "transformer", "transformer_2"), can_compile=False),  # block by block
         "model": Offload(streamed=None),  # one component at a time is on the device
         "sequential": Offload(streamed=None, can_merge=False, can_compile=False),  # one layer at a time
@@ -60,8 +63,15 @@ DEFAULT_SEED = 42
 MAX_TOKENS = 512
 """Tokens of a prompt that the Wan pipelines encode."""
 
-BYTES_OF_A_JOB = 12_000_000_000
-"""What a video of the default size needs beside the weights: up to 11.3 GB for the decode, by benchmarks/memory.py."""
+ACTIVATIONS = 12_000_000_000
+"""What a video of up to 1280x720, 81 frames computes with: 11.6 GB in the denoise of 2.1 I2V with a LoRA, 11.3 in the decode of
+1024x1024, 41 frames. By arithmetic: benchmarks/memory.py."""
+RESERVE = 3_000_000_000
+"""What kernels take as workspace and what the allocator loses between pieces: an estimate, to be measured on a GPU."""
+LORA_RANK = 128
+"""Of the LoRAs for which `auto` leaves room, on every linear layer of the blocks, in 16 bits."""
+BYTES_OF_THE_PROCESS = 6_000_000_000
+"""Main memory of a worker beside weights that wait there: libraries, CUDA, frames, one LoRA's file. An estimate."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +124,43 @@ class ModelSpec:
     expand_timesteps: bool = False
     drops_incomplete_frames: bool = False
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
-    offload_modes: tuple[OffloadMode, ...] = tuple(OFFLOAD)
-    """The modes that the model can run with beside `auto`, the quickest first."""
 
     @property
     def needs_toolkit(self) -> bool:
         return self.family in ("toolkit_i2v", "toolkit_ti2v")
+
+    @property
+    def offload_modes(self) -> tuple[OffloadMode, ...]:
+        """The modes that the model can run with beside `auto`, the quickest first.
+
+        What accelerate does needs diffusers' own pipelines.
+        """
+        return tuple(
+            mode
+            for mode, offload in OFFLOAD.items()
+            if (self.moe or not offload.swaps_transformers) and (offload.streamed is not None or not self.needs_toolkit)
+        )
+
+    def waits_in_memory(self, mode: OffloadMode) -> tuple[str, ...]:
+        """The components that are in main memory and come to the device when they are used."""
+        offload = OFFLOAD[mode]
+        if offload.streamed is None:
+            return tuple(self.sources)
+        return (*offload.streamed, *(self.transformers if offload.swaps_transformers else ()))
+
+    def bytes_of_a_job(self, mode: OffloadMode) -> int:
+        """What a job may take of the device beside the weights that `mode` keeps there."""
+        squares = 10 if self.image_dim else 8
+        features = squares * 2 * self.hidden_size + 2 * (
+            self.hidden_size + self.ffn_dim
+        )  # in and out, of all layers of a block
+        if OFFLOAD[mode].swaps_transformers:
+            blocks = self.num_blocks
+        elif "transformer" in self.waits_in_memory(mode):
+            blocks = 2
+        else:
+            blocks = self.num_blocks * len(self.transformers)
+        return ACTIVATIONS + RESERVE + features * LORA_RANK * 2 * blocks
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -131,7 +172,6 @@ def _all_from(repo: str, *parts: str) -> dict[str, Source]:
     return {part: Source(repo, part) for part in parts}
 
 
-_STREAMED_MODES = tuple(mode for mode, offload in OFFLOAD.items() if offload.streamed is not None)
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 _IMAGE_PARTS = ("image_encoder", "image_processor")
 
@@ -159,7 +199,6 @@ _WAN22_I2V_14B = ModelSpec(
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
-    offload_modes=_STREAMED_MODES,
 )
 
 _WAN22_T2V_14B = ModelSpec(
@@ -204,7 +243,6 @@ _WAN22_5B = ModelSpec(
     flow_shift=5.0,
     expand_timesteps=True,
     drops_incomplete_frames=True,
-    offload_modes=_STREAMED_MODES,
 )
 
 _WAN21_I2V_14B = ModelSpec(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,29 @@ def compile_blocks(
     """
     if cache_dir is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)  # read when something is compiled; Triton's cache lies below it
-    # A block that cannot be compiled runs as it is, and the log says so.
-    privates.set_compiler(recompile_limit=VARIANTS, suppress_errors=True)
+    with compiler_settings():  # are they there?
+        pass
     if backend == "inductor" and (reason := _why_nothing_compiles(device)):
         raise DeviceUnavailable(
             f"COMPILE=1, but nothing can be compiled here ({reason}): install a C++ compiler, or set COMPILE=0"
         )
     for transformer in transformers:
+        transformer.rope.register_forward_hook(_clone_all)
         transformer.requires_grad_(False)  # as peft leaves them with the first LoRA, for which all would be compiled again
         transformer.compile_repeated_blocks(backend=backend)
+
+
+def compiler_settings() -> AbstractContextManager[None]:
+    """Within it, blocks are compiled as often as they need, and one that cannot be compiled runs as it is; the log says so.
+
+    torch keeps these settings by thread: set in one thread, they are not those of another.
+    """
+    return privates.compiler_settings(recompile_limit=VARIANTS, suppress_errors=True)
+
+
+def _clone_all(_module: torch.nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """RoPE's tables are views, and code would be compiled for the sizes of what they are views of."""
+    return tuple(table.clone() for table in outputs)
 
 
 def _why_nothing_compiles(device: torch.device) -> str:

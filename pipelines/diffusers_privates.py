@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import Any
 
@@ -60,6 +61,11 @@ def _moved(library: str, what: str) -> LibraryMoved:
 def is_offloaded(component: Any) -> bool:
     """Whether hooks move the component, or parts of it, to the device and back."""
     return any(hasattr(module, "_hf_hook") or _has_hooks(module) for module in component.modules())
+
+
+def is_moved_whole(component: Any) -> bool:
+    """Whether accelerate moves the component, or each of its layers: diffusers must know when tensors join it."""
+    return any(hasattr(module, "_hf_hook") for module in component.modules())
 
 
 def _has_hooks(module: Any) -> bool:
@@ -192,9 +198,10 @@ def active_attention() -> str:
 # The compiler
 
 
-def set_compiler(**settings: Any) -> None:
-    """Set options of torch's compiler. Raises LibraryMoved when one is not there."""
-    for name, value in settings.items():
+def compiler_settings(**settings: Any) -> AbstractContextManager[None]:
+    """Options of torch's compiler, in this thread and within the block. Raises LibraryMoved when one is not there."""
+    for name in settings:
         if not hasattr(torch._dynamo.config, name):
             raise _moved("torch", f"the compiler's option {name}")
-        setattr(torch._dynamo.config, name, value)
+    patch: AbstractContextManager[None] = torch._dynamo.config.patch(**settings)
+    return patch

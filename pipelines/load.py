@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from pipelines import diffusers_privates as privates
 from pipelines.attention import set_attention
 from pipelines.base import Parts, WanModel, is_out_of_memory
-from pipelines.catalog import BYTES_OF_A_JOB, MODELS, Attention, Family, ModelSpec, OffloadMode, Quantize
+from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode, Quantize
 from pipelines.checkpoints import Checkpoints
 from pipelines.diffusers_models import DiffusersModel
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable, OutOfMemory
 from pipelines.facts import facts_of
-from pipelines.offload import bytes_by_mode, mode_for, place
+from pipelines.host_memory import available
+from pipelines.offload import Memory, bytes_by_mode, mode_for
 from pipelines.toolkit import load_toolkit
 from pipelines.toolkit_models import Wan22ImageToVideo, Wan22TextImageToVideo
 from pipelines.trained import Quantization, TrainedWith
@@ -57,7 +58,7 @@ def load_pipeline(
     target = _check_device(spec, device, offload_mode)
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     toolkit = load_toolkit(toolkit_path, toolkit_commit) if spec.needs_toolkit else None
-    sizes: dict[OffloadMode, int] = {}
+    sizes: dict[OffloadMode, Memory] = {}
     mode: OffloadMode = "none"
     quantization = quantization_in(spec, "none" if quantize == "auto" else quantize)
     try:
@@ -68,10 +69,10 @@ def load_pipeline(
             if quantize == "auto":
                 quantization = choose_quantization(spec, checkpoints, dtype.itemsize, free)
             sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
-            mode = mode_for(offload_mode, spec, sizes, free)
+            mode = mode_for(offload_mode, spec, sizes, free, available() or None)
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
         model = _MODEL_CLASS[spec.family].load(parts, toolkit)
-        place(model._pipe, target, mode)
+        model.place(mode)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointNotFound(f"{spec.id} cannot be loaded, a file is damaged or missing: {reason}") from error
@@ -81,8 +82,8 @@ def load_pipeline(
         remedy = "use a larger GPU, or another OFFLOAD_MODE" if target.type == "cuda" else "use a machine with more memory"
         raise OutOfMemory(f"the memory ran out while {spec.id} was loaded; {remedy}") from error
     set_attention([getattr(model._pipe, name) for name in spec.transformers], attention, target)
-    model.bytes_by_mode = sizes
-    model.facts = facts_of(checkpoints, toolkit_path, target, dtype) | {"offload_mode": mode}
+    model.bytes_by_mode = {name: memory.device for name, memory in sizes.items()}
+    model.facts |= facts_of(checkpoints, toolkit_path, target, dtype)
     model.facts["quantize"] = quantization.transformer if quantization else None
     for warning in privates.check(model._pipe, mode):
         logging.getLogger(__name__).warning("%s", warning)
@@ -99,7 +100,7 @@ def choose_quantization(spec: ModelSpec, checkpoints: Checkpoints, itemsize: int
     for quantize in ("none", "qfloat8", "uint4"):
         quantization = quantization_in(spec, quantize)
         needed = bytes_by_mode(checkpoints, itemsize, quantization)
-        if min(needed["none"], needed["text_encoder"]) + BYTES_OF_A_JOB <= free:
+        if any(needed[mode].device + spec.bytes_of_a_job(mode) <= free for mode in ("none", "text_encoder")):
             return quantization
     return quantization_in(spec, "uint4")
 

@@ -6,7 +6,8 @@ The modes are the table OFFLOAD of the catalog.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,62 @@ from diffusers.hooks import apply_group_offloading
 from safetensors import safe_open
 
 from pipelines import diffusers_privates as privates
-from pipelines.catalog import BYTES_OF_A_JOB, OFFLOAD, ModelSpec, OffloadMode
+from pipelines.catalog import BYTES_OF_THE_PROCESS, OFFLOAD, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.trained import Quantization, bytes_of_codes
 from pipelines.weights import STEM_OF, file_names
 
 
-def mode_for(asked: OffloadMode, spec: ModelSpec, needed: Mapping[OffloadMode, int], free: int) -> OffloadMode:
-    """The mode in which the weights fit into `free` bytes of the device; `needed` is what they take in each.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of weights in one mode."""
 
-    `auto`: the quickest of the modes that stream which leaves room for a job of the default size, else `group`.
-    For a mode that is asked for, only what is certain is checked: the weights themselves. Raises DeviceUnavailable.
+    device: int
+    host: int
+    """What waits in main memory."""
+
+
+def mode_for(
+    asked: OffloadMode, spec: ModelSpec, needed: Mapping[OffloadMode, Memory], free: int, host: int | None = None
+) -> OffloadMode:
+    """The mode in which the weights fit into `free` bytes of the device and `host` bytes of main memory (None: not known).
+
+    `auto`: the quickest of the modes that stream or swap which leaves room for a job of up to 1280x720, 81 frames, else
+    `group`. For a mode that is asked for, only what is certain is checked of the device: the weights themselves. Raises
+    DeviceUnavailable.
     """
+    room = float("inf") if host is None else host - BYTES_OF_THE_PROCESS
     if asked == "auto":
-        streaming = (mode for mode, offload in OFFLOAD.items() if offload.streamed is not None)
-        asked = next((mode for mode in streaming if needed[mode] + BYTES_OF_A_JOB <= free), "group")
-    if needed[asked] <= free:
+        possible = [mode for mode in spec.offload_modes if OFFLOAD[mode].streamed is not None]
+        asked = next((mode for mode in possible if needed[mode].device + spec.bytes_of_a_job(mode) <= free), "group")
+    enough = {mode: needed[mode].device <= free and needed[mode].host <= room for mode in spec.offload_modes}
+    if enough[asked]:
         return asked
-    fitting = next((mode for mode in spec.offload_modes if needed[mode] <= free), None)
-    remedy = f"set OFFLOAD_MODE={fitting}, or use a larger GPU" if fitting else "use a larger GPU"
+    fitting = next((mode for mode in spec.offload_modes if enough[mode]), None)
+    remedy = f"set OFFLOAD_MODE={fitting}, or " if fitting else ""
+    if needed[asked].device > free:
+        raise DeviceUnavailable(
+            f"the weights of {spec.id} take {needed[asked].device / 1e9:.1f} GB with OFFLOAD_MODE={asked}, and the GPU has "
+            f"{free / 1e9:.1f} GB free: {remedy}use a larger GPU"
+        )
     raise DeviceUnavailable(
-        f"the weights of {spec.id} take {needed[asked] / 1e9:.1f} GB with OFFLOAD_MODE={asked}, and the GPU has "
-        f"{free / 1e9:.1f} GB free: {remedy}"
+        f"OFFLOAD_MODE={asked} keeps {needed[asked].host / 1e9:.1f} GB of {spec.id} in main memory, of which this machine or "
+        f"container has {(host or 0) / 1e9:.1f} GB, {BYTES_OF_THE_PROCESS / 1e9:.0f} GB of them for the worker itself: "
+        f"{remedy}use a GPU that holds more of it, or a machine with more memory"
     )
 
 
-def bytes_by_mode(checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None = None) -> dict[OffloadMode, int]:
-    """Bytes of weights on the device in each mode, in numbers of `itemsize` bytes, or as codes where they are quantized."""
-    return on_device(checkpoints.spec, _bytes_of_parts(checkpoints, itemsize, quantization))
+def bytes_by_mode(
+    checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None = None
+) -> dict[OffloadMode, Memory]:
+    """The weights in each mode, in numbers of `itemsize` bytes, or as codes where they are quantized."""
+    spec, sizes = checkpoints.spec, _bytes_of_parts(checkpoints, itemsize, quantization)
+    device = on_device(spec, sizes)
+    return {
+        mode: Memory(device[mode], sum(sizes.get(part, 0) for part in spec.waits_in_memory(mode)))
+        for mode in spec.offload_modes
+    }
 
 
 def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
@@ -52,16 +80,21 @@ def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, in
     A streamed transformer has two of its blocks there.
     """
 
-    def without(*streamed: str) -> int:
-        there = sum(size for part, size in sizes.items() if part not in streamed)
-        transformers = [sizes[part] for part in spec.transformers if part in streamed]
-        return there + 2 * max(transformers, default=0) // spec.num_blocks
+    transformers = [sizes[part] for part in spec.transformers]
+    largest: dict[OffloadMode, int] = {"model": max(sizes.values()), "sequential": 0}  # accelerate's, which move everything
+    for mode in spec.offload_modes:
+        offload = OFFLOAD[mode]
+        if offload.streamed is not None:
+            there = sum(size for part, size in sizes.items() if part not in (*offload.streamed, *spec.transformers))
+            if spec.transformers[0] in offload.streamed:
+                there += 2 * max(transformers) // spec.num_blocks
+            else:
+                there += max(transformers) if offload.swaps_transformers else sum(transformers)
+            largest[mode] = there
+    return {mode: largest[mode] for mode in spec.offload_modes}
 
-    streamed = {mode: without(*offload.streamed) for mode, offload in OFFLOAD.items() if offload.streamed is not None}
-    return {**streamed, "model": max(sizes.values()), "sequential": 0}
 
-
-def place(pipe: Any, device: torch.device, mode: OffloadMode) -> None:
+def place(pipe: Any, device: torch.device, mode: OffloadMode) -> Swap | None:
     """Set up the offloading of `mode`. Components that it does not move are on the device already."""
     if mode == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -72,17 +105,63 @@ def place(pipe: Any, device: torch.device, mode: OffloadMode) -> None:
         if part == "text_encoder":
             pieces = {"offload_type": "leaf_level"}
         apply_group_offloading(component, onload_device=device, use_stream=device.type == "cuda", **pieces)
+    if not OFFLOAD[mode].swaps_transformers:
+        return None
+    return Swap([pipe.transformer, pipe.transformer_2], device)
+
+
+class Swap:
+    """Models of which only the one that computes is on the device; the weights of all wait in main memory, pinned.
+
+    What is on the device is a copy, and is thrown away: between videos everything is in main memory, for LoRAs to be applied.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], device: torch.device) -> None:
+        self._device = device
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """The tensors of the model that is on the device, and what they are in main memory."""
+        self._present: torch.nn.Module | None = None
+        for model in models:
+            if device.type == "cuda":
+                for tensor in _tensors(model):
+                    tensor.data = pinned(tensor.data)
+            model.register_forward_pre_hook(lambda model, _inputs: self._bring(model))
+
+    def _bring(self, model: torch.nn.Module) -> None:
+        if model is self._present:
+            return
+        self.release()
+        self._present = model
+        for tensor in _tensors(model):
+            in_memory = tensor.data
+            tensor.data = copy_to(in_memory, self._device)
+            self._waiting.append((tensor, in_memory))
+
+    def release(self) -> None:
+        """Leave the device. Called when a video is denoised, however that ends."""
+        self._present = None
+        while self._waiting:
+            tensor, in_memory = self._waiting.pop()
+            tensor.data = in_memory
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory()
+
+
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=True)
 
 
 def refresh(pipe: Any, names: tuple[str, ...]) -> None:
     """Tell the offloading that tensors of these components were replaced."""
     for component in _distinct(pipe, names).values():
         privates.refresh_group_offloading(component)
-
-
-def stays_on_device(component: Any) -> bool:
-    """Whether no mode moves the component."""
-    return not privates.is_offloaded(component)
 
 
 def _distinct(pipe: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -165,9 +165,11 @@ def encode_layers(
 class Quantized:
     """The quantized weights of one component; its parameters are rounded in place."""
 
-    def __init__(self, component: torch.nn.Module, file: CheckpointFile) -> None:
+    def __init__(self, component: torch.nn.Module, file: CheckpointFile, device: torch.device) -> None:
+        """`device` computes the codes, wherever the weights wait."""
         self._component = component
         self._file = file
+        self._device = device
         self._changed: set[str] = set()
         """Parameters whose values are not, or may not be, what the file says."""
         self._hooks: list[RemovableHandle] = []
@@ -200,7 +202,7 @@ class Quantized:
             if name.startswith(excluded) or (only is not None and name not in only):
                 continue
             self._changed.add(f"{name}.weight")
-            layer.weight.copy_(format.decoded(layer.weight))
+            layer.weight.copy_(format.decoded(layer.weight.to(self._device)))
             if format.adds_bias_apart and layer.bias is not None:
                 self._biases[name] = bias = layer.bias
                 layer.register_parameter("bias", None)

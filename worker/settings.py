@@ -91,9 +91,9 @@ class Settings(BaseSettings):
     )
     offload_mode: OffloadMode = Field(
         default="auto",
-        description="What waits in main memory: `none`, `text_encoder`, `group` (transformers too, streamed block by block), "
-        "`model` (all but one component), `sequential` (all but one layer); `auto`: the first of the first three that leaves "
-        "room for a job.",
+        description="What waits in main memory: `none`, `text_encoder`, `swap` (of the two transformers of a Wan 2.2 14B model "
+        "the one that does not compute, too), `group` (transformers too, streamed block by block), `model` (all but one "
+        "component), `sequential` (all but one layer); `auto`: the first of the first four that leaves room for a job.",
     )
     quantize: Quantize = Field(
         default="none",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from pipelines import diffusers_privates as privates
 from pipelines.catalog import ModelSpec
 from pipelines.diffusers_privates import ADAPTER, adapter_layers
 from pipelines.errors import LoraIncompatible, LoraInvalid
@@ -65,7 +66,8 @@ class Adapters:
         """
         loaded, transformer = self._loaded.get(name), getattr(self._pipe, name)
         if wanted is None:
-            self.drop(name)
+            if loaded:
+                self.drop(name)
             return
         adapter, layers = wanted
         if loaded and loaded[0].file != adapter.file and not self._swap(name, loaded, wanted):
@@ -124,8 +126,9 @@ class Adapters:
                 adapter_name=ADAPTER,
                 metadata=_config(layers),
                 low_cpu_mem_usage=True,
-                _pipeline=self._pipe,
+                _pipeline=self._pipe if privates.is_moved_whole(transformer) else None,
             )
+            privates.refresh_group_offloading(transformer)
         except OSError as error:
             raise LoraInvalid("the file could not be read; send the job again") from error
         except (ValueError, KeyError, RuntimeError) as error:

@@ -22,9 +22,10 @@ from pipelines.pristine import CheckpointFile
 class Merges:
     """The merged LoRAs of one pipeline, by transformer; at most one each."""
 
-    def __init__(self, pipe: Any, files: Mapping[str, CheckpointFile]) -> None:
-        """`files`: the weights of each transformer."""
+    def __init__(self, pipe: Any, files: Mapping[str, CheckpointFile], device: torch.device) -> None:
+        """`files`: the weights of each transformer. `device` computes the merges, wherever the weights wait."""
         self._pipe = pipe
+        self._device = device
         self._files = files
         self._merged: dict[str, Adapter] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
@@ -69,8 +70,8 @@ class Merges:
         self._changed[name] = set(changes)
         for parameter, (layer, change) in changes.items():
             value = parameters[parameter]
-            pristine = self._files[name].read(parameter).to(value.device, value.dtype)
-            value.copy_(change(layer, tensors, pristine, adapter.scale, value.device))
+            pristine = self._files[name].read(parameter).to(self._device, value.dtype)
+            value.copy_(change(layer, tensors, pristine, adapter.scale, self._device))
 
     def _restore(self, name: str, changed: set[str]) -> None:
         self._files[name].restore(getattr(self._pipe, name), changed)

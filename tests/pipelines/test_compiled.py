@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks.switch import write_lora
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines.compiled import VARIANTS
 from pipelines.errors import DeviceUnavailable
 from pipelines.lora.adapters import COMPILED_RANK
 from pipelines.trained import TrainedWith
@@ -92,10 +94,27 @@ def test_a_lora_of_a_larger_rank_compiles_once(model: WanModel, compiler: Counti
 
 def test_a_second_size_compiles_once_more_and_a_third_does_not(model: WanModel, compiler: Counting) -> None:
     counts = []
-    for width, num_frames in ((64, 5), (96, 5), (128, 5), (64, 9), (160, 9)):
-        frames_of(model, replace(SAMPLING, width=width, num_frames=num_frames))
+    for width, height, num_frames in ((64, 64, 5), (96, 64, 5), (64, 96, 5), (128, 32, 5), (64, 64, 9), (160, 96, 9)):
+        frames_of(model, replace(SAMPLING, width=width, height=height, num_frames=num_frames))
         counts.append(compiler.graphs)
-    assert counts == [1, 2, 2, 2, 2]
+    assert counts == [1, 2, 2, 2, 2, 2]
+
+
+def test_a_block_that_cannot_be_compiled_runs_as_it_is_in_the_thread_of_the_gpu_too(tiny: Path) -> None:
+    """torch keeps the compiler's settings by thread, and the model is loaded in another one than the jobs run in."""
+    torch._dynamo.reset()
+    model, plain = load_pipeline("wan21_1b", tiny, "cpu"), load_pipeline("wan21_1b", tiny, "cpu")
+    seen: list[int] = []
+
+    def broken(_graph: Any, _examples: Any) -> Callable[..., Any]:
+        seen.append(torch._dynamo.config.recompile_limit)
+        raise RuntimeError("no kernel")
+
+    model.compile_blocks(backend=broken)
+    with ThreadPoolExecutor(1) as thread:
+        frames = thread.submit(frames_of, model).result()
+    assert (frames == frames_of(plain)).all()
+    assert seen and set(seen) == {VARIANTS}
 
 
 def test_the_places_filled_up_with_zeros_change_no_frame_beyond_rounding(

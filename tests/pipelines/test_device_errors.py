@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def model(tiny: Path) -> WanModel:
 @pytest.fixture
 def memory(model: WanModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """A device whose VAE finds room for the second piece only when so many other parts are out of the way."""
-    state = {"needed": 0, "out": 0}
+    state = {"needed": 0, "out": 0, "failed": 0}
     pipe, decoder_forward = model._pipe, model._pipe.vae.decoder.forward
     parts = [pipe.text_encoder, pipe.transformer]
 
@@ -37,6 +38,7 @@ def memory(model: WanModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
     def forward(*arguments: object, **named: object) -> torch.Tensor:
         if not named["first_chunk"] and state["out"] < state["needed"]:
+            state["failed"] += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decoder_forward(*arguments, **named)
 
@@ -65,6 +67,37 @@ def test_a_decode_for_which_nothing_makes_room_is_out_of_memory(model: WanModel,
     assert memory["out"] == 0
     memory["needed"] = 0
     assert sum(len(frames) for frames in model.generate(SAMPLING)) == 9
+
+
+def test_a_decode_of_a_known_size_makes_room_before_it_runs_out(model: WanModel, memory: dict[str, int]) -> None:
+    memory["needed"] = 1
+    list(model.generate(SAMPLING))
+    memory["failed"] = 0
+    list(model.generate(SAMPLING))
+    assert memory["failed"] == 0 and memory["out"] == 0
+
+
+def test_nothing_comes_back_to_the_device_while_a_failed_decode_holds_it(
+    model: WanModel, memory: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+    clamp, move = torch.Tensor.clamp, model._pipe.transformer.to
+
+    def watched(tensor: torch.Tensor, *arguments: object, **named: object) -> torch.Tensor:
+        alive.append(weakref.ref(tensor))
+        return clamp(tensor, *arguments, **named)  # type: ignore[arg-type, call-overload, no-any-return]
+
+    def to(target: object) -> None:
+        held.append(sum(reference() is not None for reference in alive))
+        move(target)
+
+    monkeypatch.setattr(torch.Tensor, "clamp", watched)
+    monkeypatch.setattr(model._pipe.transformer, "to", to)
+    memory["needed"] = 3
+    with pytest.raises(OutOfMemory):
+        list(model.generate(SAMPLING))
+    assert alive and held == [0, 0]
 
 
 def test_a_device_that_computes_answers(model: WanModel) -> None:

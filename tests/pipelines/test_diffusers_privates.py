@@ -132,4 +132,4 @@ def test_attention_backends_that_have_moved_are_not_used(monkeypatch: pytest.Mon
 
 def test_a_compiler_option_that_has_moved_is_noticed() -> None:
     with pytest.raises(LibraryMoved, match="has moved the compiler's option no_such_option"):
-        privates.set_compiler(no_such_option=1)
+        privates.compiler_settings(no_such_option=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,14 +11,12 @@ from queue import Empty, SimpleQueue
 
 from pipelines.catalog import ModelSpec
 from pipelines.checkpoints import Checkpoints
+from pipelines.host_memory import available
 from pipelines.weights import STEM_OF, file_names
 
 _READERS = 4
 """Files at a time: a network volume serves several streams faster than one."""
 _BYTES_PER_CALL = 64 * 1024**2
-
-_MACHINE = Path("/proc/meminfo")
-_CONTAINER = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
 def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
@@ -28,7 +25,7 @@ def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
     As far as they fit into half of the memory: what is read beyond it would drive out what was read before.
     """
     files: SimpleQueue[Path] = SimpleQueue()
-    room = _memory() // 2
+    room = available() // 2
     for file in _weights(Checkpoints.of(spec, checkpoints)):
         room -= file.stat().st_size
         if room < 0:
@@ -54,15 +51,3 @@ def _read(files: SimpleQueue[Path]) -> None:
                 position = 0
                 while sent := os.sendfile(nowhere.fileno(), file.fileno(), position, _BYTES_PER_CALL):
                     position += sent
-
-
-def _memory() -> int:
-    """Bytes that this process can have: what is free on the machine, or the limit of its container."""
-    sizes = []
-    with suppress(OSError):
-        free = re.findall(r"^MemAvailable:\s*(\d+) kB", _MACHINE.read_text(), re.MULTILINE)
-        sizes += [int(kilobytes) * 1024 for kilobytes in free]
-    for file in _CONTAINER:
-        with suppress(OSError, ValueError):  # "max": no limit
-            sizes.append(int(file.read_text()))
-    return min(sizes, default=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import host_memory
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from worker.startup import prefetch
@@ -47,7 +48,7 @@ def test_no_more_is_read_than_fits_into_half_of_the_memory(
     tiny: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = next(prefetch._weights(Checkpoints(MODELS["wan21_1b"], tiny)))
-    monkeypatch.setattr(prefetch, "_memory", lambda: 2 * first.stat().st_size)
+    monkeypatch.setattr(prefetch, "available", lambda: 2 * first.stat().st_size)
     read_weights(tiny)
     assert read == ["/".join(first.parts[-2:])]
 
@@ -65,11 +66,11 @@ def test_the_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatc
     machine.write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
     limit.write_text("1000000\n")
     no_limit.write_text("max\n")
-    monkeypatch.setattr(prefetch, "_MACHINE", machine)
-    monkeypatch.setattr(prefetch, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
-    assert prefetch._memory() == 4000 * 1024
-    monkeypatch.setattr(prefetch, "_CONTAINER", [limit])
-    assert prefetch._memory() == 1000000
-    monkeypatch.setattr(prefetch, "_MACHINE", tmp_path / "nowhere")
-    monkeypatch.setattr(prefetch, "_CONTAINER", [])
-    assert prefetch._memory() == 0
+    monkeypatch.setattr(host_memory, "_MACHINE", machine)
+    monkeypatch.setattr(host_memory, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
+    assert host_memory.available() == 4000 * 1024
+    monkeypatch.setattr(host_memory, "_CONTAINER", [limit])
+    assert host_memory.available() == 1000000
+    monkeypatch.setattr(host_memory, "_MACHINE", tmp_path / "nowhere")
+    monkeypatch.setattr(host_memory, "_CONTAINER", [])
+    assert host_memory.available() == 0
