@@ -56,6 +56,9 @@ def main() -> int:
     parser.add_argument("--model-id", required=True, metavar="ID")
     parser.add_argument("--from", type=Path, metavar="DIR", dest="source", help="a folder to take the repos from, not the Hub")
     parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to download; main for other repos")
+    parser.add_argument(
+        "--dtype", choices=["original", "bf16"], default="bf16", help="of weights from the Hub; default: %(default)s"
+    )
     arguments = parser.parse_args()
     if arguments.model_id not in MODELS:
         parser.error(f"MODEL_ID {arguments.model_id!r} is not a model id; build with one of {', '.join(MODELS)}")
@@ -65,7 +68,7 @@ def main() -> int:
     if arguments.source:
         copy(spec, arguments.source)
     elif parts:
-        fetch(spec, parts, arguments.revisions)
+        fetch(spec, parts, arguments.revisions, arguments.dtype)
     for name, group in groups.items():
         spread(spec, name, group)
         set_mtimes(WEIGHTS / name)
@@ -73,10 +76,10 @@ def main() -> int:
     return 0
 
 
-def fetch(spec: ModelSpec, parts: list[str], revisions: str) -> None:
+def fetch(spec: ModelSpec, parts: list[str], revisions: str, dtype: str) -> None:
     """Download the parts' files to CHECKPOINTS. `revisions` can name repos of other models too: one list serves all."""
     command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS)]
-    command += ["--parts", ",".join(parts)]
+    command += ["--parts", ",".join(parts), "--dtype", dtype]
     repos = {spec.sources[part].repo for part in parts}
     for pair in filter(None, revisions.split(",")):
         command += ["--revision", pair] if pair.partition("=")[0] in repos else []

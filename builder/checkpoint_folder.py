@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from builder import REPRODUCIBLE_MTIME
+from builder.convert import to_bf16
 from builder.hub import RemoteFile, Stopped, verified_sha256
 from builder.retry import FetchError
 from pipelines.manifest import NAME, Entry, Manifest
@@ -57,7 +58,7 @@ class CheckpointFolder:
             kept: dict[str, Entry] = {}
             for path, entry in before.files.items():
                 listed = listings[repo].get(path)
-                is_same = listed and listed.sum and verified_sha256(listed, self.path_of(listed))
+                is_same = listed and listed.sum and (self.entry_of(listed) or self.entry_of(listed, converted=True))
                 if before.revision == commit or is_same:
                     kept[path] = entry
                 else:
@@ -65,11 +66,27 @@ class CheckpointFolder:
                         inside(self.root / repo, path).unlink(missing_ok=True)
             self._write(Manifest(repo, commit, kept))
 
-    def missing_bytes(self, files: Iterable[RemoteFile]) -> int:
-        """Return how many bytes too few are free on the disk for the rest of `files`; 0 or less when they fit."""
+    def entry_of(self, file: RemoteFile, converted: bool = False) -> Entry | None:
+        """Return what is there of the file, if it is whole: as the Hub has it, or `converted` to bf16; else None."""
+        path = self.path_of(file)
+        if not converted:
+            sha256 = verified_sha256(file, path)
+            return Entry(file.size, sha256) if sha256 else None
+        manifest = self._manifest(file.repo)
+        entry = manifest.files.get(file.path) if manifest else None
+        if not entry or not file.sum or entry.converted_from != file.sum or not path.is_file():
+            return None
+        with path.open("rb") as opened:
+            return entry if hashlib.file_digest(opened, "sha256").hexdigest() == entry.sha256 else None
+
+    def missing_bytes(self, files: Iterable[RemoteFile], kept: float = 1.0) -> int:
+        """Return how many bytes too few are free on the disk for the rest of `files`; 0 or less when they fit.
+
+        `kept`: the share of a file that stays at least, when it is converted.
+        """
         parts = {file: self._partial(file) for file in files}
-        needed = sum(file.size - (path.stat().st_size if path.is_file() else 0) for file, path in parts.items())
-        return needed - shutil.disk_usage(self.root).free
+        needed = sum(file.size * kept - (path.stat().st_size if path.is_file() else 0) for file, path in parts.items())
+        return int(needed) - shutil.disk_usage(self.root).free
 
     @contextmanager
     def unfinished(self, file: RemoteFile, stop: threading.Event) -> Iterator[BinaryIO]:
@@ -92,19 +109,36 @@ class CheckpointFolder:
 
     def take(self, file: RemoteFile) -> None:
         """Move the downloaded file, which is complete, to its place."""
-        path, unfinished = self.path_of(file), self._partial(file)
+        self._take(self._partial(file), self.path_of(file))
+
+    def convert(self, file: RemoteFile) -> Entry | None:
+        """Replace a file that is in its place by its bf16 version; None where it has nothing to convert. Raises FetchError."""
+        path, unfinished = self.path_of(file), self._partial(file).with_suffix(".bf16")
+        unfinished.parent.mkdir(exist_ok=True)
+        try:
+            with unfinished.open("wb") as out:
+                sha256 = to_bf16(path, out)
+        except ValueError as error:
+            raise FetchError(f"{file} cannot be converted to bf16: {error}") from error
+        if sha256 is None:
+            unfinished.unlink()
+            return None
+        self._take(unfinished, path)
+        return Entry(path.stat().st_size, sha256, file.sum)
+
+    def _take(self, unfinished: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # some volumes allow neither
             unfinished.chmod(0o644)
             os.utime(unfinished, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME))
         unfinished.replace(path)
 
-    def finish(self, sums: Mapping[RemoteFile, str]) -> None:
-        """Write the manifests, delete leftovers, and set the modification time of folders. `sums`: sha256 of each file."""
-        for repo, commit in {file.repo: file.commit for file in sums}.items():
+    def finish(self, entries: Mapping[RemoteFile, Entry]) -> None:
+        """Write the manifests, delete leftovers, and set the modification time of folders."""
+        for repo, commit in {file.repo: file.commit for file in entries}.items():
             before = self._manifest(repo)
             files = dict(before.files) if before else {}
-            files |= {file.path: Entry(file.size, sha256) for file, sha256 in sums.items() if file.repo == repo}
+            files |= {file.path: entry for file, entry in entries.items() if file.repo == repo}
             self._write(Manifest(repo, commit, dict(sorted(files.items()))))
         for leftover in self._unfinished.glob("*"):
             with suppress(OSError), leftover.open("rb") as opened:
@@ -112,7 +146,7 @@ class CheckpointFolder:
                 leftover.unlink()
         with suppress(OSError):
             self._unfinished.rmdir()
-        for folder in {parent for file in sums for parent in self.path_of(file).parents}:
+        for folder in {parent for file in entries for parent in self.path_of(file).parents}:
             if folder.is_relative_to(self.root) and folder.stat().st_mtime != REPRODUCIBLE_MTIME:
                 with suppress(OSError):
                     os.utime(folder, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME))

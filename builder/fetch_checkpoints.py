@@ -2,11 +2,13 @@
 
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --parts text_encoder,tokenizer
+    python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dtype bf16
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dry-run
 
 The result is `DIR/ORG/NAME` per repo, in the layout of the Hub, with a manifest of what was downloaded. An interrupted download
 resumes when the command is run again; files that are there and correct are not downloaded. A repo stays at the commit in its
-manifest until `--revision` names another. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file.
+manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half the disk and half of
+what a start reads, for the same bits on a GPU. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from typing import Any
 from tqdm import tqdm
 
 from builder.checkpoint_folder import CheckpointFolder
-from builder.hub import Hub, RemoteFile, ignore_offline_mode, verified_sha256
+from builder.hub import Hub, RemoteFile, ignore_offline_mode
 from builder.retry import FetchError
 from pipelines.catalog import MODELS, ModelSpec
+from pipelines.manifest import Entry
 from pipelines.weights import STEM_OF, file_names
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 
 _DOWNLOADS_AT_ONCE = 8
+_DOWNLOADS_AT_ONCE_TO_CONVERT = 3
+"""Each is on the disk in float32 until it is converted."""
 _SMALL_FILE = re.compile(r"[^/]+\.(json|model|txt|jinja)")
 """The files of a component without weights. Its folder can also hold pictures, or the same in another library's format."""
 
@@ -100,29 +105,44 @@ def _paths_of(hub: Hub, spec: ModelSpec, part: str, commit: str, listing: Mappin
     return [*(prefix + name for name in ("config.json", *weights)), *([index] if index in listing else [])]
 
 
-def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder) -> int:
-    """Download the files of the plan that are not in `folder`, and return how many they were. Raises FetchError."""
+def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder, as_bf16: bool = False) -> int:
+    """Download the files of the plan that are not in `folder`, and return how many they were. Raises FetchError.
+
+    `as_bf16`: float32 weights are kept in bf16.
+    """
     folder.begin(plan.commits, plan.listings)
+
+    def there(file: RemoteFile) -> Entry | None:
+        return (folder.entry_of(file, converted=True) if as_bf16 else None) or folder.entry_of(file)
+
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-        found = list(pool.map(lambda file: verified_sha256(file, folder.path_of(file)), plan.files))
-    sums = {file: sha256 for file, sha256 in zip(plan.files, found, strict=True) if sha256}
-    wanted = [file for file in plan.files if file not in sums]
-    if (missing := folder.missing_bytes(wanted)) > 0:
+        found = list(pool.map(there, plan.files))
+    entries = {file: entry for file, entry in zip(plan.files, found, strict=True) if entry}
+    wanted = [file for file in plan.files if file not in entries]
+    if (missing := folder.missing_bytes(wanted, 0.5 if as_bf16 else 1.0)) > 0:
         raise FetchError(f"--to: the disk lacks {_gigabytes(missing)}: free some space, or download to another disk")
 
     def fetch_one(file: RemoteFile) -> None:
         with folder.unfinished(file, hub.stop) as out:
-            if sha256 := verified_sha256(file, folder.path_of(file)):  # another process has just downloaded it
+            if entry := there(file):  # another process has just downloaded it
                 progress.add(file.size)
             else:
-                sha256 = hub.download(file, out, progress.add)
+                entry = Entry(file.size, hub.download(file, out, progress.add))
                 out.flush()
                 folder.take(file)
-        sums[file] = sha256
+            keep(file, entry)
         progress.print_finished(file)
 
+    def keep(file: RemoteFile, entry: Entry) -> None:
+        if as_bf16 and not entry.converted_from and file.path.endswith(".safetensors"):
+            with one_at_a_time:  # it is on the disk twice then
+                entry = folder.convert(file) or entry
+        entries[file] = entry
+
+    one_at_a_time = threading.Lock()
+    downloads = _DOWNLOADS_AT_ONCE_TO_CONVERT if as_bf16 else _DOWNLOADS_AT_ONCE
     already_there = plan.bytes - sum(file.size for file in wanted)
-    with closing(ProgressBar(plan.bytes, already_there)) as progress, ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+    with closing(ProgressBar(plan.bytes, already_there)) as progress, ThreadPoolExecutor(downloads) as pool:
         tasks = [pool.submit(fetch_one, file) for file in sorted(wanted, key=lambda file: -file.size)]
         try:
             for task in as_completed(tasks):
@@ -130,7 +150,9 @@ def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder) -> int:
         finally:
             hub.stop.set()
             pool.shutdown(cancel_futures=True)
-    folder.finish(sums)
+    for file, entry in list(entries.items()):
+        keep(file, entry)  # what was there already, as the Hub has it
+    folder.finish(entries)
     return len(wanted)
 
 
@@ -176,6 +198,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--revision", action="append", default=[], metavar="ORG/NAME=SHA", help="commit, branch or tag of a repo; default: main"
     )
+    parser.add_argument(
+        "--dtype", choices=["original", "bf16"], default="original", help="bf16: keep float32 weights as a GPU worker uses them"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print which files, and how large, and download nothing")
     parser.add_argument("--json", action="store_true", help="print the files as JSON")
     arguments = parser.parse_args()
@@ -202,7 +227,7 @@ def main() -> int:
         hub = Hub(_token())
         repos = {spec.sources[part].repo for part in arguments.parts}
         plan = make_plan(hub, spec, arguments.parts, folder.revisions(repos) | arguments.revisions)
-        fetched = None if arguments.dry_run else fetch(hub, plan, folder)
+        fetched = None if arguments.dry_run else fetch(hub, plan, folder, arguments.dtype == "bf16")
     except FetchError as error:
         print(f"fetch_checkpoints: {error}", file=sys.stderr)
         return 1

@@ -92,6 +92,12 @@ class Checkpoints:
             known[repo] |= {revision} if (revision := revision_of(folder)) else set()
         return {repo: "+".join(sorted(revisions)) or None for repo, revisions in known.items()}
 
+    @property
+    def are_converted(self) -> bool:
+        """Whether files of some component were converted to bf16 when they were fetched."""
+        manifests = (Manifest.read(folder) for folder in set(self._repo_of.values()))
+        return any(entry.converted_from for manifest in manifests if manifest for entry in manifest.files.values())
+
     def check(self) -> None:
         """Raises CheckpointNotFound, which names every file that is wanting, when a component is not whole anywhere."""
         if not self._faults:

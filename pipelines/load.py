@@ -85,6 +85,10 @@ def load_pipeline(
     model.bytes_by_mode = {name: memory.device for name, memory in sizes.items()}
     model.facts |= facts_of(checkpoints, toolkit_path, target, dtype)
     model.facts["quantize"] = quantization.transformer if quantization else None
+    if dtype == torch.float32 and checkpoints.are_converted:
+        logging.getLogger(__name__).warning(
+            "the weights were converted to bf16 when they were fetched; the worker runs in float32"
+        )
     for warning in privates.check(model._pipe, mode):
         logging.getLogger(__name__).warning("%s", warning)
     return model

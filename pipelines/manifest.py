@@ -19,6 +19,8 @@ class Entry:
 
     bytes: int
     sha256: str
+    converted_from: str = ""
+    """The Hub's checksum of the float32 file of which this is the bf16 version; "" for a file as the Hub has it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Manifest:
         return cls(repo, revision, entries)
 
     def write(self, folder: Path) -> None:
-        files = {path: {"bytes": entry.bytes, "sha256": entry.sha256} for path, entry in self.files.items()}
+        files = {
+            path: {name: value for name, value in vars(entry).items() if value != ""} for path, entry in self.files.items()
+        }
         content = {"repo": self.repo, "revision": self.revision, "files": files}
         unfinished = folder / f"{NAME}.{os.getpid()}"  # several workers may share the folder
         unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -17,6 +17,7 @@ VOCABULARY = {
     "pipelines.checkpoints",
     "pipelines.clock",
     "pipelines.errors",
+    "pipelines.host_memory",
     "pipelines.lora.file",
     "pipelines.recipes",
     "pipelines.trained",

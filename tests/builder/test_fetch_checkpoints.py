@@ -19,13 +19,16 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from builder import REPRODUCIBLE_MTIME, fetch_checkpoints, retry
 from builder import hub as hub_client
 from pipelines import load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.manifest import NAME, Manifest
+from pipelines.weights import STEM_OF
 from tests.builder import hub_server as hubs
 from tests.builder.hub_server import HubServer
 from tests.conftest import STAND_IN
@@ -127,6 +130,48 @@ def test_exactly_what_a_model_needs_is_fetched_and_it_loads(
     assert {path: body for path, body in files.items() if path not in manifests} == expected
     model = load_pipeline(model_id, tmp_path / "out", "cpu", toolkit_path=STAND_IN)
     assert model.facts["checkpoints"] == {source.repo: hub.main[source.repo] for source in spec.sources.values()}
+
+
+@pytest.mark.parametrize("model_id", ["wan21_i2v_14b", "wan22_5b"])
+def test_weights_in_bf16_load_to_the_same_bits_and_no_byte_is_read_in_vain(
+    model_id: str, tiny: Path, fetch: Fetch, tmp_path: Path
+) -> None:
+    assert fetch("--dtype", "bf16", model_id=model_id)[0] == 0
+    pipes = [
+        load_pipeline(model_id, folder, "cpu", toolkit_path=STAND_IN, dtype=torch.bfloat16)._pipe
+        for folder in (tiny, tmp_path / "out")
+    ]
+    in_use = 0
+    for part in MODELS[model_id].sources.keys() & STEM_OF.keys():
+        original, converted = (getattr(pipe, part).state_dict() for pipe in pipes)
+        assert original.keys() == converted.keys()
+        for name, tensor in original.items():
+            assert tensor.dtype == converted[name].dtype and torch.equal(tensor, converted[name]), name
+        files = (tmp_path / "out" / MODELS[model_id].sources[part].repo / part).glob("*.safetensors")
+        stored = {key: value for file in files for key, value in load_file(file).items()}
+        in_use += sum(tensor.nbytes for tensor in stored.values())
+        assert all(value.nbytes == original[key].nbytes for key, value in stored.items() if part.startswith("transformer"))
+    on_hub = sum(file.stat().st_size for part in STEM_OF for file in tiny.glob(f"*/*/{part}/*.safetensors"))
+    assert 0 < in_use < on_hub
+
+
+def test_converted_weights_are_known_again_and_replaced_by_the_originals_on_request(
+    hub: HubServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    fetch()
+    asked = len(hub.requests)
+    assert "0 fetched" in fetch("--dtype", "bf16")[1]  # the files that are there are converted
+    out = tmp_path / "out"
+    manifest = Manifest.read(out / REPO)
+    assert manifest and manifest.files[WEIGHTS].converted_from and not is_whole(hub, out)
+    assert manifest.files[WEIGHTS].bytes == (out / REPO / WEIGHTS).stat().st_size
+    assert "0 fetched" in fetch("--dtype", "bf16")[1]
+    assert not any(WEIGHTS in request for request in map(str, hub.requests[asked:]))
+    (out / REPO / WEIGHTS).write_bytes(b"damaged")
+    assert "1 fetched" in fetch("--dtype", "bf16")[1]
+    assert Manifest.read(out / REPO) == manifest
+    fetch()
+    assert is_whole(hub, out)
 
 
 def test_the_manifest_tells_repo_commit_sizes_and_sums(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
