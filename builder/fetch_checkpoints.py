@@ -7,8 +7,8 @@
 
 The result is `DIR/ORG/NAME` per repo, in the layout of the Hub, with a manifest of what was downloaded. An interrupted download
 resumes when the command is run again; files that are there and correct are not downloaded. A repo stays at the commit in its
-manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half the disk and half of
-what a start reads, for the same bits on a GPU. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file.
+manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half the disk, half of
+what a start reads, and the same bits on a GPU. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file.
 """
 
 from __future__ import annotations
