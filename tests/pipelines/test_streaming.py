@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
-from pipelines.catalog import LoraMode, OffloadMode
+from pipelines.catalog import LoraMode, OffloadMode, Quantize
 from pipelines.errors import DeviceLost, OutOfMemory
 from pipelines.lora.file import LoraFile
 from pipelines.recipes import preview
@@ -41,9 +41,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandInDevice:
 class Day:
     """A model, what can be asked of it, and what can go wrong."""
 
-    def __init__(self, tiny: Path, folder: Path, device: StandInDevice, model_id: str, mode: OffloadMode) -> None:
+    def __init__(
+        self, tiny: Path, folder: Path, device: StandInDevice, model_id: str, mode: OffloadMode, quantize: Quantize = "none"
+    ) -> None:
         self.device = device
-        self._new = lambda: device.place(load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN), mode)
+        self._new = lambda: device.place(load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN, quantize=quantize), mode)
         self.model = model = self._new()
         side = "high" if model.spec.moe else None
         files = sorted((tiny / "loras" / model_id).glob("*.safetensors"))[:2]
@@ -117,6 +119,22 @@ def test_streaming_makes_the_frames_of_a_model_that_stays(
     plain = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN)
     streamed, whole = (np.frombuffer(day.video(model, day.loras[0], "adapter"), np.uint8) for model in (day.model, plain))
     assert np.abs(streamed.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("model_id", "mode", "quantize"), [("wan22_14b_t2v", "swap", "uint4"), ("wan21_1b", "group", "qfloat8")]
+)
+def test_weights_kept_as_codes_stream_as_others_do(
+    tiny: Path, tmp_path: Path, device: StandInDevice, model_id: str, mode: OffloadMode, quantize: Quantize
+) -> None:
+    day = Day(tiny, tmp_path, device, model_id, mode, quantize)
+    plain = load_pipeline(model_id, tiny, "cpu", quantize=quantize)
+    for lora in (None, day.loras[0]):
+        streamed, whole = (np.frombuffer(day.video(model, lora, "adapter"), np.uint8) for model in (day.model, plain))
+        assert np.abs(streamed.astype(int) - whole).max() <= 1
+    with pytest.raises(OutOfMemory), full_in(day.model._pipe.transformer.blocks[0].ffn):
+        day.video(day.model, day.loras[0], "adapter")
+    assert day.requests()["its twin"](day.model) == day.expected("its twin")
 
 
 def test_a_stop_between_steps_leaves_the_model_as_it_was(tiny: Path, tmp_path: Path, device: StandInDevice) -> None:
