@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from builder import sizes
-from pipelines.catalog import MODELS, OffloadMode
+from pipelines.catalog import BYTES_OF_A_JOB
+from worker.request import Prompt
 
 Table = list[tuple[str, ...]]
 """Head and rows."""
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 _CPU = "cpu-x86_64"
+
+GPUS = (24, 32, 48, 80, 96, 141)
+"""Memory in GB of the GPUs that RunPod Serverless rents."""
+
+H100_DOLLARS_PER_SECOND = 0.00116
+"""A flex worker, as RunPod's documentation listed it in November 2026."""
+
+BYTES_OF_LORAS = 2e9
+"""About a pair of LoRAs of rank 128 for Wan 2.2 14B."""
+
+PFLOP_PER_SECOND = 0.34
+"""An estimate for an H100 with plain diffusers, not measured here: the authors of LightX2V published 9.77 s per step for Wan
+2.1 I2V 14B at 832x480 with 81 frames, and a step of this size has 3.36 PFLOP."""
+
+DEFAULT_STEPS = Prompt.model_fields["sample_steps"].default
 
 _WIDTH, _ROW, _BAR, _END = 440, 44, 14, 48
 _INK, _OURS, _GOAL = "#808080", "#3f7fd4", "#d0742b"
@@ -75,6 +92,38 @@ def host_table() -> Table:
     head = ("model id", *(f"`{mode}`" for mode in modes))
     texts = [["" if (size := row[f"host {mode}"]) is None else str(size) for mode in modes] for row in rows]
     return [head, *((f"`{row['model']}`", *text) for row, text in zip(rows, texts, strict=True))]
+
+
+def gpu_choice_table() -> Table:
+    """By model: the GPUs to choose, in GB as they are sold, and the size of a network volume with the weights and LoRAs."""
+
+    def smallest(gb: float) -> str:
+        return f"{next(size for size in GPUS if size >= gb + (BYTES_OF_A_JOB + BYTES_OF_LORAS) / 1e9)} GB"
+
+    head = ("model id", "GPU for everything", "GPU with the text encoder in main memory", "network volume")
+    rows = [
+        (
+            f"`{row['model']}`",
+            smallest(row["weights none"]),
+            smallest(row["weights text_encoder"]),
+            f"{math.ceil((sizes.on_disk(row['model']) / 1e9 + 10) / 10) * 10} GB",
+        )
+        for row in _rows("memory")
+    ]
+    return [head, *rows]
+
+
+def video_table() -> Table:
+    """Estimated seconds and dollars per video on an H100."""
+    head = ("model", "size", "frames", "seconds", "dollars")
+    rows = []
+    for row in _rows("cost"):
+        seconds = (DEFAULT_STEPS * row["step"] + row["decode"]) / PFLOP_PER_SECOND
+        size = f"{row['width']}×{row['height']}"
+        rows.append(
+            (f"`{row['model']}`", size, str(row["num_frames"]), f"{seconds:.0f}", f"{seconds * H100_DOLLARS_PER_SECOND:.3f}")
+        )
+    return [head, *rows]
 
 
 def quantized_table() -> Table:

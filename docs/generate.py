@@ -35,9 +35,7 @@ PLOT = ROOT / "docs/images/performance.svg"
 
 
 def main() -> int:
-    wanted = {SCHEMA: schema(), PLOT: figures.plot()} | {
-        path: filled(path) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-    }
+    wanted = {SCHEMA: schema(), PLOT: figures.plot()} | {path: filled(path) for path in sorted(ROOT.glob("docs/**/*.md"))}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -65,7 +63,8 @@ def filled(path: Path) -> str:
         "memory": lambda: table(*figures.memory_table()),
         "cost": lambda: table(*figures.cost_table()),
         "gpus": lambda: table(*figures.gpu_table()),
-        "host": lambda: table(*figures.host_table()),
+        "choose a gpu": lambda: table(*figures.gpu_choice_table()),
+        "price of a video": lambda: table(*figures.video_table()),
         "quantized": lambda: table(*figures.quantized_table()),
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}

@@ -10,16 +10,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-_README = {
-    "models": "models/index.md",
-    "environment": "environment.md",
-    "try-it": "first-video.md#talk-to-it-over-http",
-    "fields-of-a-request": "api.md#request",
-    "errors": "api.md#errors",
-    "run-it-with-real-weights": "first-video.md#with-real-weights",
-}
-"""Where the site says what a part of the README says; all else is on the first page."""
-
 
 def on_page_markdown(markdown: str, page: Any, config: MutableMapping[str, Any], **_: Any) -> str:
     """Links in pages lead through the repository, as on GitHub; those that leave docs/ get another target on the site."""
@@ -30,8 +20,7 @@ def on_page_markdown(markdown: str, page: Any, config: MutableMapping[str, Any],
         if place.startswith("docs/") or not (ROOT / place).exists():
             return match[0]  # MkDocs checks it
         if place == "README.md":
-            there = _README.get(target.partition("#")[2], "index.md")
-            return f"[{text}]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')})"
+            return f"[{text}]({posixpath.relpath('index.md', posixpath.dirname(page.file.src_uri) or '.')})"
         repository = config["extra"]["repository"]
         return f"[{text}]({repository}/blob/main/{place})" if repository else text
 

@@ -50,7 +50,16 @@ NOT_RUN = {
 OF_THE_SHELL = {"cat", "cd", "chmod", "cp", "echo", "jq", "ls", "mkdir", "mv", "open", "sleep", "unzip", "wait"}
 """Commands that say nothing of this project."""
 
-OTHER_VARIABLES = {"ENDPOINT_ID", "HF_HOME", "OMP_NUM_THREADS", "PATH", "RUNPOD_API_KEY", "RUNPOD_INIT_TIMEOUT"}
+OTHER_VARIABLES = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "ENDPOINT_ID",
+    "HF_HOME",
+    "OMP_NUM_THREADS",
+    "PATH",
+    "RUNPOD_API_KEY",
+    "RUNPOD_INIT_TIMEOUT",
+}
 """Variables that are not the worker's, and neither the Makefile's nor the image's."""
 
 OF_RUNPOD = r"(AMPERE|ADA|HOPPER|BLACKWELL)_\d+(_PRO)?"
@@ -163,7 +172,7 @@ def _names_in_the_code() -> set[str]:
     """What is written in capitals, with an underscore, in all that is not documentation or a test."""
     kinds = ("*.py", "*.js", "*.hcl", "*.yml", "*Dockerfile", "Makefile")
     folders = [ROOT / name for name in FOLDERS if name not in ("tests/", *MADE_LATER)]
-    files = [file for kind in kinds for file in ROOT.glob(kind)]
+    files = [file for kind in kinds for file in ROOT.glob(kind)] + list(ROOT.glob(".github/workflows/*.yml"))
     files += [file for kind in kinds for folder in folders for file in folder.rglob(kind)]
     return {name for file in files for name in re.findall(NAME, file.read_text(errors="replace"))}
 

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from docs import hooks
-from tests.docs.test_generated import anchors_of
 from tests.worker_process import ROOT
 
 
@@ -61,8 +60,7 @@ def test_no_code_of_the_project_is_on_the_site(site: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "link", "repository", "shown"),
     [
-        ("deploy.md", "[models](../README.md#models)", "", "[models](models/index.md)"),
-        ("models/wan21_1b.md", "[models](../../README.md#models)", "", "[models](index.md)"),
+        ("deploy.md", "[first](../README.md)", "", "[first](index.md)"),
         ("models/wan21_1b.md", "[first](../../README.md)", "", "[first](../index.md)"),
         ("deploy.md", "[the job](../worker/job.py)", "", "the job"),
         (
@@ -80,13 +78,6 @@ def test_a_link_out_of_the_documentation_leads_to_the_page_that_says_the_same(
 ) -> None:
     file = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     assert hooks.on_page_markdown(link, file, {"extra": {"repository": repository}}) == shown
-
-
-def test_what_the_site_says_instead_of_the_readme_is_there() -> None:
-    for anchor, target in hooks._README.items():
-        page, _, there = target.partition("#")
-        assert anchor in anchors_of(ROOT / "README.md")
-        assert not there or there in anchors_of(ROOT / "docs" / page)
 
 
 def test_a_page_in_no_menu_a_menu_without_its_page_and_a_link_to_nowhere_end_the_build(tmp_path: Path) -> None:
