@@ -23,7 +23,7 @@ GPUS = (24, 32, 48, 80, 96, 141)
 H100_DOLLARS_PER_SECOND = 0.00116
 """A flex worker, as RunPod's documentation listed it in November 2026."""
 
-BYTES_OF_LORAS = 2e9
+BYTES_OF_LORAS = 2.5e9
 """About a pair of LoRAs of rank 128 for Wan 2.2 14B."""
 
 PFLOP_PER_SECOND = 0.34
