@@ -1,4 +1,4 @@
-"""A job's time limit, and whether its prompts fit into it: the first denoising steps tell, before the time is spent."""
+"""A job's time limit. The first denoising steps of a prompt show whether it will finish in time, before the time is spent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from worker.errors import Code, WorkerError
 from worker.request import Shot
 
 _STEPS_TO_MEASURE = 3
-"""The first step warms up; the mean of the next two tells the speed."""
+"""The first step warms up; the mean of the next two is the speed."""
 _SAFE_PART = 0.9
 """The share of the time that a proposal may spend on denoising; the rest is for the decode and the upload."""
 
@@ -23,11 +23,11 @@ class Deadline:
         self._end = None if limit is None else time.monotonic() + limit
 
     def left(self) -> float | None:
-        """Seconds left; below 0 when the time is over, None without a limit."""
+        """Return the seconds left: below 0 when the time is over, None without a limit."""
         return None if self._end is None else self._end - time.monotonic()
 
     def error(self) -> WorkerError:
-        """The error of a job whose time is over."""
+        """Return the error of a job whose time is over."""
         text = (
             f"the job took longer than the {self.limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise it "
             "and the endpoint's execution timeout"
@@ -35,7 +35,7 @@ class Deadline:
         return WorkerError(Code.TIMEOUT, text)
 
     def watch(self, shot: Shot) -> Callable[[int], None]:
-        """A function to call with the number of finished steps of this prompt.
+        """Return a function to call with the number of finished steps of this prompt.
 
         It raises WorkerError with TIMEOUT as soon as the speed shows that the prompt cannot be denoised in time.
         """
@@ -67,7 +67,7 @@ class Deadline:
 
 
 def _fitting(shot: Shot, part: float) -> Iterator[str]:
-    """Requests that take at most `part` of the time. A step's time grows at least in proportion to frames and to pixels."""
+    """Yield changes to the request that reduce its time to `part`. A step's time grows at least as frames and pixels do."""
     video = shot.sampling
     if steps := int(video.num_inference_steps * part):
         yield f"{steps} steps"

@@ -1,7 +1,7 @@
 """Deliver the files of one job: retry uploads for minutes, keep what cannot be uploaded, and find what was stored before.
 
-A job can come twice: delivered twice, or again after a worker died. Every object carries a sum of what it was made from, and
-the result is stored beside it, so that what exists is not made a second time.
+RunPod can deliver a job twice, or again after a worker died. Every object carries a checksum of what it was made from, and the
+result is stored beside it, so that nothing is made a second time.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ T = TypeVar("T")
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _REFUSALS = 4
-"""How many refusals are final: a store that has just restarted can refuse what it takes a moment later."""
+"""After so many refusals an upload fails. One is not enough: a store that has just restarted can refuse for a moment."""
 _SECONDS_UNTIL_KEPT = 5.0
-"""An upload that is still under way after so long is kept meanwhile: the process may be killed before it ends."""
+"""When an upload takes longer, its file is copied to RECOVERY_DIR meanwhile: the process may be killed before it ends."""
 _SECONDS_TO_LOOK = 15.0
-"""For all looks at what an earlier delivery stored, after which the job goes on as if there were nothing."""
+"""Limit for all searches for files of an earlier delivery. After it, the job goes on as if there were none."""
 _SECONDS_TO_CHECK = 30.0
-"""For the check of a bucket that a job brings along."""
+"""Limit for the check of a job's own bucket."""
 _SECONDS_TO_SAVE = 10.0
-"""For the result beside its files, without which they are found as well."""
+"""Limit for storing the result beside its files. The files can be found without it."""
 _RESULT = "result.json"
 
 
 def _pictures_of(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pictures of a result's video."""
+    """Return the pictures of a video in a result."""
     return [item[kind] for kind in get_args(Kind) if item.get(kind)]
 
 
@@ -106,7 +106,7 @@ class Delivery:
         self._seconds_to_look = _SECONDS_TO_LOOK
 
     def check(self, stop: threading.Event) -> None:
-        """Check that a bucket of the job's own takes files; the worker's was checked at start. Raises WorkerError, Stopped."""
+        """Check that the job's own bucket accepts files; the worker's was checked at start. Raises WorkerError, Stopped."""
         if self._own:
             return
         try:
@@ -115,10 +115,10 @@ class Delivery:
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config.endpointUrl", str(error))]) from error
 
     def put(self, file: Path, content_type: str, give_up_at: float, limit: Limit) -> Stored:
-        """Store `file` under its name: retry until `give_up_at` (`time.monotonic`), and end within the limit in any case.
+        """Store `file` under its name. Retry until `give_up_at` (`time.monotonic`), and end within the limit in any case.
 
-        A file that is not stored at the first try, or within seconds, is kept in RECOVERY_DIR until it is: the process may be
-        killed. Raises WorkerError with UPLOAD_FAILED, and Stopped.
+        If the first try fails, or takes longer than some seconds, the file is in RECOVERY_DIR until it is stored: the process
+        may be killed. Raises WorkerError with UPLOAD_FAILED, and Stopped.
         """
         key = self._key(file.name)
         keeping = _Keeping(lambda: self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own)))
@@ -138,18 +138,18 @@ class Delivery:
         except NotStored as error:
             raise self._kept_error(error) if keeping.now() else error from error
         except Stopped:
-            self._recovery.delete(key)  # nobody wants it any more
+            self._recovery.delete(key)  # the job was cancelled: nobody needs the file
             raise
         self._recovery.delete(key)
         return stored
 
     def find(self, name: str, stop: threading.Event) -> Stored | None:
-        """The stored file of that name, if an earlier delivery of this job made it. Raises Stopped."""
+        """Return the stored file of that name, if an earlier delivery of this job made it. Raises Stopped."""
         with self._looking(stop) as limit:
             return self._storage.find(self._key(name), self._made_from, limit) if self._recurs else None
 
     def is_kept(self, name: str) -> bool:
-        """Whether an earlier delivery of this job made the file and could only keep it in RECOVERY_DIR."""
+        """Return whether an earlier delivery of this job made the file, but could only keep it in RECOVERY_DIR."""
         return self._recurs and self._recovery.find(self._key(name), self._made_from) is not None
 
     def store_kept(self, name: str, content_type: str, give_up_at: float, limit: Limit) -> Stored:
@@ -172,7 +172,7 @@ class Delivery:
         return stored
 
     def load_previous_result(self, stop: threading.Event) -> dict[str, Any] | None:
-        """The result of an earlier delivery of this job, with new URLs, if all its files are still there. Raises Stopped."""
+        """Return the result of an earlier delivery of this job, with new URLs, if all its files still exist. Raises Stopped."""
         if not self._recurs:
             return None
         with self._looking(stop) as limit:
@@ -184,14 +184,14 @@ class Delivery:
             return None
 
     def _with_new_urls(self, result: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
-        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # the platform drops what is not valid, without a word
+        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # the platform silently drops invalid JSON
         for item in (*result["outputs"]["images"], *result["outputs"]["videos"]):
             stored = self.find(PurePosixPath(item["key"]).name, stop)
             if stored is None:
                 return None
             item |= {"url": stored.url, "expires_at": stored.expires_at}
             for picture in _pictures_of(item):
-                # Without a look into the bucket: one that does not answer now must not cost the result its poster.
+                # Without asking the bucket: if it does not answer now, the result must not lose its poster.
                 again = self._storage.address(self._key(PurePosixPath(picture["key"]).name), picture["bytes"])
                 picture |= {"url": again.url, "expires_at": again.expires_at}
         return result
@@ -218,7 +218,7 @@ class Delivery:
 
     @contextmanager
     def _looking(self, stop: threading.Event) -> Iterator[Limit]:
-        """The limit of a look at the place; a place that does not answer is not asked for ever again."""
+        """Give a search its limit, and take the time it needed off the limit of all searches."""
         started = time.monotonic()
         try:
             yield Limit.of(self._seconds_to_look, stop)
@@ -234,7 +234,7 @@ class Delivery:
 
 
 class _Keeping:
-    """Keeps a file in RECOVERY_DIR once: when it is told to, or by itself after some seconds."""
+    """Copies a file to RECOVERY_DIR, once: when `now` is called, or by itself after some seconds."""
 
     def __init__(self, keep: Callable[[], bool]) -> None:
         self._keep = keep
@@ -245,13 +245,13 @@ class _Keeping:
         self._timer.start()
 
     def now(self) -> bool:
-        """Whether the file is kept."""
+        """Copy the file, unless that was done before. Returns whether the copy succeeded."""
         with self._lock:
             if self._is_kept is None:
                 self._is_kept = self._keep()
             return self._is_kept
 
     def end(self) -> None:
-        """From now on it is not kept by itself."""
+        """Stop the timer: from now on only `now` copies the file."""
         self._timer.cancel()
         self._timer.join()

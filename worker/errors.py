@@ -1,4 +1,4 @@
-"""The errors that a job can end with. Each is one string that starts with its code and says nothing about the machine."""
+"""The errors that a job can end with. Each is one string that starts with its code and reveals nothing about the machine."""
 
 from __future__ import annotations
 
@@ -78,20 +78,20 @@ class Stopped(Exception):
 
 
 class WorkerError(Exception):
-    """A job ends with this; `str()` is what the client gets."""
+    """Ends a job. The client gets its `str()`."""
 
     def __init__(self, code: Code, message: str, problems: Sequence[Problem] = ()) -> None:
         self.code = code
         self.problems = problems
         self.is_reported = False
-        """Whether the error has its line in the log."""
+        """Whether the error has been logged."""
         # The cloud drops a whole result that is not valid UTF-8, and a client can send lone surrogates.
         self.message = message.encode("utf-8", "replace").decode("utf-8")
         super().__init__(f"{code}: {self.message}")
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> WorkerError:
-        """One error that lists every problem, under the code that comes first in Code."""
+        """Return one error that lists every problem, under the code that comes first in Code."""
         if len(problems) == 1:
             return cls(problems[0].code, str(problems[0]), problems)
         first = min((problem.code for problem in problems), key=list(Code).index)

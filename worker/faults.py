@@ -1,4 +1,4 @@
-"""Every exception that can end a job or a start, as the WorkerError that the client or the operator gets."""
+"""Turns every exception that can end a job or a start into the WorkerError that the client or the operator gets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def report(error: Exception, job_id: str) -> WorkerError:
 
 
 def worker_error(error: Exception) -> WorkerError | None:
-    """The documented error that `error` stands for; None for an error that nobody foresaw and for a lost device."""
+    """Return the documented error for `error`; None for an unexpected error and for a lost device."""
     if isinstance(error, WorkerError):
         return error
     if isinstance(error, Stopped):
@@ -54,7 +54,7 @@ def worker_error(error: Exception) -> WorkerError | None:
 
 
 def lora_error(error: LoraError, index: int) -> WorkerError:
-    """The error of `loras[index]`."""
+    """Return the error of `loras[index]`."""
     return WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))])
 
 

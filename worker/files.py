@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and temporary ones that go, whatever happens to the process that writes them."""
+"""Files that are either complete or absent, and temporary files that are deleted, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _SCRATCH = "worker-wan-lora-scratch-"
 
 @functools.cache
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the temporary files of this process; it goes when the process ends.
+    """Return a folder for the temporary files of this process. It is deleted when the process ends.
 
-    Those of processes that were killed go now. A process holds a lock in its folder for as long as it lives, which also shows
-    to containers that share the temp folder and number their processes alike.
+    This call also deletes the folders of processes that were killed. A living process holds a lock on its folder. Unlike a
+    process id, the lock also works between containers that share the temp folder.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        with suppress(OSError):  # its process lives, or it is another user's
+        with suppress(OSError):  # its process is alive, or it belongs to another user
             lock = _locked(folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
     while True:
         mine = tempfile.TemporaryDirectory(prefix=_SCRATCH)
-        with suppress(OSError):  # another process that starts now took it for abandoned
+        with suppress(OSError):  # another process that starts now found it before it was locked, and deletes it
             _locked(Path(mine.name))  # until the process ends
             if Path(mine.name).exists():
                 return mine
 
 
 def _locked(folder: Path) -> int:
-    """The folder, open and locked, as a descriptor. Raises OSError when a process holds it."""
+    """Open and lock the folder. Returns the descriptor. Raises OSError when a process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,9 +47,9 @@ def _locked(folder: Path) -> int:
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place when the block ends well; gone when it does not.
+    """Give the block a temporary file beside `target`. It replaces `target` when the block succeeds, and is deleted otherwise.
 
-    A block that removes the temporary file leaves `target` as it was.
+    If the block deletes the temporary file, `target` stays as it was.
     """
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
@@ -64,9 +64,9 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path below `root` of a name that comes from elsewhere: a listing, a note, an object's key.
+    """Return the path below `root` of a name from an untrusted source: a listing, a note, the key of an object.
 
-    Raises ValueError for a name that leads elsewhere, or that no file should have. Links in the folder are its owner's.
+    Raises ValueError for a name that leads out of `root`, or that no file should have. Links inside the folder are trusted.
     """
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError("the name is not one of a file below the folder")
@@ -74,7 +74,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def below(root: Path, name: str) -> Path | None:
-    """The file of that name below `root`, also after links; None where there is none."""
+    """Return the file of that name, which must be below `root` after links are resolved; None if there is none."""
     try:
         root = root.resolve()
         path = (root / name).resolve()

@@ -1,6 +1,6 @@
-"""pydantic's findings about a request, in words: the rule, what would do, and the field that was meant.
+"""Turns pydantic's findings about a request into words: the rule, a value that works, and the field that was meant.
 
-What a client sent is repeated only where it is short and can be no secret.
+A value that the client sent is repeated only if it is short and cannot be a secret.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LONG_NUMBER = 10**40
 """Python itself writes no number of more than 4,300 digits."""
 
 _DEEPEST = 6
-"""Parts of a path that are told; those of the schema have three at most."""
+"""How many parts of a path are shown; a path of the schema has at most three."""
 
 
 Location = tuple[int | str, ...]
@@ -56,7 +56,7 @@ Models = Mapping[str, type[BaseModel]]
 
 
 def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
-    """Every finding, with the rule of its field and a value that would do."""
+    """Yield every finding, with the rule of its field and a value that works."""
     for problem in error.errors(include_url=False):
         location = problem["loc"]
         where = path_of(location)
@@ -69,7 +69,7 @@ def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
 
 
 def path_of(location: Location) -> str:
-    """`prompts[1].width`; of a place far deeper than the schema, where it begins."""
+    """Return the location in words, such as `prompts[1].width`. One far deeper than the schema is cut off."""
     path = ""
     for part in location[:_DEEPEST]:
         path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
@@ -77,12 +77,12 @@ def path_of(location: Location) -> str:
 
 
 def _shown(name: str) -> str:
-    """A field's name as far as it can be one; a client's own text is cut short."""
+    """Return a field's name, shortened and without odd characters: it can be any text of the client."""
     return re.sub(r"[^\w -]", "?", name[:32])
 
 
 def _home_of(location: Location) -> str:
-    """Which object a location lies in, as a key of Models."""
+    """Return the object that contains the location, as a key of Models."""
     if len(location) < 2:
         return ""
     return f"{location[0]}[]." if isinstance(location[1], int) else f"{location[0]}."
@@ -105,7 +105,7 @@ def _unknown_field(location: Location, models: Models) -> str:
 
 
 def _rule(location: Location, models: Models) -> str:
-    """The rule of the field, in words, with a value that would do."""
+    """Return the rule of the field in words, with a value that works."""
     home = models[_home_of(location)]
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
     if isinstance(location[-1], int):
@@ -131,13 +131,13 @@ def _rule(location: Location, models: Models) -> str:
 
 @cache
 def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """JSON Schema of each field; pydantic takes milliseconds to write it."""
+    """Return the JSON Schema of each field. Cached, since pydantic needs milliseconds to write it."""
     fields: dict[str, Any] = model.model_json_schema()["properties"]
     return fields
 
 
 def _instead_of(problem: Any) -> str:
-    """What was sent, when it is shorter than a token and can be no secret."""
+    """Return what the client sent, if it is shorter than a token and cannot be a secret."""
     value, name = problem["input"], problem["loc"][-1]
     if name in _SECRET_FIELDS:
         return ""

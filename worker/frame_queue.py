@@ -16,14 +16,14 @@ Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3] RGB."""
 
 MAX_BYTES = 500_000_000
-"""What may wait for the encoder: 400 frames of 832x480, or 160 of 1024x1024."""
+"""How much may wait for the encoder: 400 frames of 832x480, or 160 of 1024x1024."""
 
 _POLL_SECONDS = 0.2
 """How often a writer that waits for room looks at its stop event."""
 
 
 class Abandoned(Exception):
-    """The reader has failed, and takes no more frames."""
+    """The reader has failed and takes no more frames."""
 
 
 class FrameQueue:
@@ -52,13 +52,13 @@ class FrameQueue:
             self._changed.notify_all()
 
     def close(self, complete: bool) -> None:
-        """No more frames come. `complete`: all frames of the video were put in."""
+        """Tell the reader that no more frames come. `complete`: all frames of the video were put in."""
         with self._changed:
             self._complete = complete
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """The reader takes no more frames: `put` raises Abandoned from now on."""
+        """Take no more frames: from now on `put` raises Abandoned."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()

@@ -19,7 +19,7 @@ from worker.request import Shot
 from worker.run import Run, in_thread, left_behind
 
 _SECONDS_TO_STOP = 120.0
-"""A step of the largest video, and the decode of some of its frames, cannot be interrupted and take up to a minute."""
+"""A step of the largest video, or the decode of some of its frames, takes up to a minute and cannot be interrupted."""
 
 
 class Gpu:
@@ -90,7 +90,7 @@ class Gpu:
             colour = None
             for chunk in chunks:
                 run.check()
-                colour = _one_colour(chunk) if colour is None else colour and _one_colour(chunk)
+                colour = _has_one_colour(chunk) if colour is None else colour and _has_one_colour(chunk)
                 run.progress.stage("encode", shot.index, shot.sampling.num_inference_steps)
                 frames.put(chunk, run.stop)
         if colour:
@@ -98,5 +98,5 @@ class Gpu:
             run.warnings.append(f"prompts[{shot.index}]: {said}")
 
 
-def _one_colour(frames: Frames) -> bool:
+def _has_one_colour(frames: Frames) -> bool:
     return bool((frames == frames[0, 0, 0]).all())

@@ -1,6 +1,6 @@
-"""An image file's bytes → RGB pixels. It runs in a process of its own, since a stranger's file can take for ever.
+"""Decode the bytes of an image file into RGB pixels. This runs in a separate process, since a hostile file can take for ever.
 
-No module of the worker is imported here, so that the process starts quickly.
+It imports no other module of the worker, so that the process starts quickly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from pipelines.catalog import Match
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA")
-"""Not what Pillow hands to other programs, as it does with EPS, or decodes before it tells the size, as it does with ICO."""
+"""Without formats that Pillow gives to other programs (EPS), or decodes before their size is known (ICO)."""
 
 _NOT_READ = {
     "a HEIC photo": re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL),
@@ -37,18 +37,18 @@ _NOT_READ = {
 """Kinds that people send by mistake, by their first bytes."""
 
 MAX_PIXELS = 64_000_000
-"""A control image is brought to the video's size, 4096x4096 at most; more pixels than this only cost memory."""
+"""A control image is resized to the video's size, at most 4096x4096. More pixels than this only cost memory."""
 
 MAX_PIXELS_OF_A_JOB = 4 * MAX_PIXELS
-"""They wait decoded, three bytes a pixel, until their prompts' turns come: 768 MB."""
+"""Decoded images wait in memory until their prompts run, with three bytes per pixel: 768 MB."""
 
 _AT_MOST = f"more than {MAX_PIXELS / 1e6:.0f} million; shrink it"
 
 _MAX_PASSES = 50
-"""Encoders write 1 to some 15; each is a pass over all pixels."""
+"""Encoders write 1 to about 15 scans; decoding each is a pass over all pixels."""
 
 _JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")
-"""The next one, beyond entropy-coded data: there 0 follows after 255, or the number of a restart."""
+"""Finds the next marker. In entropy-coded data, 255 is followed by 0 or by a restart marker, which do not match."""
 
 _TURN: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,18 +59,18 @@ _TURN: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By the EXIF's orientation; 1 is upright."""
+"""How to turn the image, by the orientation in its EXIF data; 1 is upright."""
 
 
 class Allowance:
-    """How many pixels the images of one job may still have. May be used from several threads."""
+    """Counts how many pixels the images of one job may still have. Several threads may use it."""
 
     def __init__(self, pixels: int = MAX_PIXELS_OF_A_JOB) -> None:
         self._left = pixels
         self._lock = threading.Lock()
 
     def take(self, pixels: int) -> bool:
-        """False when there are not so many left."""
+        """Take `pixels` off. Returns False, and takes nothing, if fewer are left."""
         with self._lock:
             fits = pixels <= self._left
             self._left -= pixels if fits else 0
@@ -78,7 +78,7 @@ class Allowance:
 
 
 def decode(data: bytes, match: Match = "documented", allowance: Allowance | None = None) -> Image.Image:
-    """See `images.load_control_image`. Raises ValueError with what is wrong in words."""
+    """Decode an image; see `images.load_control_image`. Raises ValueError that says what is wrong."""
     allowance = allowance or Allowance()
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -90,7 +90,7 @@ def decode(data: bytes, match: Match = "documented", allowance: Allowance | None
         problem = f"the image has too many pixels, {_AT_MOST}"
     except MemoryError:
         problem = "it takes too much memory to decode; save it anew as PNG, JPEG or WebP"
-    except Exception as error:  # Pillow's parsers raise whatever the damage makes of them
+    except Exception as error:  # on a damaged file, Pillow's parsers can raise anything
         if data.lstrip()[:1] == b"<":
             raise ValueError("it is a web page or SVG, not an image; use the image's own URL (PNG, JPEG or WebP)") from error
         if not data:
@@ -98,7 +98,7 @@ def decode(data: bytes, match: Match = "documented", allowance: Allowance | None
         if kind := next((kind for kind, mark in _NOT_READ.items() if mark.match(data)), ""):
             raise ValueError(f"it is {kind}, which is not read here; save it as PNG, JPEG or WebP") from error
         if (whole := _with_its_end(data)) is not None:
-            return decode(whole, match)  # its pixels are counted already
+            return decode(whole, match)  # its pixels were counted before
         if "truncated" in str(error):
             raise ValueError("the image is cut short; upload or download it again") from error
         raise ValueError("it is not an image that can be read, or it is cut short; send PNG, JPEG or WebP") from error
@@ -116,10 +116,10 @@ def _too_large(image: Image.Image, allowance: Allowance) -> str:
 
 
 def _too_slow(image: Image.Image, data: bytes) -> str:
-    """What a few bytes can keep decoding for minutes, in a thread that nothing stops; "" when it is none of that.
+    """Return why a small file would take minutes to decode, or "" if it would not.
 
-    What Pillow decodes in Python (BMP with run lengths, PPM as text), a TIFF whose strips overlap, so that each is read byte
-    by byte and pixels are painted over and over, and a progressive JPEG with more passes than any program writes.
+    Slow are formats that Pillow decodes in Python (BMP with run lengths, PPM as text), a TIFF with overlapping strips, whose
+    pixels are decoded again and again, and a progressive JPEG with more scans than any program writes.
     """
     tiles = getattr(image, "tile", [])
     if (
@@ -132,13 +132,13 @@ def _too_slow(image: Image.Image, data: bytes) -> str:
 
 
 def _overlap(tiles: Sequence[Any]) -> bool:
-    """Whether one begins within the bytes of another, at 1 bit a pixel or more."""
+    """Return whether one tile begins within the bytes of another, if a pixel has 1 bit or more."""
     places = sorted((offset, (right - left) * (lower - upper) / 8) for _, (left, upper, right, lower), offset, _ in tiles)
     return any(offset + size > after for (offset, size), (after, _) in pairwise(places))
 
 
 def _passes_of_jpeg(data: bytes) -> int:
-    """How many scans there are up to the end of the (first) image."""
+    """Return the number of scans up to the end of the (first) image."""
     passes = at = 0
     while marker := _JPEG_MARKER.search(data, at):
         at, kind = marker.end(), data[marker.end() - 1]
@@ -154,9 +154,10 @@ _END_OF_JPEG = b"\xff\xd9"
 
 
 def _with_its_end(data: bytes) -> bytes | None:
-    """A JPEG that lacks nothing but its end, as cameras and downloads leave them, with an end; None for anything else.
+    """Return a JPEG that lacks only its end marker with that marker; None for anything else.
 
-    Bytes behind the last pixel change no pixel. So where more bytes would make another picture, pixels are missing.
+    Cameras and broken downloads leave such files. Bytes after the last pixel change nothing, so if more bytes change the
+    picture, pixels are missing.
     """
     if not data.startswith(b"\xff\xd8") or _END_OF_JPEG in data[-2:]:
         return None
@@ -170,17 +171,17 @@ def _with_its_end(data: bytes) -> bytes | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; one with a broken EXIF as it is stored."""
-    image.load()  # the EXIF of a PNG can come behind the pixels
+    """Turn the image as its EXIF data says. If that data is broken, the image stays as it is stored."""
+    image.load()  # in a PNG, the EXIF data can follow the pixels
     try:
         turn = _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # as many kinds as there are ways to break it
+    except Exception:  # broken EXIF data can raise anything
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would cut off at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -191,23 +192,24 @@ def _flattened(image: Image.Image) -> Image.Image:
 # The process
 
 CPU_SECONDS = 30
-"""For one image. The largest that is taken needs two or three."""
+"""Limit for one image. The largest allowed image needs two or three."""
 MEMORY = 4 * 1024**3
-"""Bytes of address space, of which Python and its libraries take a tenth. The largest image needs 1.5 GB."""
+"""Bytes of address space. Python and its libraries take a tenth of it, the largest image needs 1.5 GB."""
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Decode images one after the other, until `requests` ends.
+    """Decode one image after the other, until `requests` ends.
 
-    A request is a line of JSON, `{"match", "bytes"}`, and the bytes. The answer is `{"pixels"}` as soon as the size is known; a
-    line `go` lets it be decoded. Then comes `{"size"}` with the RGB pixels behind it, or `{"error"}` at any time.
+    A request is a line of JSON, `{"match", "bytes"}`, followed by the bytes. The process answers `{"pixels"}` when it knows the
+    size, and decodes the image after a line `go`. Then it answers `{"size"}`, followed by the RGB pixels. It may answer
+    `{"error"}` at any time.
     """
 
     def answer(**message: Any) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    class Asked(Allowance):
+    class AskingAllowance(Allowance):
         def take(self, pixels: int) -> bool:
             answer(pixels=pixels)
             return requests.readline() == b"go\n"
@@ -218,7 +220,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_SECONDS, resource.RLIM_INFINITY))
         try:
-            image = decode(data, request["match"], Asked())
+            image = decode(data, request["match"], AskingAllowance())
         except ValueError as error:
             answer(error=str(error))
         else:
@@ -228,6 +230,6 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C a terminal sends it to this process too
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,6 +1,6 @@
-"""Images are decoded in processes of their own, which can be killed: with limits on time and memory, and without our secrets.
+"""Decodes images in separate processes, which can be killed: with limits on time and memory, and without our secrets.
 
-A stranger's file can make Pillow work for hours or take gigabytes, and a thread cannot be stopped.
+A hostile file can keep Pillow busy for hours or fill gigabytes, and a thread cannot be stopped.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from worker.image_decode import Allowance
 
 _ROOT = Path(__file__).parent.parent
 _SECONDS = 60.0
-"""For one image, by the clock: twice its CPU time, since the machine is busy with other things too."""
+"""Limit for one image in wall time: twice its CPU time, since the machine has other work too."""
 _MAX_IDLE = 2
 _TOO_MUCH = "it takes too long or too much memory to decode; save it anew as PNG, JPEG or WebP"
 
 
 def decode_apart(data: bytes, match: Match, allowance: Allowance, stop: threading.Event) -> Image.Image:
-    """`image_decode.decode` in another process. Raises what that raises, and Stopped within a tenth of a second."""
+    """Run `image_decode.decode` in another process. Raises what that raises, and Stopped within a tenth of a second."""
     process = _take()
     try:
         image = process.decode(data, match, allowance, stop)
     except ValueError:
         _give_back(process)
         raise
-    except (EOFError, OSError, _TimeIsOver):  # it died of its limits, or lives on beyond them
+    except (EOFError, OSError, _TimeIsOver):  # it exceeded its limits
         process.kill()
         raise ValueError(_TOO_MUCH) from None
     except BaseException:
@@ -52,7 +52,7 @@ class _TimeIsOver(Exception):
 
 class _Process:
     def __init__(self) -> None:
-        # Nothing of the worker's environment: it holds keys, and the process reads what strangers send.
+        # Not the worker's environment: it has keys, and this process reads untrusted files.
         environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.image_decode"],
@@ -108,7 +108,7 @@ class _Process:
         return b"".join(parts)
 
     def _some(self, end: float, stop: threading.Event) -> bytes:
-        """What has come. Raises Stopped, _TimeIsOver, EOFError."""
+        """Return the bytes that have arrived. Raises Stopped, _TimeIsOver, EOFError."""
         assert self._process.stdout
         while not select.select([self._process.stdout], [], [], 0.1)[0]:
             if stop.is_set():

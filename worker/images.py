@@ -1,4 +1,4 @@
-"""`ctrl_img` → RGB image: from an http(s) URL, base64 or a data URL."""
+"""Loads `ctrl_img`, an http(s) URL, base64 or a data URL, as an RGB image."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load_control_image(
     stop: threading.Event,
     private: bool = False,
 ) -> Image.Image:
-    """The image as the model takes it, RGB: the first frame of an animation.
+    """Return the image as the model takes it, in RGB. Of an animation it is the first frame.
 
-    In `documented` it is turned upright by its EXIF, and transparency is flattened on black, the trainer's default for its
-    data (`control_transparent_color`). In `preview` it is what the trainer's samples see, which know neither: as it is
-    stored, the alpha channel left out. `private` allows URLs whose addresses are not public.
+    With `documented` the image is turned upright by its EXIF data, and transparency is put on black, the trainer's default for
+    its data (`control_transparent_color`). With `preview` it is what the trainer's samples use: the image as it is stored,
+    without its alpha channel. `private` allows URLs with addresses that are not public.
 
     Raises WorkerError with CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """

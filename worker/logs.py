@@ -1,7 +1,7 @@
-"""Logging: one JSON object a line on stderr, with the job's id where there is one.
+"""Logging: one JSON object per line on stderr, with the job's id if there is one.
 
-A line says what was done and how long it took. Results, tokens and signed URLs are never logged; a filter removes them from
-what libraries write.
+A line says what was done and how long it took. Results, tokens and signed URLs are never logged. A filter removes them from
+the lines of libraries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 log = logging.getLogger("worker")
 
 _SHORTEST_SECRET = 6
-"""Characters. A shorter text would match in every other line."""
+"""In characters. A shorter text would match in every other line."""
 
 _LOOKS_SECRET = [
     (re.compile(r"(?<=//)[^/\s@\"'\\]+@"), "…@"),  # user:password@ of a URL
@@ -34,12 +34,12 @@ _LOOKS_SECRET = [
 ]
 
 _hidden: tuple[str, ...] = ()
-"""Secrets of the worker and of the running jobs. Replaced, never changed: other threads iterate over it."""
+"""Secrets of the worker and of the running jobs. The tuple is replaced, never changed: other threads iterate over it."""
 _hiding = threading.Lock()
 
 
 def redact(text: str) -> str:
-    """`text` without known secrets, tokens, and the queries and passwords of URLs."""
+    """Return `text` without known secrets, tokens, and the queries and passwords of URLs."""
     for secret in _hidden:
         text = text.replace(secret, "…")
     for pattern, instead in _LOOKS_SECRET:
@@ -77,7 +77,7 @@ class Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             record.msg, record.args = redact(record.getMessage()), None
-        except Exception:  # a library's line with wrong arguments is still a line
+        except Exception:  # a library logged a line with wrong arguments; log it anyway
             record.msg, record.args = redact(str(record.msg)), None
         if fields := getattr(record, "fields", None):
             record.fields = {name: redact(value) if isinstance(value, str) else value for name, value in fields.items()}
@@ -104,13 +104,13 @@ class _AroundProgressBars(logging.StreamHandler[TextIO]):
     """Writes lines above a progress bar in the terminal, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A line that cannot be written, as when stderr is closed, is lost. logging's own `handleError` would write to stderr.
+        # If a line cannot be written, as when stderr is closed, it is lost. logging's `handleError` would write to stderr too.
         with suppress(Exception):
             tqdm.write(self.format(record), file=self.stream)
 
 
 def configure() -> None:
-    """Set up the root logger. Call it before runpod or transformers is imported: they look at what is set up already."""
+    """Set up the root logger. Call this before runpod or transformers is imported: they change an unconfigured logger."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = _AroundProgressBars(sys.stderr)
     handler.setFormatter(_JsonLines())
@@ -122,7 +122,7 @@ def configure() -> None:
 
 @contextmanager
 def stage(name: str, timings: dict[str, float] | None = None, **fields: Any) -> Iterator[None]:
-    """Log one line when the stage ends, well or not, and add its seconds to `timings`."""
+    """Log one line when the stage ends, even by an error, and add its seconds to `timings`."""
     start = time.monotonic()
     outcome = "done"
     try:

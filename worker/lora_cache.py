@@ -1,13 +1,13 @@
-"""Downloaded LoRAs on disk, shared by all workers that are given the same folder, as on a network volume.
+"""A cache of downloaded LoRAs on disk. All workers with the same folder share it, for example on a network volume.
 
     files/<sha256>.safetensors    each content once, whichever URLs it came from
-    urls/<key>.json               what a URL gave last, and what to ask its server to learn whether that is still current
+    urls/<key>.json               the last answer for a URL, and how to ask its server whether that is still current
     locks/<key>                   held by the worker that asks for the URL, so that the others wait and share its answer
 
-The locks are `flock`s and end with their process, however it ends. That a file is whole comes from renaming it into its place:
-on a file system without locks, two workers may download the same file, and it is as right as ever.
+The locks are `flock`s and end with their process, however it ends. Files are renamed into place when they are complete. So on a
+file system without locks, two workers may download the same file twice, but no one reads an incomplete file.
 
-Nothing here knows a URL or a token, and none is written down: a Source brings their sums.
+This module never sees a URL or a token, and stores none: a Source has their checksums.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from worker.logs import log
 from worker.net.download import Answer, ServerDown
 
 _CURRENT_SECONDS = 60
-"""For how long a file is current whose server cannot say whether it is: jobs that come together share one download."""
+"""How long a file counts as current if its server cannot say: jobs that arrive together share one download."""
 
 _ABANDONED_SECONDS = 600
-"""Age at which a temporary file that nobody holds is no download under way: that writes at least once in a minute."""
+"""A temporary file of this age that nobody holds is abandoned: a running download writes at least once a minute."""
 
 _FORGOTTEN_SECONDS = 24 * 3600
-"""Age at which a lock that nobody holds goes."""
+"""A lock file of this age that nobody holds is deleted."""
 
 _IN_USE_SECONDS = 3600
-"""How long after its last use a file stays on a file system that has no locks to tell whether a job uses it."""
+"""How long a file stays after its last use on a file system without locks, where nothing shows whether a job uses it."""
 
-_PATIENCE_SECONDS = 7200
-"""For how long a lock is waited for. No download takes so long: its holder is lost, with a machine that did not say goodbye."""
+_LOCK_TIMEOUT_SECONDS = 7200
+"""How long to wait for a lock. No download takes so long: the holder is gone, and its machine did not release the lock."""
 
 _POLL_SECONDS = 0.1
 _WHOLE_CACHE = "cache"
-"""The lock under which files come into the cache and leave it."""
+"""The name of the lock to hold while files are added to the cache or deleted from it."""
 
 _TRIES = 3
 
@@ -62,37 +62,37 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Source:
-    """A URL, as one client asks for it."""
+    """A URL as one client requests it."""
 
     key: str
-    """A sum of what names the file: the URL without its signature."""
+    """Checksum of what identifies the file: the URL without its signature."""
     request: str
-    """A sum of all that the server decides by: the whole URL and the token. Who sends just the same may have what it gave."""
+    """Checksum of all that the server decides by: the whole URL and the token. An equal request may share the answer."""
     download: Callable[[IO[bytes], Mapping[str, str]], Answer]
-    """Write the body into a file, unless the validators tell the server that it is known already."""
+    """Writes the body into a file, unless the validators show the server that the file is still current."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a URL gave last."""
+    """The last answer for a URL."""
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     bytes: int
     validators: dict[str, str]
     request: str
-    """Of the Source that was answered."""
+    """`request` of the Source that was answered."""
     checked: float
-    """When the server gave the file or said that it is current, in seconds since the epoch."""
+    """When the server sent the file or confirmed that it is current, in seconds since the epoch."""
 
     def answers(self, request: str, asked: float) -> bool:
-        """Whether a request can have the file without asking the server: it was given to its like while this one waited."""
+        """Return whether a request may use the file without asking: an equal request got it while this one waited."""
         since = asked if self.validators else asked - _CURRENT_SECONDS
         return self.request == request and since <= self.checked <= time.time() + _CURRENT_SECONDS
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A file of the cache, open, and in use for as long as it is open."""
+    """An open file of the cache. It is in use as long as it is open."""
 
     record: _Record
     path: Path
@@ -107,7 +107,7 @@ _RECORD = TypeAdapter(_Record)
 
 
 class LoraCache:
-    """The cache in `folder`, as one job uses it: what it waits for ends with `stop`."""
+    """The cache in `folder`, for one job. `stop` ends everything that the cache waits for."""
 
     def __init__(self, folder: Path, max_bytes: int, stop: threading.Event) -> None:
         self._files = folder / "files"
@@ -117,9 +117,9 @@ class LoraCache:
         self._stop = stop
 
     def fetch(self, source: Source, held: ExitStack) -> LoraFile:
-        """The LoRA that `source` gives now, downloaded if need be. It stays in the cache until `held` is closed.
+        """Return the current LoRA of `source`. Download it if necessary. It stays in the cache until `held` is closed.
 
-        Raises LoraInvalid, Stopped, OSError (the folder cannot be worked with), and what `source.download` raises.
+        Raises LoraInvalid, Stopped, OSError (the folder cannot be used), and what `source.download` raises.
         """
         for folder in (self._files, self._urls, self._locks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,13 +138,13 @@ class LoraCache:
                     held.enter_context(using.pop_all())
                     return lora
                 damaged.add(copy.identity)
-                _warn("a LoRA in the cache is damaged and is fetched again", copy)
-        raise OSError(errno.EIO, "the disk does not give back what was written")
+                _warn("a LoRA in the cache is damaged; it is downloaded again", copy)
+        raise OSError(errno.EIO, "the disk returns other bytes than were written")
 
     def _ask(self, source: Source, copy: _Copy | None, using: ExitStack) -> _Copy:
-        """What the server gives, or `copy` when it is still current.
+        """Return the server's file, or `copy` if it is still current.
 
-        While the server is down, who has had the file before goes on with it.
+        While the server is down, a client that got the file before may use the copy.
         """
         try:
             return self._download(source, copy, using)
@@ -156,7 +156,7 @@ class LoraCache:
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
-        log.warning("the disk is full; the LoRAs that no job uses leave the cache")
+        log.warning("the disk is full; LoRAs that no job uses are deleted from the cache")
         with self._locked(_WHOLE_CACHE):
             self._evict(0)
         return self._download(source, copy, using)
@@ -173,7 +173,7 @@ class LoraCache:
             record = _record_of(file, answer, source.request)
             with self._locked(_WHOLE_CACHE):
                 kept = self._copy_of(record, using)
-                if not kept or not _read_back(kept):  # a sound one stays: jobs that use it would take another for a new version
+                if not kept or not _read_back(kept):  # keep an intact copy: jobs that use it would see a new version
                     os.fchmod(file.fileno(), 0o644)
                     Path(file.name).replace(self._path(record))
                     _try_lock(file, fcntl.LOCK_SH)
@@ -184,7 +184,7 @@ class LoraCache:
             return kept
 
     def _copy(self, key: str, using: ExitStack) -> _Copy | None:
-        """What the URL gave last, when it is still there."""
+        """Return the last file of the URL, if it still exists."""
         record = self._record(key)
         return self._copy_of(record, using) if record else None
 
@@ -207,7 +207,7 @@ class LoraCache:
             temporary.write_bytes(_RECORD.dump_json(record))
 
     def _open(self, path: Path, using: ExitStack) -> IO[bytes] | None:
-        """The file, which is not evicted before `using` is closed; None when it is not there (any more)."""
+        """Open the file, and protect it from deletion until `using` is closed. Returns None if the file does not exist."""
         with ExitStack() as own:
             try:
                 file = own.enter_context(path.open("rb"))
@@ -222,12 +222,12 @@ class LoraCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Only one holds the lock of this name, among all processes. Raises Stopped."""
+        """Hold the lock of this name, which only one process can hold at a time. Raises Stopped."""
         path = self._locks / name
-        patience = time.monotonic() + _PATIENCE_SECONDS
+        give_up_at = time.monotonic() + _LOCK_TIMEOUT_SECONDS
         while True:
-            with path.open("ab") as file:  # for writing: NFS gives an exclusive lock for nothing less
-                while _try_lock(file, fcntl.LOCK_EX) is False and time.monotonic() < patience:
+            with path.open("ab") as file:  # for writing: NFS requires that for an exclusive lock
+                while _try_lock(file, fcntl.LOCK_EX) is False and time.monotonic() < give_up_at:
                     self._pause()
                 if _is_at(path, file):
                     os.utime(file.fileno())
@@ -239,7 +239,7 @@ class LoraCache:
             raise Stopped
 
     def _evict(self, max_bytes: int) -> None:
-        """Remove the least recently used files until the rest has `max_bytes` at most, and what was left lying about."""
+        """Delete the least recently used files until the rest has at most `max_bytes`. Delete abandoned files too."""
         files = [(stat.st_atime_ns, stat.st_size, path) for path, stat in _listed(self._files, "*.safetensors")]
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -262,9 +262,9 @@ class LoraCache:
 
 
 def _record_of(file: BufferedRandom, answer: Answer, request: str) -> _Record:
-    """Of a LoRA that was just downloaded. Raises LoraInvalid when it is none."""
+    """Return the record of a LoRA that was just downloaded. Raises LoraInvalid if it is not a LoRA."""
     file.flush()
-    os.fsync(file.fileno())  # now at the latest a full disk says so, and from now on size and mtime stay
+    os.fsync(file.fileno())  # now at the latest a full disk raises an error; from now on size and mtime stay
     LoraFile.read(Path(file.name))
     file.seek(0)
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -272,13 +272,13 @@ def _record_of(file: BufferedRandom, answer: Answer, request: str) -> _Record:
 
 
 def _read_back(copy: _Copy) -> LoraFile | None:
-    """The LoRA; None when the disk does not give what was downloaded. A file is summed once in a process."""
+    """Return the LoRA; None if the disk returns other bytes than were downloaded. A process hashes a file once."""
     try:
         lora = LoraFile.read(copy.path)
-        sound = lora.identity == copy.identity and lora.sha256 == copy.record.sha256
+        intact = lora.identity == copy.identity and lora.sha256 == copy.record.sha256
     except (LoraInvalid, OSError):
         return None
-    return lora if sound else None
+    return lora if intact else None
 
 
 def _warn(text: str, copy: _Copy) -> None:
@@ -286,14 +286,14 @@ def _warn(text: str, copy: _Copy) -> None:
 
 
 def _note_use(copy: _Copy) -> None:
-    """The time of last use goes into atime; mtime stays, since it tells whether a file has been replaced."""
+    """Set atime to now, as the time of the last use. mtime stays: it shows whether a file was replaced."""
     with suppress(PermissionError):  # another user's file
         os.utime(copy.file.fileno(), ns=(time.time_ns(), os.fstat(copy.file.fileno()).st_mtime_ns))
 
 
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[BufferedRandom]:
-    """A new file, locked for as long as it is open, and gone afterwards unless it was renamed."""
+    """Create a file and lock it while it is open. Delete it afterwards, unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
     os.close(handle)
     try:
@@ -305,7 +305,7 @@ def _temporary_file(folder: Path) -> Iterator[BufferedRandom]:
 
 
 def _try_lock(file: IO[bytes], kind: int) -> bool | None:
-    """Whether the lock is had now; None where the file system knows no locks. It lasts until `file` is closed."""
+    """Try to lock the file until it is closed. Returns whether it is locked; None if the file system has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -318,7 +318,7 @@ def _try_lock(file: IO[bytes], kind: int) -> bool | None:
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
-    """Whether the open file is still the one at `path`; it may have been removed before it was locked."""
+    """Return whether the open file is still the one at `path`. It may have been deleted before it was locked."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -332,14 +332,14 @@ def _listed(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless somebody has it open. Whether it is gone."""
+    """Delete a file unless somebody has it open. Returns whether it was deleted."""
     try:
-        with path.open("r+b") as file:  # for writing: NFS gives an exclusive lock for nothing less
+        with path.open("r+b") as file:  # for writing: NFS requires that for an exclusive lock
             free = _try_lock(file, fcntl.LOCK_EX)
             if free is None:
                 free = time.time() - path.stat().st_atime > _IN_USE_SECONDS
             if free:
                 path.unlink()
             return free
-    except OSError:  # gone already, or another user's: nothing that a job has to fail of
+    except OSError:  # it is gone, or belongs to another user; no reason to fail a job
         return False

@@ -1,7 +1,7 @@
-"""`loras[].path` → a local file whose header has been read.
+"""Turns `loras[].path` into a local file, and reads its header.
 
-A relative path is looked for below LORA_DIR; a URL is fetched through the cache in LORA_CACHE_DIR.
-Whether the LoRA fits the model is the pipeline's to say.
+A relative path is a file below LORA_DIR. A URL is downloaded through the cache in LORA_CACHE_DIR. The pipelines check whether
+the LoRA fits the model.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from worker.request import is_hub, is_url
 from worker.settings import Settings
 
 _SIGNATURE = re.compile(r"(x-amz-|x-goog-)?signature|sig", re.IGNORECASE)
-_OF_A_SIGNATURE = re.compile(
+_SIGNATURE_PARAMETER = re.compile(
     r"x-(amz|goog)-.*"  # S3 and Google Cloud Storage
     r"|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy"  # their older kind, CloudFront
     r"|sig|s[eprtv]|spr|sk[a-z]+",  # Azure
     re.IGNORECASE,
 )
-"""Query parameters that are there for a signature, or differ from one to the next."""
+"""Query parameters that belong to a signature and differ between two signed URLs of one file."""
 
 
 def fetch_lora(
     path: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
 ) -> LoraFile:
-    """The LoRA at `path`, with its header. A downloaded file stays in the cache until `held` is closed.
+    """Return the LoRA at `path`, with its header. A downloaded file stays in the cache until `held` is closed.
 
-    `where`: the field that names it, for errors. `hf_token`: the request's; without one, the worker's own is used.
+    `where`: the field that names it, for errors. `hf_token`: the request's; if it is None, the worker's own is used.
     Raises Stopped, WorkerError: LORA_NOT_FOUND, LORA_DOWNLOAD_FAILED, LORA_INVALID.
     """
     hf_token = hf_token or (settings.hf_token.get_secret_value() if settings.hf_token else None)
@@ -57,10 +57,10 @@ def fetch_lora(
 def fetch_recovery_adapter(
     name: str, where: str, hf_token: str | None, settings: Settings, stop: threading.Event, held: ExitStack
 ) -> LoraFile:
-    """The accuracy recovery adapter that a training config names: a URL, or `ORG/REPO/FILE` on the Hugging Face Hub.
+    """Return the accuracy recovery adapter that a training config names: a URL, or `ORG/REPO/FILE` on the Hugging Face Hub.
 
-    Below LORA_DIR and the folders of the weights it is looked for by that path and by the file's name alone, since the config
-    has a path of the training's machine; only then on the Hub. Raises as `fetch_lora`.
+    First search LORA_DIR and the folders of the weights, by the whole path and by the file's name alone, since the config has a
+    path of the training machine. Then try the Hub. Raises the same errors as `fetch_lora`.
     """
     file = PurePosixPath(name).name
     roots = [settings.lora_dir, *(place.path for place in settings.checkpoint_places if not place.is_hub_cache)]
@@ -97,7 +97,7 @@ def _shown(name: str) -> str:
 
 
 def _nearest(root: Path, name: str) -> str:
-    """Names of LoRAs in the same folder, or in the root, that are close to `name`."""
+    """Return a hint with the names of LoRAs, in the same folder or in the root, that are similar to `name`."""
     folder = (root / name).parent
     for place in (folder, root):
         try:
@@ -123,7 +123,7 @@ def _download(
             file, url, settings.max_lora_bytes, stop, private=private, headers=token | dict(validators), look=_check_head
         )
 
-    source = Source(_sum(unsigned(url)), _sum(url, *token.values()), download)
+    source = Source(_checksum(unsigned(url)), _checksum(url, *token.values()), download)
     try:
         return LoraCache(settings.lora_cache_dir, settings.lora_cache_max_bytes, stop).fetch(source, held)
     except DownloadError as error:
@@ -135,35 +135,35 @@ def _download(
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "give it more room, or lower LORA_CACHE_MAX_BYTES" if full else "check that the worker can write there"
-        text = f"the file could not be kept in the worker's LORA_CACHE_DIR ({error.strerror}); {remedy}"
+        text = f"the file could not be stored in the worker's LORA_CACHE_DIR ({error.strerror}); {remedy}"
         raise WorkerError.of([Problem(Code.LORA_DOWNLOAD_FAILED, where, text)]) from error
 
 
 def _check_head(head: bytes) -> None:
-    """Raises LoraInvalid when the first bytes tell that the rest need not be fetched."""
+    """Raise LoraInvalid if the first bytes show that the file is not a LoRA."""
     if why := why_unreadable(head):
         raise LoraInvalid(why)
 
 
-def _sum(*texts: str) -> str:
+def _checksum(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def unsigned(url: str) -> str:
-    """The URL without its signature, where it has one: presigned URLs of the same file differ in nothing else."""
+    """Return the URL without its signature: presigned URLs of the same file differ in nothing else."""
     parts = urlsplit(url)._replace(fragment="")
     query = parts.query.split("&")
     names = [part.partition("=")[0] for part in query]
     if any(_SIGNATURE.fullmatch(name) for name in names):
-        kept = [part for part, name in zip(query, names, strict=True) if not _OF_A_SIGNATURE.fullmatch(name)]
+        kept = [part for part, name in zip(query, names, strict=True) if not _SIGNATURE_PARAMETER.fullmatch(name)]
         parts = parts._replace(query="&".join(kept))
     return urlunsplit(parts)
 
 
 def download_url(url: str) -> str:
-    """The URL of the file itself: on the Hugging Face Hub, `/blob/` shows a page and `/resolve/` gives the file.
+    """Return the URL of the file itself: on the Hugging Face Hub, `/blob/` is a page and `/resolve/` is the file.
 
-    `hf.co` redirects to the Hub's own name, and on the way the token would be dropped.
+    `hf.co` becomes the Hub's own name, because the redirect would drop the token.
     """
     parts = urlsplit(url)
     if is_hub(parts.hostname or ""):
@@ -173,7 +173,7 @@ def download_url(url: str) -> str:
 
 
 def authorization(url: str, hf_token: str | None) -> dict[str, str]:
-    """The token goes to the Hugging Face Hub alone, over https, and a redirect to another host loses it."""
+    """Return a header with the token, for the Hugging Face Hub over https only. A redirect to another host drops it."""
     parts = urlsplit(url)
     if hf_token and parts.scheme == "https" and is_hub(parts.hostname or ""):
         return {"Authorization": f"Bearer {hf_token}"}

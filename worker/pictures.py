@@ -1,7 +1,7 @@
-"""A video's poster and contact sheet, taken from its frames as they pass on their way to the encoder.
+"""Makes a video's poster and contact sheet from its frames on their way to the encoder.
 
-A poster is the first frame at full size: a page shows it before the video is loaded. A contact sheet shows up to 16 frames,
-evenly spaced from the first to the last, to judge a video at a glance. Both are JPEG, and neither needs a frame to be kept.
+A poster is the first frame at full size, to show before the video is loaded. A contact sheet shows up to 16 frames, evenly
+spaced from the first to the last, to judge a video at a glance. Both are JPEG. No frame is kept in memory for them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ JPEG = "image/jpeg"
 """The content type of both."""
 
 _QUALITY = 90
-"""No blocks or rings to be seen; above it files grow fast. Its halved colours are those of the mp4."""
+"""Blocks and rings are invisible; above this, files grow fast. Chroma is subsampled, as in the mp4."""
 _MOST_FRAMES = 16
 """Four by four."""
 _TILE = (320, 640)
-"""The largest, in pixels. Four across are 1292, which fit a page; the height ends what would be an endless strip."""
+"""The largest width and height in pixels. Four tiles side by side are 1292, which fits a page."""
 _GAP = 4
 _BACKGROUND = (28, 28, 30)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Which frames of a video a picture shows, and where: row by row, in tiles of one size. A poster has one."""
+    """Says which frames of a video a picture shows, and where: row by row, in tiles of one size. A poster has one tile."""
 
     kind: Kind
     suffix: str
     frames: tuple[int, ...]
-    """By their place in the video, counting up."""
+    """Their numbers in the video, in ascending order."""
     columns: int
     tile: tuple[int, int]
 
@@ -53,7 +53,7 @@ class Picture:
         return self._end(0, self.columns), self._end(1, rows)
 
     def corner(self, place: int) -> tuple[int, int]:
-        """Of the tile at this place: its left and upper edge."""
+        """Return the left and the upper edge of the tile at this place."""
         row, column = divmod(place, self.columns)
         return column * (self.tile[0] + _GAP), row * (self.tile[1] + _GAP)
 
@@ -66,7 +66,7 @@ def poster(width: int, height: int) -> Picture:
 
 
 def contact_sheet(width: int, height: int, num_frames: int) -> Picture:
-    """A square of frames, as many as there are at most: without a hole, and of the video's own shape."""
+    """Return a square grid of frames, with the video's aspect ratio and no empty tile."""
     columns = math.isqrt(min(num_frames, _MOST_FRAMES))
     count = columns**2
     scale = min(1, _TILE[0] / width, _TILE[1] / height)
@@ -77,7 +77,7 @@ def contact_sheet(width: int, height: int, num_frames: int) -> Picture:
 
 
 class Camera:
-    """Takes the pictures of one video. An error of its own never reaches the video: `save` raises it, not `watch`."""
+    """Makes the pictures of one video. An error never reaches the video: `save` raises it, not `watch`."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self._pictures = pictures
@@ -85,7 +85,7 @@ class Camera:
         self._error: Exception | None = None
 
     def watch(self, chunks: Iterable[Frame]) -> Iterator[Frame]:
-        """The same chunks, [frames, height, width, 3]; what a picture shows of them is copied."""
+        """Yield the same chunks, [frames, height, width, 3], and copy the frames that a picture shows."""
         numbers = itertools.count()
         for chunk in chunks:
             for frame, number in zip(chunk, numbers, strict=False):
@@ -103,13 +103,13 @@ class Camera:
             self._error = error
 
     def save(self, picture: Picture, target: Path) -> None:
-        """Write it, when all frames have passed."""
+        """Write the picture to `target`. Call this when all frames have passed."""
         if self._error:
             raise self._error
         self._sheets[picture].save(target, format="JPEG", quality=_QUALITY)
 
 
 def scaled(frame: npt.NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
-    """The frame at another size: small ones keep their pixels visible, large ones are averaged."""
+    """Return the frame at another size. Enlarging keeps the pixels visible; reducing averages them."""
     enlarged = frame.shape[1] < size[0]
     return Image.fromarray(frame).resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)

@@ -1,7 +1,7 @@
-"""How far a job is: step callbacks from the GPU's thread → updates that go out throttled, in order, and before the result.
+"""The progress of a job: turns step callbacks from the GPU's thread into updates, throttled, in order, and before the result.
 
-The SDK's `progress_update` starts a thread per call: updates overtake each other, and the result too. Here one task sends
-them, through the SDK's own call that the final result goes through as well.
+The SDK's `progress_update` starts a thread per call, so updates overtake each other and arrive after the result. Here one task
+sends them, with the SDK's own call that also sends the final result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from worker.logs import log
 
 Update = dict[str, Any]
-"""stage, prompt_index, prompts, step, steps, percent, seconds_left (None while it is not known)."""
+"""stage, prompt_index, prompts, step, steps, percent, seconds_left (None while it is unknown)."""
 
 Send = Callable[[Update], Awaitable[None]]
 
@@ -40,7 +40,7 @@ class Progress:
         self.stage("fetch")
 
     def stage(self, name: str, prompt_index: int = 0, step: int = 0) -> None:
-        """A new stage begins: fetch, wait, load, denoise, encode, upload."""
+        """Begin a stage: fetch, wait, load, denoise, encode or upload."""
         total = sum(self._step_counts)
         done = total if name == "upload" else sum(self._step_counts[:prompt_index]) + step
         self.latest = {
@@ -56,16 +56,16 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Of the denoising; infinite while that is not known."""
+        """The time left for the denoising; infinite while it is unknown."""
         left = self.latest["seconds_left"]
         return float("inf") if left is None else float(left)
 
     def step(self, prompt_index: int, step: int) -> None:
-        """`step` denoising steps of this prompt are done."""
+        """Report that `step` denoising steps of this prompt are done."""
         self.stage("denoise", prompt_index, step)
 
     def _seconds_left(self, done: int, total: int) -> float | None:
-        """From the mean time of the steps so far; the first one, which warms up, only starts the clock."""
+        """Estimate from the mean time of the steps so far. The first step warms up, and only starts the clock."""
         now = time.monotonic()
         if done == 0:
             return None
@@ -93,7 +93,7 @@ class Progress:
     async def _send_changes(self, send: Send) -> None:
         while True:
             await self._changed.wait()
-            # Shielded: an update that has left is waited for, so that it cannot arrive behind the result.
+            # Shielded: wait for an update that is being sent, so that it cannot arrive after the result.
             on_its_way = asyncio.ensure_future(self._send_latest(send))
             try:
                 await asyncio.shield(on_its_way)
@@ -106,7 +106,7 @@ class Progress:
         self._changed.clear()
         try:
             await asyncio.wait_for(send(self.latest), _SECONDS_TO_SEND)
-        except Exception as error:  # a lost update is no reason to lose the job
+        except Exception as error:  # a lost update must not fail the job
             log.warning("a progress update was not sent (%s)", type(error).__name__)
 
 
@@ -126,7 +126,7 @@ async def cloud_sender(job: dict[str, Any]) -> AsyncIterator[Send]:
 
 @asynccontextmanager
 async def terminal_bar() -> AsyncIterator[Send]:
-    """Shows updates as a bar in the terminal, and nothing where stderr is none."""
+    """Shows updates as a bar in the terminal, or nothing if stderr is not a terminal."""
     with tqdm(total=100, file=sys.stderr, bar_format="{desc} {bar} {percentage:3.0f}%{postfix}", disable=None) as bar:
 
         async def send(update: Update) -> None:

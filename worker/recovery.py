@@ -1,8 +1,8 @@
-"""RECOVERY_DIR: finished files that could not be uploaded, kept until they can.
+"""RECOVERY_DIR: keeps finished files that could not be uploaded, until they can be.
 
-A kept file is two files: `NAME.bin`, and `NAME.json`, which says where it belongs. The second is written last, and a `.bin`
-without it does not count. Several workers may share the folder, and so may strangers where it lies in a shared temp folder:
-what a note says is checked.
+A kept file is a pair of files: `NAME.bin`, and `NAME.json`, a note that says where it belongs. The note is written last, and a
+`.bin` without a note does not count. Several workers may share the folder. In a shared temp folder, strangers may write to it
+too, so every note is checked.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from worker.logs import log
 from worker.storage import Limit, NotStored, Storage
 
 _SECONDS_A_JOB_CAN_RECUR = 7 * 24 * 3600
-"""RunPod keeps a job for 24 hours, or for up to a week where the request's `policy.ttl` says so."""
+"""RunPod keeps a job for 24 hours, or for up to a week if the request's `policy.ttl` says so."""
 _SECONDS_ABANDONED = 3600
-"""Age at which half of a kept file is no longer being written."""
+"""Age at which nobody is still writing an incomplete pair."""
 _MAX_NOTE = 10_000
-"""Bytes; a note has some hundred."""
+"""Bytes. A note has a few hundred."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Recovery:
     """The folder. The first kept file creates it."""
 
     def __init__(self, folder: Path, max_bytes: int = 20 * 1024**3) -> None:
-        """`max_bytes`: what the folder may have; see RECOVERY_MAX_BYTES."""
+        """`max_bytes`: the largest size of the folder; see RECOVERY_MAX_BYTES."""
         self._folder = folder
         self._max_bytes = max_bytes
 
     def keep(self, file: Path, kept: Kept) -> bool:
-        """Copy `file` into the folder. False when that fails too, or the folder is full."""
+        """Copy `file` into the folder. Returns False if that fails, or if the folder is full."""
         note = self._note(kept.key)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ class Recovery:
         return True
 
     def find(self, key: str, made_from: str) -> Path | None:
-        """The kept file of `key`, if it was made from the same."""
+        """Return the kept file of `key`, if it was made from the same job and input."""
         kept = self._read(self._note(key))
         return self._note(key).with_suffix(".bin") if kept and kept.made_from == made_from else None
 
     def delete(self, key: str) -> None:
-        """Delete the kept file of `key`, if there is one. A folder that cannot be written to is only logged."""
+        """Delete the kept file of `key`, if there is one. An error of the folder is only logged."""
         note = self._note(key)
         try:
             note.unlink(missing_ok=True)
@@ -86,9 +86,9 @@ class Recovery:
             log.exception("`%s` could not be deleted from RECOVERY_DIR", key)
 
     def upload_all(self, storage: Storage) -> None:
-        """Upload every file of the worker's own bucket, and delete it. What fails stays for the next start.
+        """Upload every file of the worker's own bucket, then delete it. A file that fails stays for the next start.
 
-        Files of a job's own bucket wait for that job. They are deleted when it can no longer come.
+        Files of a job's own bucket wait for that job. They are deleted when RunPod can no longer deliver it.
         """
         self._remove_halves()
         for note, kept in self._all():
@@ -104,16 +104,14 @@ class Recovery:
                 log.info("`%s` was %s", kept.key, "uploaded from RECOVERY_DIR" if kept.own else "deleted: its job is too old")
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes more may be kept. Files of jobs' own buckets go for them, the oldest first; others do not."""
+        """Make room for so many bytes: delete files of jobs' own buckets, the oldest first. Returns whether they fit."""
         there = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.bin")]
         total = sum(size for _, size, _ in there) + size
-        strangers = (
-            {note.with_suffix(".bin") for note, kept in self._all() if not kept.own} if total > self._max_bytes else set()
-        )
+        of_jobs = {note.with_suffix(".bin") for note, kept in self._all() if not kept.own} if total > self._max_bytes else set()
         for _, bytes_of, path in sorted(there):
             if total <= self._max_bytes:
                 break
-            if path in strangers:
+            if path in of_jobs:
                 log.warning("a kept file of a job's own bucket is deleted: RECOVERY_DIR has RECOVERY_MAX_BYTES")
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
@@ -121,7 +119,7 @@ class Recovery:
         return total <= self._max_bytes
 
     def _remove_halves(self) -> None:
-        """Remove what a process that was killed left: temporary files, and files without a note."""
+        """Delete what a killed process left: temporary files, and files without a note."""
         for path in (*self._folder.glob(".*"), *self._folder.glob("*.bin")):
             with suppress(OSError):
                 is_whole = path.suffix == ".bin" and path.with_suffix(".json").exists()
@@ -129,7 +127,7 @@ class Recovery:
                     path.unlink()
 
     def _all(self) -> Iterator[tuple[Path, Kept]]:
-        """Every note that can be trusted, with what it says."""
+        """Yield every note that passes the checks, with its content."""
         for note in sorted(self._folder.glob("*.json")):
             if kept := self._read(note):
                 yield note, kept
@@ -138,7 +136,7 @@ class Recovery:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def _read(self, note: Path) -> Kept | None:
-        """What a note says; None for one that no worker wrote: of another key, with a key that is no path, or a link."""
+        """Return the content of a note. None if no worker wrote it: a wrong or unsafe key, or a link."""
         try:
             if note.is_symlink() or note.with_suffix(".bin").is_symlink() or note.stat().st_size > _MAX_NOTE:
                 return None
@@ -150,7 +148,7 @@ class Recovery:
 
 
 def _link_or_copy(file: Path, target: Path) -> None:
-    """Make `target` the same file as `file`, which nobody writes to any more; a copy on another file system."""
+    """Make `target` a hard link to `file`, which no one changes any more, or a copy if it is on another file system."""
     target.unlink()
     try:
         os.link(file, target)

@@ -1,4 +1,4 @@
-"""What a job's result says: the outputs, the settings that decided the frames, and warnings that teach."""
+"""Builds a job's result: the outputs, the settings that decided the frames, and warnings that help."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from worker.run import Run
 from worker.storage import Stored
 
 NumbersOf = Callable[[Recipe], dict[str, Any]]
-"""What a recipe comes to on the loaded model; see `WanModel.numbers_of`."""
+"""Returns the values of a recipe on the loaded model; see `WanModel.numbers_of`."""
 
 
 PictureItems = dict[Kind, dict[str, Any]]
-"""By their field, as the result says them."""
+"""The pictures by their field in the result."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A finished file: of which shot, where it is, and what was made beside it; a picture that was not is not there."""
+    """A finished file: its shot, where it is stored, and its pictures, without those that could not be made."""
 
     shot: Shot
     stored: Stored
@@ -38,7 +38,7 @@ class Output:
 
 
 def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, Any]:
-    """The documented result; `outcomes` is what became of every shot, in their order."""
+    """Return the documented result. `outcomes`: the file or the error of every shot, in order."""
     outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
     errors = []
     for index, outcome in enumerate(outcomes):
@@ -82,7 +82,7 @@ def _item(output: Output, format: str) -> dict[str, Any]:
 
 
 def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
-    """A poster or a contact sheet, as the result says it."""
+    """Return the entry of a poster or a contact sheet in the result."""
     width, height = picture.size
     return {
         "url": stored.url,
@@ -97,7 +97,7 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
 def settings_of(
     facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, mode_of: Callable[[Adapter], LoraMode]
 ) -> dict[str, Any]:
-    """What decides the frames and is the same for all prompts of a job; `facts` are the loaded model's."""
+    """Return what decides the frames of all prompts of a job alike. `facts`: those of the loaded model."""
     loras = [
         {
             "transformer": adapter.side,
@@ -113,15 +113,15 @@ def settings_of(
 
 
 _LONGEST_TEXT = 4000
-"""Characters of a text in the result. The text encoder reads 512 tokens, of four to five characters in most languages."""
+"""Characters of one text in the result. The text encoder reads 512 tokens, of four to five characters in most languages."""
 _ALL_TEXTS = 1_000_000
 """Characters of all prompts of a result, and of all negative prompts."""
 
 
 def prompt_settings(run: Run, shot: Shot, numbers: dict[str, Any], control_image_sum: str | None) -> dict[str, Any]:
-    """What decides the frames of one prompt, in effective numbers; `numbers` are those of its recipe on the loaded model.
+    """Return the effective settings that decide the frames of one prompt. `numbers`: those of its recipe on the loaded model.
 
-    Very long texts are cut short, so that the result has a size that the platform takes.
+    Very long texts are shortened, so that the platform accepts the result.
     """
     longest = min(_LONGEST_TEXT, _ALL_TEXTS // len(run.shots))
 
@@ -144,14 +144,14 @@ def prompt_settings(run: Run, shot: Shot, numbers: dict[str, Any], control_image
 
 
 def sum_of_pixels(image: Image.Image) -> str:
-    """sha256 of the image as the model takes it, before it is resized: what EXIF and transparency made of the file counts."""
+    """Return the sha256 of the image as the model takes it, before resizing but after EXIF and transparency."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def teaching_warnings(
     run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str, kept: Quantization | None
 ) -> list[str]:
-    """What would bring the user closer to the trainer's samples; `kept`: how the worker keeps its weights."""
+    """Return hints that bring the video closer to the trainer's samples. `kept`: how the worker's weights are quantized."""
     return [
         *_era_warnings(run, files, numbers_of),
         *_training_warnings(run, files, dtype, kept),
@@ -160,7 +160,7 @@ def teaching_warnings(
 
 
 def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
-    """Name the texts that are longer than the text encoder reads."""
+    """Yield a warning for each text that is longer than the text encoder reads."""
     for shot in shots:
         for name, text in (("prompt", shot.sampling.prompt), ("neg", shot.sampling.negative_prompt)):
             if len(text) > MAX_TOKENS // 4 and (tokens := tokens_of(text)) > MAX_TOKENS:
@@ -172,16 +172,16 @@ _SIXTEEN_BITS = {"F16", "BF16"}
 
 
 def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Quantization | None) -> Iterator[str]:
-    """What of the training changes its samples, and how near they can be met. The sizes are those of docs/preview-match.md.
+    """Yield what in the training changes its samples, and how closely they can be matched, as in docs/preview-match.md.
 
-    `kept`: how the worker keeps its weights.
+    `kept`: how the worker's weights are quantized.
     """
     trained = run.training.trained
     if run.match == "preview" and kept and (kept != run.quantization or trained.recovery_adapter):
         how = str(run.quantization) if run.quantization else "none of its weights"
         yield (
-            f"this worker keeps its weights quantized (QUANTIZE: {kept}), and the training quantized {how}, so that the "
-            "samples are met only roughly; use a worker without QUANTIZE"
+            f"this worker keeps its weights quantized (QUANTIZE: {kept}), and the training quantized {how}, so the video "
+            "matches the samples only roughly; use a worker without QUANTIZE"
         )
     if run.training.warning:
         yield run.training.warning
@@ -192,27 +192,27 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Qu
         return
     if not trained.as_words():
         yield (
-            "match preview: how the training ran is not known, and quantization or low_vram change its samples; set "
+            "match preview: it is unknown how the training ran, and quantization or low_vram change its samples; set "
             "`trained_with` from its config.yaml, or put that file beside the LoRA"
         )
         return
     if trained.quantize and trained.format == "int8":
-        yield "trained_with: the trainer computes int8 layers in another way, so that the samples are met only roughly"
+        yield "trained_with: the trainer computes int8 layers in another way, so the video matches the samples only roughly"
     if any(_SIXTEEN_BITS & set(file.dtypes.values()) for file in files):
         size = "0.02" if dtype == "float32" else "0.7 to 1.6"
         yield (
-            f"the LoRA was saved in 16 bits, so that the samples are met within {size} of 255 on average; "
+            f"the LoRA was saved in 16 bits, so the video differs from the samples by {size} of 255 on average; "
             "`save.dtype: float32` in the training removes this"
         )
     if trained.merges and dtype != "float32":
         yield (
-            "an unquantized training in 16 bits drifts each time it makes samples: the first round can be met exactly, and "
-            "later ones within 0.7 to 1.0 of 255 on average"
+            "an unquantized training in 16 bits drifts each time it makes samples: the first round can be matched exactly, and "
+            "later ones with a difference of 0.7 to 1.0 of 255 on average"
         )
 
 
 def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
-    """In `documented`: that the trainer's samples were made otherwise. In `preview`: that its version is a guess."""
+    """Warn, with `documented`, that the trainer sampled differently, and with `preview`, that its version is a guess."""
     known = any(version_of(file) for file in files)
     era, why = era_of(files)
     if run.match == "preview":
@@ -236,7 +236,7 @@ def _differences(run: Run, shot: Shot, theirs: Recipe, numbers_of: NumbersOf) ->
 
 
 def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:
-    """A LoRA that was trained with a trigger word does little without it."""
+    """Warn when a LoRA's trigger word is not in the prompt: without it, the LoRA does little."""
     warnings = []
     for word in sorted({file.trigger_word for file in files if file.trigger_word}):
         without = [f"prompts[{shot.index}]" for shot in shots if word.lower() not in shot.sampling.prompt.lower()]

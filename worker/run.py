@@ -1,4 +1,4 @@
-"""What a running job knows, and how its blocking work runs in threads that stop when the job does."""
+"""The state of a running job, and how its blocking work runs in threads that stop with the job."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from worker.video import IMAGE, VIDEO, Encoding
 T = TypeVar("T")
 
 _SECONDS_TO_UPLOAD = 15.0
-"""How long an upload of finished work is tried when the job has no time left."""
+"""How long the upload of finished work is retried when the job has no time left."""
 _SECONDS_TO_STOP = 30.0
-"""How long a thread may go on after its stop."""
+"""How long a thread may run on after `stop` is set."""
 
 
 @dataclass(eq=False)
 class Run:
-    """One job: what was asked, where its files go, and what has become of it so far."""
+    """One job: its request, the place for its files, and its state."""
 
     id: str
     identity: Identity
@@ -52,9 +52,9 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     """Set when the job is cancelled or out of time; the threads that make its files then stop."""
     stop_delivery: threading.Event = field(default_factory=threading.Event)
-    """Set when the job is cancelled. What is finished when the time is over is still delivered."""
+    """Set when the job is cancelled. When the job is only out of time, finished work is still delivered."""
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What the job holds until it ends, such as its LoRAs in the cache."""
+    """Resources to release when the job ends, such as its LoRAs in the cache."""
     needs_the_gpu: bool = True
     shots: list[Shot] = field(default_factory=list)
     training: Training = NOT_KNOWN
@@ -63,21 +63,21 @@ class Run:
     recovery: Adapter | None = None
     """The accuracy recovery adapter beneath the LoRAs."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What decides the frames of all prompts alike."""
+    """The settings that decide the frames of all prompts alike."""
     prompt_settings: list[dict[str, Any]] = field(default_factory=list)
-    """What decides the frames of each prompt, in effective numbers."""
+    """The effective settings that decide the frames of each prompt."""
     warnings: list[str] = field(default_factory=list)
     lora_warnings: dict[int, list[str]] = field(default_factory=dict)
-    """By the LoRA's place in the request."""
+    """Warnings by the LoRA's index in the request."""
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def encoding(self, shot: Shot) -> Encoding:
-        """How the prompt's file is written: one frame is an image whatever the format."""
+        """Return how to write the prompt's file. One frame is an image, whatever the format."""
         return IMAGE if shot.sampling.num_frames == 1 else VIDEO[self.request.output_format]
 
     def pictures(self, shot: Shot) -> list[Picture]:
-        """The pictures that go with the prompt's video. An image needs none."""
+        """Return the pictures to make of the prompt's video. An image needs none."""
         video = shot.sampling
         if video.num_frames == 1:
             return []
@@ -85,20 +85,20 @@ class Run:
         return [poster(video.width, video.height), *sheet]
 
     def warn_of_picture(self, shot: Shot, picture: Picture, why: str) -> None:
-        """Say in the result why a picture is `null`."""
+        """Add a warning that says why a picture is `null`."""
         self.warnings.append(f"prompts[{shot.index}]: no {picture.kind}: {why}")
 
     def check(self) -> None:
-        """Raises Stopped when the job must not go on."""
+        """Raise Stopped if the job must not go on."""
         if self.stop.is_set():
             raise Stopped
 
     def give_up_at(self) -> float:
-        """Until when an upload is retried (`time.monotonic`): for UPLOAD_TIMEOUT, but no longer than the job may take."""
+        """Return when retries of an upload end (`time.monotonic`): after UPLOAD_TIMEOUT, or when the job's time is over."""
         return min(time.monotonic() + self.upload_timeout, self.delivery_limit().ends)
 
     def delivery_limit(self, seconds: float = float("inf")) -> Limit:
-        """How long finished work may take on its way: `seconds`, and no longer than the job may, but for a short while."""
+        """Return the limit for delivering finished work: `seconds`, or the job's time if less, but always some seconds."""
         left = self.deadline.left()
         return Limit.of(min(seconds, float("inf") if left is None else max(left, _SECONDS_TO_UPLOAD)), self.stop_delivery)
 
@@ -112,12 +112,12 @@ class Run:
             raise self.deadline.error() from None
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run blocking work in a thread that looks at `stop`; see the function below."""
+        """Run blocking work in a thread that checks `stop`; see the function below."""
         return await in_thread(self.stop, function, *arguments)
 
 
 left_behind = threading.Event()
-"""Set when a thread has outlived its stop: nothing can end it but the end of the process, which must be replaced."""
+"""Set when a thread did not stop in time. Only the end of the process ends it, so the worker must be replaced."""
 
 
 async def in_thread(
@@ -127,29 +127,29 @@ async def in_thread(
     executor: Executor | None = None,
     seconds_to_stop: float = _SECONDS_TO_STOP,
 ) -> T:
-    """Run blocking work in a thread of its own, or in one of `executor`. A cancellation sets `stop` and waits for the thread.
+    """Run blocking work in a new thread, or in one of `executor`. A cancellation sets `stop` and waits for the thread.
 
-    Without the wait, the thread of a cancelled job would go on beside the next job, on the same GPU. One that does not stop
-    within `seconds_to_stop` is left behind: the job's answer goes out, and the process ends. asyncio's own pool would not do:
-    a few uploads that wait for their bucket would fill it and keep the GPU from its work.
+    Without the wait, the thread of a cancelled job would run on beside the next job, on the same GPU. A thread that does not
+    stop within `seconds_to_stop` is left behind: the job's answer is sent, and the process ends. asyncio's own pool is too
+    small: a few uploads that wait for their bucket would fill it, and the GPU would get no work.
     """
     pool = executor or ThreadPoolExecutor(1)
     work: asyncio.Future[T] = asyncio.wrap_future(pool.submit(function, *arguments))
     if executor is None:
-        pool.shutdown(wait=False)  # it ends with its work
+        pool.shutdown(wait=False)  # the thread ends with its work
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        patience = time.monotonic() + seconds_to_stop
-        while not work.done() and (left := patience - time.monotonic()) > 0:
+        give_up_at = time.monotonic() + seconds_to_stop
+        while not work.done() and (left := give_up_at - time.monotonic()) > 0:
             try:
                 await asyncio.wait([work], timeout=left)
             except asyncio.CancelledError:
                 continue
         if not work.done():
-            log.critical("a thread does not stop (%s); the worker shuts down, to be replaced", function.__qualname__)
+            log.critical("a thread does not stop (%s); the worker shuts down and must be replaced", function.__qualname__)
             left_behind.set()
         elif not work.cancelled():
-            work.exception()  # seen: asyncio complains about errors that nobody looks at
+            work.exception()  # retrieve it: asyncio logs errors that nobody retrieves
         raise

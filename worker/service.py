@@ -1,4 +1,4 @@
-"""The process: takes jobs, makes a job that is delivered twice only once, and shuts down when the device is lost."""
+"""The process: takes jobs, makes a job that is delivered twice only once, and shuts down when the GPU is lost."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job
 _ID_OF_A_LOCAL_RUN = "local_test"
 """The SDK's id for every job of `python handler.py` that has none."""
 _SECONDS_AHEAD = 10.0
-"""The next job is taken this long before the GPU is free. A download of a large LoRA takes longer; most jobs need none."""
+"""How long before the GPU is free the next job is taken. Downloading a large LoRA takes longer, but most jobs need none."""
 
 
 class Service:
-    """Serves jobs with one loaded model. Jobs may overlap; the GPU does one at a time."""
+    """Serves jobs with one loaded model. Jobs may overlap; the GPU runs one at a time."""
 
     def __init__(self, settings: Settings, model: WanModel, storage: Storage) -> None:
         self._settings = settings
@@ -48,11 +48,11 @@ class Service:
         self._scratch = scratch().name
         self._runs: list[Run] = []
         self._duplicate_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """By the identity's sum: a job that is delivered again while it runs waits for its own result."""
+        """Locks by the checksum of the identity: a job that is delivered again while it runs waits for its own result."""
 
     @property
     def must_be_replaced(self) -> bool:
-        """Whether the device no longer computes, or a thread does not stop."""
+        """Whether the GPU no longer computes, or a thread does not stop."""
         return self._gpu.is_lost or left_behind.is_set()
 
     async def run(self, raw_job: dict[str, Any]) -> Result:
@@ -72,13 +72,13 @@ class Service:
                 self._shut_down_if_lost()
 
     def wants_a_job(self) -> bool:
-        """Whether to take another job now: no job waits for the GPU, and the one that holds it ends soon."""
+        """Return whether to take another job now: no job waits for the GPU, and the one that holds it ends soon."""
         ahead = [run for run in self._runs if run.needs_the_gpu]
         return not ahead or (len(ahead) == 1 and ahead[0].progress.seconds_left < _SECONDS_AHEAD)
 
     @contextmanager
     def _started(self, raw_job: dict[str, Any], job_id: str) -> Iterator[Run]:
-        """A new run: its request is checked, it has a folder for its files, and nothing is fetched yet."""
+        """Check the request and create a run, with a folder for its files. Nothing is downloaded yet."""
         settings, raw_input, s3_config = self._settings, raw_job.get("input"), raw_job.get("s3Config")
         request = parse(raw_input, self._gpu.model.spec)
         match = request.match or settings.default_match
@@ -110,7 +110,7 @@ class Service:
 
     @asynccontextmanager
     async def _alone(self, run: Run) -> AsyncIterator[None]:
-        """Hold the block back while the same job, delivered earlier, is running."""
+        """Wait while the same job, delivered earlier, is running."""
         lock = self._duplicate_locks.setdefault(run.identity.sum, asyncio.Lock())
         run.needs_the_gpu = not lock.locked()
         async with lock:
@@ -123,19 +123,19 @@ class Service:
         return nullcontext(raw_job["send"]) if "send" in raw_job else terminal_bar()
 
     def _shut_down_if_lost(self) -> None:
-        """Ask the process to end once this job's result is sent. A single local run ends by itself."""
+        """Tell the process to end when this job's result is sent. A single local run ends by itself."""
         if self.must_be_replaced and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.error("the GPU failed, or a thread does not stop; the worker shuts down, to be replaced")
+            log.error("the GPU failed, or a thread does not stop; the worker shuts down and must be replaced")
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _safe_id(job_id: Any) -> str:
-    """The job's id as a part of a key or a file name."""
+    """Return the job's id as a part of a key or a file name."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(job_id or "job"))[:100]
 
 
 def _secrets_of(raw_job: dict[str, Any]) -> list[str]:
-    """The secrets that an unchecked job may contain."""
+    """Return the secrets that an unchecked job may contain."""
     raw_input, s3_config = raw_job.get("input"), raw_job.get("s3Config")
     found = [raw_input.get("hf_token")] if isinstance(raw_input, dict) else []
     found += s3_config.values() if isinstance(s3_config, dict) and len(s3_config) <= MAX_S3_FIELDS else []

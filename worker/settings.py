@@ -19,15 +19,15 @@ SEVEN_DAYS = 7 * 24 * 3600
 
 
 BUCKET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$"
-"""What boto3 takes as a bucket's name; it would refuse another only when it uploads."""
+"""The bucket names that boto3 accepts. It would refuse others only at the first upload."""
 
 
 _SECONDS_PER_CLOUD_JOB = 570.0
-"""RunPod ends a job after 600 s where the endpoint says nothing else, and what it made is lost then."""
+"""RunPod ends a job after 600 s unless the endpoint says otherwise, and then everything the job made is lost."""
 
 
 def is_in_cloud() -> bool:
-    """Whether RunPod runs this process. An empty variable counts as not set, and is removed: the SDK would count it as set."""
+    """Return whether RunPod runs this process. An empty variable is not set, and is deleted: the SDK would take it as set."""
     if not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
         os.environ.pop("RUNPOD_WEBHOOK_GET_JOB", None)
         return False
@@ -46,20 +46,20 @@ class Settings(BaseSettings):
     model_id: str = Field(description="The one model this worker serves.")
     checkpoint_dir: Path = Field(
         default=Path("/checkpoints"),
-        description="Where weights are looked for first: one folder per Hub repo id, `ORG/NAME`, in diffusers layout.",
+        description="The first place to look for weights: one folder per Hub repo id, `ORG/NAME`, in diffusers layout.",
     )
     model_cache_dir: Path = Field(
         default=Path("/runpod-volume/huggingface-cache/hub"),
-        description="Where weights are looked for next: the platform's cache of models, in the layout of `huggingface_hub`.",
+        description="The second place: the platform's cache of models, in the layout of `huggingface_hub`.",
     )
     volume_checkpoint_dir: Path = Field(
         default=Path("/runpod-volume/checkpoints"),
-        description="Where weights are looked for last: a folder on a network volume, laid out as `CHECKPOINT_DIR`.",
+        description="The last place: a folder on a network volume, in the layout of `CHECKPOINT_DIR`.",
     )
     allow_download: bool = Field(
         default=False,
-        description="`1`: weights that are nowhere are fetched from the Hugging Face Hub at start, to `VOLUME_CHECKPOINT_DIR` "
-        "or, without a volume, to `CHECKPOINT_DIR`.",
+        description="`1`: at start, download missing weights from the Hugging Face Hub to `VOLUME_CHECKPOINT_DIR` or, without "
+        "a volume, to `CHECKPOINT_DIR`.",
     )
     ai_toolkit_path: Path | None = Field(
         default=None, description="Checkout of ostris/ai-toolkit; needed by `wan22_14b_i2v` and `wan22_5b`."
@@ -67,65 +67,65 @@ class Settings(BaseSettings):
     ai_toolkit_commit: str = Field(
         default=TOOLKIT_COMMIT,
         pattern=r"^[0-9a-f]{40}$",
-        description="The commit that checkout must be at; another one may sample otherwise.",
+        description="The commit that the checkout must have; another one may sample differently.",
     )
-    lora_dir: Path = Field(default=Path("/runpod-volume/loras"), description="Where relative `loras[].path` are looked for.")
+    lora_dir: Path = Field(default=Path("/runpod-volume/loras"), description="The folder for relative `loras[].path`.")
     lora_cache_dir: Path = Field(
         default=Path(tempfile.gettempdir()) / "lora-cache",
-        description="Where LoRAs from URLs are kept; on a network volume all workers share it.",
+        description="The cache of LoRAs from URLs. On a network volume, all workers share it.",
     )
     lora_cache_max_bytes: int = Field(
         default=20 * 1024**3,
         gt=0,
-        description="Size of LORA_CACHE_DIR above which the least recently used LoRAs are deleted, in bytes.",
+        description="Largest size of LORA_CACHE_DIR in bytes; beyond it, the least recently used LoRAs are deleted.",
     )
     allow_private_downloads: bool = Field(
         default=False,
-        description="`1`: requests may name URLs in private networks, this machine included. For a local machine only.",
+        description="`1`: URLs in requests may lead to private networks and to this machine. For a local machine only.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` or `cpu`.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Of the weights and of what is computed with them: `bfloat16`, `float32`; `auto`: bfloat16 on `cuda`, "
-        "float32 on `cpu`. The trainer's samples are made in bfloat16.",
+        description="Data type of the weights and the computation: `bfloat16`, `float32`; `auto`: bfloat16 on `cuda`, float32 "
+        "on `cpu`. The trainer makes its samples in bfloat16.",
     )
     offload_mode: OffloadMode = Field(
         default="auto",
-        description="What waits in main memory: `none`, `text_encoder`, `swap` (of the two transformers of a Wan 2.2 14B model "
-        "the one that does not compute, too), `group` (transformers too, streamed block by block), `model` (all but one "
-        "component), `sequential` (all but one layer); `auto`: the first of the first four that leaves room for a job.",
+        description="What stays in main memory: nothing (`none`), the `text_encoder`, also the transformers, streamed block by "
+        "block (`group`), all but one component (`model`), all but one layer (`sequential`). `auto`: the first of `none`, "
+        "`text_encoder` and `group` that leaves room for a job.",
     )
     quantize: Quantize = Field(
         default="none",
-        description="The format in which transformers and text encoder keep their weights, as in a quantized training: "
-        "`qfloat8` (half the memory of bf16), `uint4` (a third), `float8`, `int8`, `uint2` to `uint7`; `auto`: the first of "
-        "`none`, `qfloat8` and `uint4` with which no transformer is streamed. It changes the frames.",
+        description="Format of the weights of transformers and text encoder, as in a quantized training: `qfloat8` (half the "
+        "memory of bf16), `uint4` (a third), `float8`, `int8`, `uint2` to `uint7`; `auto`: the first of `none`, `qfloat8` and "
+        "`uint4` that needs no streaming of a transformer. It changes the frames.",
     )
     attention: Attention = Field(
         default="native",
         description="Attention kernels: `native` (torch's own, as in plain diffusers), `cudnn`, `flash` or `flash3` (where "
-        "installed), `auto` (the quickest that works here). All but `native` change the last bit of a frame.",
+        "installed), `auto` (the fastest that works here). All but `native` change the last bit of a frame.",
     )
     compile: bool = Field(
         default=False,
-        description="`1`: the transformers' blocks are compiled when they first run. Changes the last bit of a frame.",
+        description="`1`: compile the transformers' blocks when they first run. It changes the last bit of a frame.",
     )
     compile_cache_dir: Path | None = Field(
         default=None,
-        description="Where compiled code is kept: on a network volume or in the image, only the first worker compiles. "
-        "Not set: torch's own place in the system's temp folder.",
+        description="The cache of compiled code. On a network volume or in the image, only the first worker compiles. Not set: "
+        "torch's own folder in the system's temp folder.",
     )
     exact: bool = Field(
-        default=False, description="`1`: frames are those of plain diffusers to the bit, whatever ATTENTION and COMPILE say."
+        default=False, description="`1`: make the frames of plain diffusers, to the bit; ATTENTION and COMPILE are ignored."
     )
     default_match: Match = Field(
-        default="documented", description="What `match` is when a request does not say: `documented` or `preview`."
+        default="documented", description="`match` for requests that do not set it: `documented` or `preview`."
     )
     lora_mode: Literal["adapter", "merge"] = Field(
         default="adapter",
-        description="How LoRAs are applied in `documented`: `adapter` (beside the weights) or `merge` (added into them).",
+        description="How LoRAs are applied with `documented`: `adapter` (beside the weights) or `merge` (added to them).",
     )
-    output_dir: Path = Field(default=Path("output"), description="Where results go when no bucket is configured.")
+    output_dir: Path = Field(default=Path("output"), description="The folder for results when no bucket is configured.")
     bucket_name: str | None = Field(
         default=None,
         pattern=BUCKET_NAME,
@@ -142,30 +142,31 @@ class Settings(BaseSettings):
     )
     bucket_region: str | None = Field(
         default=None,
-        description="Signing region; not set: read off the endpoint, else `us-east-1`.",
+        description="Region for signatures; not set: taken from the endpoint's name, else `us-east-1`.",
     )
     bucket_addressing_style: Literal["auto", "path", "virtual"] = Field(
         default="auto", description="`auto`: virtual-hosted on AWS, path elsewhere."
     )
-    bucket_key_prefix: str = Field(default="", description="Put before every object key, such as `videos/`.")
+    bucket_key_prefix: str = Field(default="", description="Prefix of every object key, such as `videos/`.")
     presigned_url_ttl: int = Field(
         default=86400, ge=1, le=SEVEN_DAYS, description="How long result URLs are valid, in seconds; 7 days at most."
     )
     upload_timeout: float = Field(
-        default=300, gt=0, description="Seconds for which an upload is tried again before its file goes to `RECOVERY_DIR`."
+        default=300, gt=0, description="Seconds for which an upload is retried before its file goes to `RECOVERY_DIR`."
     )
     recovery_dir: Path = Field(
         default=Path(tempfile.gettempdir()) / "worker-wan-lora-recovery",
-        description="Where results wait that the bucket did not take, for the next worker to upload; best on a network volume.",
+        description="The folder for results that could not be uploaded; the next worker uploads them. Best on a volume.",
     )
     recovery_max_bytes: int = Field(
         default=20 * 1024**3,
         gt=0,
-        description="Size of RECOVERY_DIR above which kept files of jobs' own buckets are deleted, and then no more are kept.",
+        description="Largest size of RECOVERY_DIR in bytes; beyond it, files for jobs' own buckets are deleted, and then no "
+        "more files are kept.",
     )
     hf_token: SecretStr | None = Field(
         default=None,
-        description="For LoRAs on the Hugging Face Hub when a request brings no `hf_token`, and for `ALLOW_DOWNLOAD`.",
+        description="Token for LoRAs on the Hugging Face Hub if a request has no `hf_token`, and for `ALLOW_DOWNLOAD`.",
     )
     job_timeout: float | None = Field(
         default=None,
@@ -183,7 +184,7 @@ class Settings(BaseSettings):
 
     @property
     def secrets(self) -> list[str]:
-        """What must not be seen."""
+        """Secrets to redact from logs."""
         values = (getattr(self, name) for name in type(self).model_fields)
         return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
 
@@ -193,7 +194,7 @@ class Settings(BaseSettings):
 
     @property
     def checkpoint_places(self) -> list[Place]:
-        """Where weights are looked for, in this order."""
+        """The places to look for weights, in this order."""
         return [
             Place("CHECKPOINT_DIR", self.checkpoint_dir),
             Place("MODEL_CACHE_DIR", self.model_cache_dir, is_hub_cache=True),
@@ -206,14 +207,14 @@ class Settings(BaseSettings):
 
     @property
     def seconds_per_job(self) -> float | None:
-        """How long a job may take; None: without limit."""
+        """How long a job may take; None: no limit."""
         default = _SECONDS_PER_CLOUD_JOB if self.in_cloud else None
         return (self.job_timeout if self.job_timeout is not None else default) or None
 
     @field_validator("bucket_access_key_id", "bucket_secret_access_key", "bucket_session_token", "hf_token", mode="before")
     @classmethod
     def _without_white_space(cls, value: object) -> object:
-        """Keys are pasted with a line end now and then, and none contains white space."""
+        """Strip white space. Keys are sometimes pasted with a line end, and no key contains white space."""
         return value.strip() if isinstance(value, str) else value
 
     @field_validator("model_id")
@@ -234,9 +235,9 @@ class Settings(BaseSettings):
                 f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
             )
         if self.compiles and self.quantize != "none":
-            raise ValueError("COMPILE=1 does not go with QUANTIZE; set one of them")
+            raise ValueError("COMPILE=1 does not work with QUANTIZE; set one of them")
         if self.compiles and not offload.can_compile:
-            raise ValueError(f"COMPILE=1 does not go with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
+            raise ValueError(f"COMPILE=1 does not work with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
         if self.offload_mode not in ("auto", "none") and self.device != "cuda":
             raise ValueError(f"OFFLOAD_MODE={self.offload_mode} needs DEVICE=cuda; use OFFLOAD_MODE=auto")
         return self
@@ -251,7 +252,7 @@ class Settings(BaseSettings):
         if any(given):
             missing = [name for name, value in {"BUCKET_NAME": self.bucket_name, **needed}.items() if not value]
             if missing:
-                raise ValueError(f"the bucket is configured in part; set {' and '.join(missing)} too")
+                raise ValueError(f"the bucket is only partly configured; set {' and '.join(missing)} too")
         return self
 
 
@@ -275,14 +276,14 @@ def load_settings() -> Settings:
 
 
 def _problem(problem: object) -> str:
-    """`NAME: what is wrong`. The value is not repeated: it may be a secret."""
+    """Return `NAME: what is wrong`. The value is not repeated: it may be a secret."""
     assert isinstance(problem, dict)
     name = ".".join(str(part) for part in problem["loc"]).upper()
     if problem["type"] == "missing":
         return f"{name} is not set; set it to one of {', '.join(MODELS)}"
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":
-        text = "is no commit; it has 40 hexadecimal digits"
+        text = "is not a commit; a commit has 40 hexadecimal digits"
     if problem["type"] == "string_pattern_mismatch" and name == "BUCKET_NAME":
-        text = "is no bucket name; it has 3 to 63 letters, digits, dots, dashes and underscores"
+        text = "is not a bucket name; a name has 3 to 63 letters, digits, dots, dashes and underscores"
     return f"{name}: {text}" if name else text

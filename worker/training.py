@@ -1,4 +1,4 @@
-"""How the training of a job's LoRAs ran: as the request says, or by the config.yaml that the trainer left beside a LoRA."""
+"""Finds out how the training of a job's LoRAs ran: from the request, or from the trainer's config.yaml beside a LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Training:
-    """What is known, and whence."""
+    """What is known about the training, and from where."""
 
     trained: TrainedWith = NOT_SAID
     why: str | None = None
@@ -30,7 +30,7 @@ NOT_KNOWN = Training()
 
 
 def training_of(request: Request, settings: Settings) -> Training:
-    """The request goes first; a file that cannot be read is a warning."""
+    """Return what the request says or, without that, a config.yaml. A file that cannot be read gives a warning."""
     if request.trained_with is not None:
         return Training(request.trained_with.as_trained_with(), "the request says so")
     for lora in request.loras:
@@ -44,22 +44,22 @@ def training_of(request: Request, settings: Settings) -> Training:
 
 
 def read_config(config: Path, lora: Path) -> Training:
-    """What a config.yaml says of the training that made this LoRA; nothing, if it is the config of another job."""
+    """Return what a config.yaml says about the training that made this LoRA; nothing, if the config is of another job."""
     try:
         process = _process_of(config, lora)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return Training(warning="the config.yaml beside the LoRA is not a training config that can be read; it is not used")
+        return Training(warning="the config.yaml beside the LoRA is not a readable training config; it is ignored")
     if process is None:
         return NOT_KNOWN
     trained = trained_with(process)
     if trained.qtype and trained.format not in QTYPES:
-        known = f"which is not rebuilt here; known: {', '.join(QTYPES)}"
+        known = f"which this worker cannot rebuild; it knows {', '.join(QTYPES)}"
         return Training(warning=f"the config.yaml beside the LoRA has the qtype {trained.format}, {known}")
     return Training(trained, "the config.yaml beside the LoRA says so")
 
 
 def _process_of(config: Path, lora: Path) -> dict[str, Any] | None:
-    """The process of the job that made this LoRA; None for the config of another job. Raises ValueError."""
+    """Return the process of the job that made this LoRA; None if the config is of another job. Raises ValueError."""
     with config.open("rb") as file:
         text = file.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:

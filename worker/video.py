@@ -1,6 +1,6 @@
-"""Encode frames into a file: mp4, webp, gif, a zip of png, or a single png.
+"""Encodes frames into a file: mp4, webp, gif, a zip of png, or a single png.
 
-The frames are a stream of uint8 arrays [n, height, width, 3], and are encoded as they come.
+The frames are a stream of uint8 arrays [n, height, width, 3]. They are encoded as they arrive.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from PIL import Image
 from worker.request import OutputFormat
 
 Frame = npt.NDArray[np.uint8]
-"""[height, width, 3] RGB; a stream's chunks have one more dimension in front."""
+"""[height, width, 3] RGB; the chunks of a stream are [n, height, width, 3]."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one kind of file is written and named."""
+    """How to write and name one kind of file."""
 
     suffix: str
     content_type: str
@@ -35,7 +35,7 @@ class Encoding:
 
 
 def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, num_frames: int, comment: str = "") -> None:
-    """Write the `num_frames` frames of the stream to `target`, with the comment where the format has a place for one."""
+    """Write the `num_frames` frames of the stream to `target`, with the comment if the format has a field for it."""
     encoding.write(itertools.chain.from_iterable(chunks), target, fps, num_frames, comment)
 
 
@@ -43,9 +43,9 @@ _X264 = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}
 
 
 def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
-    """H.264, yuv420p, BT.709, the index in front. crf 18 is visually lossless by x264's own account (17 or 18).
+    """Write H.264, yuv420p, BT.709, with the index at the front. x264's authors call crf 17 or 18 visually lossless.
 
-    Without macroblock-tree, with which x264 makes another file of the same frames at every run.
+    Macroblock-tree is off: with it, x264 writes a different file from the same frames in every run.
     """
     first = next(frames)
     height, width = first.shape[:2]
@@ -57,7 +57,7 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int,
         context = stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries, context.color_trc = 1, 1  # both BT.709 in H.273's numbering
-        reformatter = VideoReformatter()  # one for all: a frame's own would set up its tables anew
+        reformatter = VideoReformatter()  # one for all frames: each new one builds its tables again
         for frame in itertools.chain([first], frames):
             picture = reformatter.reformat(
                 av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
@@ -72,7 +72,7 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int,
 
 
 class _Animation(Image.Image):
-    """A stream of frames as one animated image. Pillow reads it frame by frame, so that only one is in memory."""
+    """A stream of frames as one animated image. Pillow reads one frame at a time, so that only one is in memory."""
 
     def __init__(self, frames: Iterator[Frame], num_frames: int) -> None:
         super().__init__()
@@ -82,30 +82,30 @@ class _Animation(Image.Image):
         self.seek(0)
 
     def seek(self, number: int) -> None:
-        """Go to the frame `number`, which must be the next one. Pillow goes back to the first when it has read all."""
+        """Go to the frame `number`, which must be the next one. Pillow seeks the first at the end, which is ignored."""
         if number > self._number:
             frame = Image.fromarray(next(self._frames))
-            self.im, self._mode, self._size = frame.im, frame.mode, frame.size  # as every plugin of Pillow sets them
+            self.im, self._mode, self._size = frame.im, frame.mode, frame.size  # as all plugins of Pillow do
             self._number = number
 
 
 def _write_webp(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
-    """Animated WebP as the trainer saves its samples: quality 80, whole milliseconds per frame."""
+    """Write animated WebP as the trainer saves its samples: quality 80, whole milliseconds per frame."""
     animation = _Animation(frames, num_frames)
     animation.save(target, format="WEBP", save_all=True, duration=1000 // fps, loop=0, quality=80)
 
 
 def _write_gif(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
-    """GIF counts in hundredths of a second, and players take less than two for ten: 50 fps is the fastest.
+    """Write a GIF of at most 50 fps: it counts in hundredths of a second, and players show 0.01 s as 0.1 s.
 
-    Pillow holds one byte a pixel of all frames until it writes them; MAX_GIF_PIXELS of the request bounds that.
+    Pillow holds one byte per pixel of all frames until it writes them; the request's MAX_GIF_PIXELS limits that.
     """
     first, rest = Image.fromarray(next(frames)), (Image.fromarray(frame) for frame in frames)
     first.save(target, format="GIF", append_images=rest, save_all=True, duration=max(1000 // fps, 20), loop=0)
 
 
 def _write_png_zip(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
-    """00000.png, 00001.png, …; stored, since PNG is compressed already."""
+    """Write 00000.png, 00001.png, … into a zip, uncompressed, since PNG is compressed already."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for number, frame in enumerate(frames):
             with archive.open(zipfile.ZipInfo(f"{number:05}.png"), "w") as file:
@@ -117,7 +117,7 @@ def _write_png(frames: Iterator[Frame], target: Path, fps: int, num_frames: int,
 
 
 IMAGE = Encoding(".png", "image/png", _write_png)
-"""A prompt of one frame, whatever the output format."""
+"""For a prompt with one frame, whatever the output format."""
 
 VIDEO: dict[OutputFormat, Encoding] = {
     "mp4": Encoding(".mp4", "video/mp4", _write_mp4),

@@ -101,7 +101,7 @@ def test_wrong_json_is_found(document: dict[str, Any], problem: str) -> None:
     [
         ("LORA_CACHE_DIR=/volume/cache  # shared", ""),
         ("BUCKET_NAME=my-videos\nBUCKET_ACCESS_KEY_ID=…\nBUCKET_SECRET_ACCESS_KEY=…", ""),
-        ("BUCKET_NAME=my-videos", "configured in part"),
+        ("BUCKET_NAME=my-videos", "only partly configured"),
         ("PRESIGNED_URL_TTL=31536000", "PRESIGNED_URL_TTL"),
         ("LORA_FOLDER=/loras", "`LORA_FOLDER` is no variable"),
         ("TINY=.tiny", "`TINY` is no variable"),  # the Makefile's

@@ -70,7 +70,7 @@ def _read(terminal: int) -> bytes:
         ({"PRESIGNED_URL_TTL": "700000"}, "PRESIGNED_URL_TTL: "),
         ({"OFFLOAD_MODE": "some"}, "OFFLOAD_MODE: "),
         ({"OFFLOAD_MODE": "model"}, "OFFLOAD_MODE=model needs DEVICE=cuda"),
-        ({"BUCKET_NAME": "Bad Name!"}, "BUCKET_NAME: is no bucket name"),
+        ({"BUCKET_NAME": "Bad Name!"}, "BUCKET_NAME: is not a bucket name"),
         ({"BUCKET_NAME": "bucket"}, "set BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY too"),
         ({"CHECKPOINT_DIR": "/nowhere"}, "CHECKPOINT_NOT_FOUND: "),
         ({"MODEL_ID": "wan22_5b"}, "AI_TOOLKIT_REQUIRED: "),

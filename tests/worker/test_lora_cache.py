@@ -237,7 +237,7 @@ def test_a_wait_for_another_download_ends_with_the_job(folder, held):
 
 
 def test_a_lock_whose_holder_is_lost_does_not_hold_up_jobs_for_ever(cache, folder, held, monkeypatch):
-    monkeypatch.setattr(lora_cache, "_PATIENCE_SECONDS", PAUSE)
+    monkeypatch.setattr(lora_cache, "_LOCK_TIMEOUT_SECONDS", PAUSE)
     (folder / "locks").mkdir(parents=True)
     source = Shelf(lora()).asked_for("url")
     with (folder / "locks" / source.key).open("ab") as lost:
@@ -364,7 +364,7 @@ def test_a_damaged_record_is_none(cache, folder, held, text):
 
 def test_a_disk_that_loses_what_is_written_is_an_error(cache, held, monkeypatch):
     monkeypatch.setattr(lora_cache, "_read_back", lambda copy: None)
-    with pytest.raises(OSError, match="does not give back"):
+    with pytest.raises(OSError, match="returns other bytes"):
         cache.fetch(Shelf(lora()).asked_for("url"), held)
 
 

@@ -76,14 +76,14 @@ def test_a_config_that_cannot_be_read_is_a_warning(settings: Settings, text: str
     (settings.lora_dir / "job" / "config.yaml").write_bytes(text.encode("latin-1"))
     found = training_of(request_with(), settings)
     assert found.trained == NOT_SAID
-    assert found.warning == "the config.yaml beside the LoRA is not a training config that can be read; it is not used"
+    assert found.warning == "the config.yaml beside the LoRA is not a readable training config; it is ignored"
 
 
 def test_a_format_that_is_not_rebuilt_is_a_warning(settings: Settings) -> None:
     write(settings, config(model={"quantize": True, "qtype": "nf4"}))
     found = training_of(request_with(), settings)
     assert found.trained == NOT_SAID
-    assert found.warning and "has the qtype nf4, which is not rebuilt here; known: qfloat8" in found.warning
+    assert found.warning and "has the qtype nf4, which this worker cannot rebuild; it knows qfloat8" in found.warning
 
 
 def test_a_config_that_leads_out_of_the_folder_is_not_read(
