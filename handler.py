@@ -1,7 +1,7 @@
 """The entry point that RunPod starts, and `python handler.py` on your own machine.
 
-Reads the settings, loads the one model of this worker, and hands every job to `worker.service.Service.run`: a job's `input`
-is the request of docs/api.md, and what comes back is its result, or `{"error": "CODE: what, where, what to do"}`.
+It reads the settings, loads the one model of this worker, and gives every job to `worker.service.Service.run`. A job's `input`
+is the request of docs/api.md. The job returns its result, or `{"error": "CODE: what, where, what to do"}`.
 
     python handler.py                      runs test_input.json once
     python handler.py --test_input '{…}'   runs this job once
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from worker.service import Service
 
 _SECONDS_TO_END = 10.0
-"""The interpreter waits for its threads. One that does not stop, as in a call of the GPU's driver, must not keep it."""
+"""The interpreter waits for its threads. A thread that does not stop, as in a call of the GPU's driver, must not block it."""
 
 
 def main() -> None:
     logs.configure()
     in_cloud = is_in_cloud()
     one_local_run = not in_cloud and "--rp_serve_api" not in sys.argv
-    # The SDK's default level logs whole results, presigned URLs included. One local run prints its result: it was asked for.
+    # The SDK's default level logs whole results, presigned URLs included. A single local run prints its result, as it should.
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO" if one_local_run else "WARN")
     # Read when torch is imported: pinned memory is not rounded up to powers of two, and jobs of changing sizes leave no holes.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
@@ -63,19 +63,21 @@ def main() -> None:
         sys.exit(status)
 
     if not one_local_run:
-        signal.signal(signal.SIGTERM, shut_down)  # the queue's loop has its own; the local API sends the signal on when done
+        signal.signal(
+            signal.SIGTERM, shut_down
+        )  # the queue's loop replaces this; the local API raises the signal again when done
     queue.serve(service.run, service.wants_a_job)
     shut_down()
 
 
 def start(settings: Settings) -> Service:
-    """Import the libraries and load the model, while the system reads the weights. Raises what `cold_start` raises."""
+    """Import the libraries and load the model, while threads prefetch the weights. Raises what `cold_start` raises."""
     took = {"settings": round(time.process_time(), 3)}
     checkpoints = Checkpoints(MODELS[settings.model_id], settings.checkpoint_places)
     prefetch.read_weights(checkpoints.spec, checkpoints)
     if reason := lean_imports.install():
-        logs.log.warning("slow start: the libraries import everything, since %s", reason)
-    gc.disable()  # collecting garbage during the imports takes a second and finds hardly any
+        logs.log.warning("slow start: all modules of the libraries are imported, since %s", reason)
+    gc.disable()  # garbage collection during the imports takes a second and finds hardly anything
     with timed(took, "sdk"):
         import worker.runpod.queue  # noqa: F401 for `main`
     with timed(took, "libraries"):
@@ -86,7 +88,7 @@ def start(settings: Settings) -> Service:
 
 
 def fail(reason: str, in_cloud: bool) -> NoReturn:
-    """Print one line on stderr, tell the platform in the cloud, and exit with status 1."""
+    """Print one line on stderr, report it to RunPod in the cloud, and exit with status 1."""
     print(f"worker-wan-lora cannot start: {reason}", file=sys.stderr)
     if in_cloud:
         from worker.runpod import queue

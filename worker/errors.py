@@ -48,7 +48,7 @@ MEANING: dict[Code, str] = {
     Code.LORA_INVALID: "not a safetensors file, a web page, or cut short",
     Code.LORA_INCOMPATIBLE: "keys or shapes do not fit this model",
     Code.CONTROL_IMAGE_REQUIRED: "the model needs `ctrl_img`",
-    Code.CONTROL_IMAGE_INVALID: "`ctrl_img` cannot be fetched or decoded",
+    Code.CONTROL_IMAGE_INVALID: "`ctrl_img` cannot be downloaded or decoded",
     Code.AI_TOOLKIT_REQUIRED: "at start: there is no usable ai-toolkit checkout",
     Code.CHECKPOINT_NOT_FOUND: "at start: weights are missing",
     Code.STORAGE_NOT_CONFIGURED: "at start: a worker in the cloud has no bucket",

@@ -120,7 +120,7 @@ def _download(
     def download(file: IO[bytes], validators: Mapping[str, str]) -> Answer:
         private = settings.allow_private_downloads
         return fetch_into(
-            file, url, settings.max_lora_bytes, stop, private=private, headers=token | dict(validators), look=_check_head
+            file, url, settings.max_lora_bytes, stop, private=private, headers=token | dict(validators), check_head=_check_head
         )
 
     source = Source(_checksum(unsigned(url)), _checksum(url, *token.values()), download)

@@ -1,7 +1,7 @@
-"""A finished file → a URL: in the worker's bucket, in the bucket a job brings along, or in a local folder.
+"""Stores a finished file and returns its URL: in the worker's bucket, in a job's own bucket, or in a local folder.
 
-Every call is one attempt. How often one is made, and what becomes of a file that no place takes, is `delivery`'s to say.
-A bucket can be a stranger's: whatever it answers, or does not, a call ends within its limit.
+Every call is one attempt. `delivery` decides about retries, and keeps a file that cannot be stored. A bucket can be hostile: a
+call ends within its limit, whatever the bucket answers, and also when it does not answer.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from worker.settings import BUCKET_NAME, Settings, SettingsError
 T = TypeVar("T")
 
 _TRANSFER = TransferConfig(preferred_transfer_client="classic")
-"""Not the client that boto3 would take where awscrt is installed: it connects past `guard_store`."""
+"""Not the client that boto3 uses if awscrt is installed: its connections bypass `guard_store`."""
 _CHECK = b"worker-wan-lora"
-"""What the check at start stores."""
+"""The content that the check at start stores."""
 _MADE_FROM = "made-from"
-"""Key of the objects' metadata."""
+"""The key in the objects' metadata."""
 _SECONDS_OFF = 60.0
-"""How far the clocks of the worker and the store may be apart without a word. S3 refuses what is 15 minutes off."""
+"""The clocks of worker and store may differ by so much without a warning. S3 rejects a difference of 15 minutes."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a file can be fetched. `expires_at` is UTC in ISO 8601; None for a local file. `bytes` is its size."""
+    """Where to download a file. `expires_at` is UTC in ISO 8601; None for a local file. `bytes` is its size."""
 
     url: str
     key: str
@@ -58,7 +58,7 @@ class Stored:
 
 
 class NotStored(WorkerError):
-    """UPLOAD_FAILED. `refused`: the place answered, and said no."""
+    """UPLOAD_FAILED. `refused`: the storage answered and rejected the call."""
 
     def __init__(self, message: str, refused: bool) -> None:
         super().__init__(Code.UPLOAD_FAILED, message)
@@ -70,13 +70,13 @@ class Limit:
     """How long a call may take."""
 
     stop: threading.Event
-    """Ends it with Stopped."""
+    """When set, the call raises Stopped."""
     ends: float = float("inf")
-    """On `time.monotonic()`; ends it with NotStored."""
+    """At this time of `time.monotonic()` the call raises NotStored."""
 
     @classmethod
     def of(cls, seconds: float, stop: threading.Event) -> Limit:
-        """`seconds` from now."""
+        """Return a limit that ends `seconds` from now."""
         return cls(stop, time.monotonic() + seconds)
 
     def check(self) -> None:
@@ -87,22 +87,22 @@ class Limit:
 
 
 class Storage(Protocol):
-    """A place for files. What it is asked ends within the limit, with NotStored or Stopped."""
+    """A place for files. A call that exceeds its limit raises NotStored or Stopped."""
 
     def check(self, limit: Limit) -> None:
-        """Write something small and take it away again. Raises NotStored."""
+        """Write a small file and delete it again. Raises NotStored."""
 
     def put(self, file: Path, key: str, content_type: str, made_from: str, limit: Limit) -> Stored:
-        """Store `file` under `key`, with a note of what it was made from, if that is not "". Raises NotStored."""
+        """Store `file` under `key`, with `made_from` as a note unless it is "". Raises NotStored."""
 
     def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
-        """What lies under `key`, when it was made from the same. None as well when the place cannot be asked."""
+        """Return the file under `key` if its `made_from` is the same; None otherwise, and if the storage does not answer."""
 
     def read(self, key: str, made_from: str, limit: Limit) -> bytes | None:
-        """The body of what `find` finds; for small files."""
+        """Return the content of what `find` finds; for small files."""
 
     def address(self, key: str, size: int) -> Stored:
-        """What is known to lie under `key`, and to have so many bytes, with a new URL. The place is not asked."""
+        """Return a new URL for a file that is known to exist under `key` with `size` bytes. Does not ask the storage."""
 
 
 class LocalFolder:
@@ -154,7 +154,7 @@ class LocalFolder:
 
     @staticmethod
     def _note(target: Path) -> Path:
-        """Where it says what `target` was made from. It is written last: a file without it is never taken for finished."""
+        """Return the path of the note with `made_from`. The note is written last: a file without it counts as unfinished."""
         return target.with_name(f".{target.name}.made-from")
 
     @staticmethod
@@ -163,13 +163,13 @@ class LocalFolder:
 
 
 class BadBucket(Exception):
-    """boto3 cannot work with these settings. `field`: endpoint_url or region."""
+    """boto3 rejects these settings. `field`: endpoint_url or region."""
 
     def __init__(self, field: str) -> None:
         self.field = field
         self.rule = {
-            "endpoint_url": "is no endpoint; use https://host or https://host:port",
-            "region": "is no region; use a name such as eu-central-1 or auto",
+            "endpoint_url": "is not an endpoint; use https://host or https://host:port",
+            "region": "is not a region; use a name such as eu-central-1 or auto",
         }[field]
         super().__init__(f"{field} {self.rule}")
 
@@ -285,44 +285,45 @@ class Bucket:
         try:
             self._ask(lambda: self._client.delete_object(Bucket=self._name, Key=key), key, limit)
         except NotStored as error:
-            log.warning("the bucket took `%s` but did not let it be deleted (%s)", key, _reason(error.__cause__ or error))
+            log.warning("the bucket stored `%s` but refused to delete it (%s)", key, _reason(error.__cause__ or error))
 
     def _ask(self, call: Callable[[], T], key: str, limit: Limit) -> T:
-        """What the call returns. Raises NotStored for whatever else comes of it, and Stopped."""
+        """Make the call and return its value. Raises NotStored for any failure, and Stopped."""
         try:
             return wait_for(call, limit.check)
         except (NotStored, Stopped):
             raise
-        except Exception as error:  # a stranger's answer can make anything of boto3's parsers
+        except Exception as error:  # on a hostile answer, boto3's parsers can raise anything
             raise self._not_stored(key, error) from error
 
     def _compare_clocks(self, answer: Any) -> str:
-        """Say that the worker's clock and the store's are apart, since URLs are signed with the one and expire by the other."""
+        """Warn if the clocks of worker and store differ: URLs are signed by the one and expire by the other."""
         try:
             theirs = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-        except (KeyError, TypeError, ValueError):  # a store that does not say
+        except (KeyError, TypeError, ValueError):  # the store does not send its time
             return ""
         seconds = time.time() - theirs
         if abs(seconds) <= _SECONDS_OFF:
             return ""
         off = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
-        text = f"the worker's clock is {off} the bucket's, and URLs are valid for {self._ttl_seconds} s by the bucket's; set it"
+        valid = f"URLs are valid for {self._ttl_seconds} s by the bucket's"
+        text = f"the worker's clock is {off} the bucket's, and {valid}; set the worker's clock"
         log.warning("%s", text)
         return text
 
     def _check_presigned(self, key: str, stop: threading.Event) -> None:
-        """Download the file by a presigned URL, as whoever gets the result will. Raises NotStored."""
+        """Download the file through a presigned URL, as the receiver of a result does. Raises NotStored."""
         try:
             body = fetch_bytes(self._signed(key, len(_CHECK)).url, 1000, stop, private=not self._public)
         except DownloadError as error:
             text = (
-                f"the bucket takes files, but a presigned URL of one does not give it back ({error}); the keys need the "
+                f"the bucket accepts files, but they cannot be downloaded through a presigned URL ({error}); the keys need the "
                 "permission GetObject, and the store must support presigned URLs (RunPod's own S3 API does not)"
             )
             raise NotStored(text, refused=error.status is not None and is_refusal(error.status)) from error
         if body != _CHECK:
             raise NotStored(
-                "a presigned URL of the bucket gives another file than was stored; check the endpoint", refused=True
+                "a presigned URL of the bucket returns another file than was stored; check the endpoint", refused=True
             )
 
     def _signed(self, key: str, size: int) -> Stored:
@@ -334,7 +335,7 @@ class Bucket:
 
     @staticmethod
     def _not_stored(key: str, error: Exception) -> NotStored:
-        text = f"the bucket did not take `{key}` ({_reason(error)}); check its name, endpoint, region, keys and permissions"
+        text = f"the bucket did not accept `{key}` ({_reason(error)}); check its name, endpoint, region, keys and permissions"
         return NotStored(text, _is_refusal(error))
 
 
@@ -359,7 +360,7 @@ class S3Config(BaseModel):
 
 
 def storage_of(settings: Settings) -> Storage:
-    """The bucket when one is configured, else the local folder. Raises SettingsError."""
+    """Return the bucket if one is configured, else the local folder. Raises SettingsError."""
     if not settings.bucket_name:
         return LocalFolder(settings.output_dir)
     assert settings.bucket_access_key_id and settings.bucket_secret_access_key  # Settings has checked it
@@ -388,7 +389,7 @@ def _s3_fields() -> list[str]:
 
 
 def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
-    """The bucket that the job brings along: at a public address, or in the worker's own store.
+    """Return the job's own bucket. It must be at a public address, or in the worker's own store.
 
     Raises WorkerError with INVALID_INPUT.
     """
@@ -428,7 +429,7 @@ def _is_own_store(config: S3Config, settings: Settings) -> bool:
 
 
 def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:
-    """Other workers want the bucket in the endpoint; boto3 would then put it in twice."""
+    """Return the endpoint without the bucket's name. Other workers want it there, but boto3 would add it again."""
     if endpoint_url is None:
         return None
     endpoint_url = re.sub(rf"^(https?://){re.escape(bucket)}\.", r"\1", endpoint_url.rstrip("/"))
@@ -436,7 +437,7 @@ def _without_bucket(endpoint_url: str | None, bucket: str) -> str | None:
 
 
 def _host_of(endpoint_url: str | None) -> str:
-    """Raises ValueError for what boto3 would only refuse when it uploads: other schemes, and ports that cannot be."""
+    """Return the host. Raises ValueError for what boto3 would reject only at the upload: other schemes and impossible ports."""
     if endpoint_url is None:
         return "s3.amazonaws.com"
     parts = urlsplit(endpoint_url)
@@ -457,7 +458,7 @@ _REGIONS = (
 
 
 def _region_of(endpoint_url: str | None) -> str:
-    """The region that the endpoint's name gives. R2 wants `auto`; stores such as MinIO accept any."""
+    """Return the region in the endpoint's name. R2 needs `auto`; stores such as MinIO accept any."""
     host = _host_of(endpoint_url)
     if host.endswith(".r2.cloudflarestorage.com"):
         return "auto"
@@ -465,20 +466,20 @@ def _region_of(endpoint_url: str | None) -> str:
 
 
 def _client_error(error: BaseException | None) -> ClientError | None:
-    """The store's own answer, which boto3 wraps."""
+    """Return the store's own answer, which boto3 wraps."""
     while error is not None and not isinstance(error, ClientError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the store said no (4xx), rather than that it cannot now."""
+    """Return whether the store rejected the call (4xx). After any other failure a retry may succeed."""
     answer = _client_error(error)
     return answer is not None and is_refusal(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
 
 
 def _reason(error: BaseException) -> str:
-    """A few words without hosts or keys: the store's own error code, or the kind of failure."""
+    """Return a few words without hosts or keys: the store's own error code, or the kind of failure."""
     if isinstance(error, TooSlow):
         return "it is too slow, or sends too much"
     if answer := _client_error(error):

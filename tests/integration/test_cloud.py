@@ -444,7 +444,7 @@ def test_a_file_that_no_bucket_takes_is_brought_there_by_the_next_worker(
     (video,) = videos_of(result)
     assert video["poster"] is None and requests.get(video["url"], timeout=30).content[:2] == b"PK"
     (warning,) = [text for text in result["output"]["warnings"] if "poster" in text]
-    assert "no poster: the bucket did not take `videos/no-poster/0.poster.jpg` (SlowDown)" in warning
+    assert "no poster: the bucket did not accept `videos/no-poster/0.poster.jpg` (SlowDown)" in warning
 
     with bucket.away():
         cloud.submit("kept", good)

@@ -59,7 +59,7 @@ def test_the_handler_starts_as_usual_with_versions_it_does_not_know(tiny: Path, 
     env = environment(tiny, "wan21_1b", OUTPUT_DIR=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     done = run_handler(env, "--test_input", json.dumps({"input": request_for("wan21_1b", tiny)}))
     assert done.returncode == 0, done.stderr
-    assert "slow start: the libraries import everything, since peft is " in done.stderr
+    assert "slow start: all modules of the libraries are imported, since peft is " in done.stderr
 
 
 def test_exact_leaves_out_what_changes_a_bit_and_says_so(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

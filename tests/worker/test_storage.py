@@ -154,7 +154,7 @@ def test_a_bucket_that_takes_nothing_fails_without_its_host_and_keys_in_the_erro
 
 
 def test_the_error_has_the_reason_of_the_store(s3, file):
-    assert "take `job/0.mp4` (NoSuchBucket);" in upload_failure(
+    assert "accept `job/0.mp4` (NoSuchBucket);" in upload_failure(
         storage_of(settings_for(s3, bucket_name="no-such-bucket")), file
     )
     assert "take `job/0.mp4` (SignatureDoesNotMatch);" in upload_failure(
@@ -345,7 +345,7 @@ def test_the_check_leaves_nothing_in_the_bucket(s3):
 @pytest.mark.parametrize("status", [400, 403])
 def test_a_store_that_takes_files_and_refuses_their_presigned_urls_fails_the_check(s3, gateway, status):
     gateway.faults.order("GET", Status(status))
-    with pytest.raises(NotStored, match=rf"does not give it back \(.*{status}.*GetObject.*RunPod's own S3 API") as caught:
+    with pytest.raises(NotStored, match=rf"through a presigned URL \(.*{status}.*GetObject.*RunPod's own S3 API") as caught:
         storage_of(settings_for(s3, bucket_endpoint_url=gateway.endpoint_url)).check(LIMIT)
     assert caught.value.refused
     assert "127.0.0.1" not in str(caught.value) and "Signature" not in str(caught.value)

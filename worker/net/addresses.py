@@ -1,9 +1,9 @@
-"""The addresses that the worker may reach for a client, and connections that reach no others.
+"""Which addresses the worker may connect to for a client, and connections that reach no others.
 
-A client names hosts: of LoRAs, of control images, of buckets. The worker runs in a network where more answers it than the
-client can see: cloud metadata, databases, other workers. So a connection looks the name up once, refuses it unless every
-address is public, and then connects to exactly what was checked. The name is still sent as the Host header, and the
-certificate must be for it.
+A client names hosts: of LoRAs, of control images, of buckets. The worker's network has hosts that the client must not reach:
+cloud metadata, databases, other workers. So a connection looks up the name once, refuses it unless every address is public, and
+then connects to exactly the address that it checked. The name is still sent as the Host header, and the certificate must be
+valid for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 _ADDRESSES = 4
-"""How many addresses of a name are tried, IPv6 and IPv4 alternating: where one of the two does not work, the other may."""
+"""How many addresses of a name to try, IPv6 and IPv4 alternating: if one of the two does not work, the other may."""
 
 _NOT_PUBLIC = [
     # Not `ipaddress.is_global`, whose answer depends on the version of Python. Source: the IANA special-purpose registries.
@@ -45,13 +45,13 @@ _NOT_PUBLIC = [
     )
 ]
 _IPV6_UNICAST = ip_network("2000::/3")
-"""All that is assigned so far; ::1, fc00::/7, fe80::/10, fec0::/10, ff00::/8 and ::a.b.c.d lie outside."""
+"""All unicast addresses assigned so far; ::1, fc00::/7, fe80::/10, fec0::/10, ff00::/8 and ::a.b.c.d are outside."""
 _NAT64 = ip_network("64:ff9b::/96")
-"""How a network without IPv4 reaches the IPv4 address in the last 32 bits."""
+"""A network without IPv4 reaches IPv4 addresses through these; the last 32 bits are the IPv4 address."""
 
 
 class NotPublic(Exception):
-    """A name or address was refused. Nothing has been sent to it."""
+    """A name or address was refused. Nothing was sent to it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -60,7 +60,7 @@ class NotPublic(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is unicast and reachable from everywhere. For an IPv4 address inside IPv6, whether that one is."""
+    """Return whether an IP address is unicast and public. For an IPv6 address with an IPv4 address in it, the latter counts."""
     ip: IPv4Address | IPv6Address = ip_address(address)
     if isinstance(ip, IPv6Address):
         if ip.ipv4_mapped or ip in _NAT64:
@@ -71,13 +71,13 @@ def is_public(address: str) -> bool:
 
 
 class NoConnection(Exception):
-    """No address of a name could be connected to; the cause is a TimeoutError when the last one did not answer."""
+    """No address of a name accepted a connection. The cause is a TimeoutError if the last one did not answer."""
 
 
 def connect(host: str, port: int, timeout: float | None, options: Iterable[Any]) -> socket.socket:
     """Connect to the public addresses of `host`, one after the other. Raises NotPublic, NoConnection.
 
-    The name is looked up once: what was checked is what is connected to. `options` are those of `socket.setsockopt`.
+    The name is looked up once, so the checked address is the one connected to. `options` are those of `socket.setsockopt`.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

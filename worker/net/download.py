@@ -1,6 +1,6 @@
-"""http(s) → bytes or a file: bounded in size and time, and continued where a connection broke off.
+"""Downloads an http(s) URL into bytes or a file, within limits of size and time. A broken download resumes.
 
-Says in a few words why a download failed, without the URL, which can be signed. Knows nothing of what is downloaded.
+Errors say in a few words why a download failed, without the URL, which can be signed. The content does not matter here.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from worker.net.web import Clock, DownloadError, TryAgain, opened, read, too_lar
 __all__ = ["Answer", "DownloadError", "ServerDown", "fetch_bytes", "fetch_into"]
 
 _TRIES, _MOST_TRIES = 3, 20
-"""In a row without progress, and in all."""
+"""Consecutive tries without progress, and all tries."""
 _HEAD = 16
 _ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
 _CONDITIONS = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 
 
 class ServerDown(DownloadError):
-    """No try got as far as the file: what the server gave earlier may still be current."""
+    """No try got any of the file. An earlier copy of the file may still be current."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said of a file."""
+    """A server's answer for a file."""
 
     status: int
-    """200, or 304 when the caller's headers asked whether the file has changed and it has not."""
+    """200, or 304 if the caller's headers asked whether the file has changed, and it has not."""
     validators: dict[str, str]
-    """Request headers that ask whether the body is still current; none when the server gives nothing to ask with."""
+    """Request headers that ask whether the file is still current; empty if the server supports none."""
 
 
 def fetch_bytes(url: str, max_bytes: int, stop: threading.Event, *, private: bool = False) -> bytes:
-    """The body of `url`. Raises DownloadError, Stopped."""
+    """Return the content of `url`. Raises DownloadError, Stopped."""
     body = io.BytesIO()
     fetch_into(body, url, max_bytes, stop, private=private)
     return body.getvalue()
@@ -57,18 +57,18 @@ def fetch_into(
     *,
     private: bool = False,
     headers: Mapping[str, str] = {},
-    look: Callable[[bytes], None] | None = None,
+    check_head: Callable[[bytes], None] | None = None,
 ) -> Answer:
-    """Write the body of `url` into `file`, which is emptied first; after an answer of 304 it is empty.
+    """Write the content of `url` into `file`, which is emptied first; after an answer of 304 it is empty.
 
-    `private` allows addresses that are not public. An `Authorization` among the `headers` goes to the URL's own host alone.
-    `look` gets the first bytes of the body (at least 16, or all of a shorter body) as soon as they are there, and may raise
-    to end the download; it is called again when a download starts over.
+    `private` allows addresses that are not public. An `Authorization` among the `headers` is sent to the URL's own host only.
+    `check_head` gets the first bytes (at least 16, or all of a shorter file) as soon as they arrive, and may raise to end the
+    download. It is called again when a download starts over.
 
-    Lost connections, 429 and 5xx are tried again after 1 and 2 seconds: three times in a row, where a try that brings the
-    file further starts the count anew. Raises DownloadError, ServerDown, Stopped, and what `look` and `file` raise.
+    Lost connections, 429 and 5xx are retried after 1 and 2 seconds, until three tries in a row have brought no progress. Raises
+    DownloadError, ServerDown, Stopped, and what `check_head` and `file` raise.
     """
-    body = _Body(file, max_bytes, look)
+    body = _Body(file, max_bytes, check_head)
     started = time.monotonic()
     tries = fruitless = 0
     while True:
@@ -88,7 +88,7 @@ def fetch_into(
 def _try(body: _Body, url: str, headers: Mapping[str, str], clock: Clock, private: bool) -> Answer:
     conditions = {name.title(): value for name, value in headers.items() if name.title() in _CONDITIONS.values()}
     resuming = body.resuming()
-    if resuming:  # the whole file has been asked for already, and is wanted
+    if resuming:  # an earlier try has shown that the file must be downloaded
         headers = {name: value for name, value in headers.items() if name.title() not in conditions} | resuming
         conditions = {}
     with opened(url, headers, clock, private=private) as response:
@@ -101,7 +101,7 @@ def _try(body: _Body, url: str, headers: Mapping[str, str], clock: Clock, privat
         if status == 200:
             body.start(response)
         elif status in (206, 416) and resuming:
-            body.go_on(response)
+            body.resume(response)
         else:
             raise DownloadError(f"the server answered {status}", status)
         while chunk := read(response):
@@ -111,17 +111,17 @@ def _try(body: _Body, url: str, headers: Mapping[str, str], clock: Clock, privat
 
 
 class _Body:
-    """What has come so far, in the caller's file, and whether the rest alone can be asked for."""
+    """The bytes so far, in the caller's file, and whether the download can resume after them."""
 
-    def __init__(self, file: IO[bytes], max_bytes: int, look: Callable[[bytes], None] | None) -> None:
+    def __init__(self, file: IO[bytes], max_bytes: int, check_head: Callable[[bytes], None] | None) -> None:
         self.validators: dict[str, str] = {}
         self.kept = 0
-        """The most bytes there ever were for another try to add to."""
+        """The largest number of bytes so far that another try can add to."""
         self.began = False
-        """Whether a server ever sent some of it, or was about to."""
+        """Whether a server ever began to send the file."""
         self._file = file
         self._max_bytes = max_bytes
-        self._look = look
+        self._check_head = check_head
         self.empty()
 
     def empty(self) -> None:
@@ -133,13 +133,13 @@ class _Body:
         self._head: bytes | None = b""
 
     def start(self, response: requests.Response) -> None:
-        """The whole body follows. Raises DownloadError when it is too large, or packed in a way that is not unpacked."""
+        """Prepare for the whole file. Raises DownloadError if it is too large or has an unknown compression."""
         self.empty()
         self.began = True
         self.validators = _validators(response)
         encoding = _encoding(response)
         if encoding not in _ENCODINGS:
-            raise DownloadError("the server packs it in a way that this worker does not unpack; use a URL of the plain file")
+            raise DownloadError("the server compresses it in a way that this worker does not know; use a URL of the plain file")
         length = response.raw.length_remaining
         self._check(length or 0)
         if encoding == "identity":
@@ -147,11 +147,11 @@ class _Body:
             self._version = _version(response)
 
     def resuming(self) -> dict[str, str]:
-        """Request headers that ask for the rest, if it is of the same version; none when all has to be asked for again."""
+        """Return request headers that ask for the rest of the same version; none if the download must start over."""
         return {"Range": f"bytes={self._size}-", "If-Range": self._version} if self._size and self._version else {}
 
-    def go_on(self, response: requests.Response) -> None:
-        """Exactly what is missing follows. Raises TryAgain when it does not; the next try starts over."""
+    def resume(self, response: requests.Response) -> None:
+        """Prepare for the missing bytes. Raises TryAgain if the response has other bytes; the next try starts over."""
         given = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", ""))
         fits = (
             response.status_code == 206
@@ -163,7 +163,7 @@ class _Body:
         )
         if not fits or given is None:
             self.empty()
-            raise TryAgain("the server did not go on where it broke off")
+            raise TryAgain("the server did not resume the download correctly")
         self._total = int(given[2])
         self._check(self._total)
 
@@ -179,7 +179,7 @@ class _Body:
                 self._show_head()
 
     def finish(self) -> None:
-        """Raises TryAgain when it is not the whole body."""
+        """Raise TryAgain if the file is not complete."""
         if self._total is not None and self._size != self._total:
             if self._size > self._total:
                 self.empty()
@@ -189,8 +189,8 @@ class _Body:
 
     def _show_head(self) -> None:
         head, self._head = self._head or b"", None
-        if self._look:
-            self._look(head)
+        if self._check_head:
+            self._check_head(head)
 
     def _check(self, size: int) -> None:
         if size > self._max_bytes:
@@ -202,7 +202,7 @@ def _validators(response: requests.Response) -> dict[str, str]:
 
 
 def _version(response: requests.Response) -> str | None:
-    """For `If-Range`: an ETag that stands for the very bytes, else a date that a later change cannot have as well."""
+    """Return the value for `If-Range`: a strong ETag, else a date that a later change cannot share."""
     etag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
     if etag:
         return etag if etag.startswith('"') else None

@@ -1,8 +1,8 @@
-"""Every private name of urllib3, http.client and botocore that the worker uses, and the checks that they are still there.
+"""Every private name of urllib3, http.client and botocore that the worker uses, and checks that they still exist.
 
-The guards against servers that keep the worker waiting, and against names that lead into the worker's own network, hook into
-the connections of urllib3. A version that makes its connections in another way would leave the guards out without a word, so
-`check` proves at start that they are used, and each use proves it again. Tested with urllib3 2.8.0 and botocore 1.44.5.
+The guards against slow servers, and against names that lead into the worker's own network, hook into urllib3's connections. A
+version that makes its connections in another way would silently drop the guards. So `check` proves at start that they are
+used, and each use proves it again. Tested with urllib3 2.8.0 and botocore 1.44.5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pools = Mapping[str, type[HTTPConnectionPool]]
 
 
 class GuardMissing(Exception):
-    """A library makes its connections in a way that the worker cannot guard. Nothing must be sent."""
+    """A library makes its connections in a way that the worker cannot guard. The worker must send nothing."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class GuardMissing(Exception):
 
 
 def check() -> None:
-    """Raises GuardMissing when a download is not refused a private address, over http and over https."""
+    """Raise GuardMissing if a download may connect to a private address, over http or over https."""
     for scheme in ("http", "https"):
         adapter = public_adapter()
         try:
@@ -54,7 +54,7 @@ def check() -> None:
 
 
 def public_adapter() -> HTTPAdapter:
-    """An adapter for requests that connects to public addresses only. It raises NotPublic."""
+    """Return an adapter for requests that connects to public addresses only. It raises NotPublic."""
     adapter = HTTPAdapter()
     guard(adapter, public_pools(adapter.poolmanager.pool_classes_by_scheme))
     return adapter
@@ -69,7 +69,7 @@ def guard(adapter: HTTPAdapter, pools: Pools) -> None:
 
 
 class _PublicOnly(HTTPConnection):
-    """A connection to a public address, whatever the name says the next time it is looked up. Raises NotPublic."""
+    """A connection to a public address, which stays the same if the name changes. Raises NotPublic."""
 
     def _new_conn(self) -> socket.socket:
         try:
@@ -81,7 +81,7 @@ class _PublicOnly(HTTPConnection):
 
 
 def public_pools(pools: Pools) -> Pools:
-    """The same pools, with connections to public addresses only."""
+    """Return the same pools, with connections to public addresses only."""
     return {scheme: _with_connection(pool, "Public", (_PublicOnly,)) for scheme, pool in pools.items()}
 
 
@@ -96,19 +96,19 @@ def _with_connection(
 
 
 class TooSlow(Exception):
-    """A store takes or gives too few bytes, or too many."""
+    """A store accepts or sends too few bytes, or sends too many."""
 
 
 class _Paced(HTTPConnection):
-    """A connection that breaks off with TooSlow when a request or its answer does not end, however the bytes drip.
+    """A connection that raises TooSlow when a request or its answer takes too long, even if bytes keep coming.
 
-    The timeouts of boto3 begin anew with every byte.
+    The timeouts of boto3 start again with every byte.
     """
 
     _started, _sent = float("inf"), 0
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Without `Expect: 100-continue`: what botocore then reads has no limit, and reads for ever where a store hangs up."""
+        """Send no `Expect: 100-continue`: botocore reads the answer to it without a limit, for ever if a store hangs up."""
         kept = {name: value for name, value in (headers or {}).items() if name.lower() != "expect"}
         super().request(method, url, body, kept, *args, **kwargs)
 
@@ -117,7 +117,7 @@ class _Paced(HTTPConnection):
         super().putrequest(*args, **kwargs)
 
     def send(self, data: Any) -> Any:
-        """Called for every 16 KiB of a body."""
+        """Check the pace. This is called for every 16 KiB of a body."""
         seconds = time.monotonic() - self._started
         if seconds > STORE_SECONDS and self._sent < STORE_BYTES_PER_SECOND * (seconds - STORE_SECONDS):
             raise TooSlow
@@ -126,11 +126,11 @@ class _Paced(HTTPConnection):
 
 
 STORE_SECONDS = 60.0
-"""How long a request to a store, and how long its answer, may take in any case."""
+"""How long a request to a store may always take, and how long its answer may take."""
 STORE_BYTES_PER_SECOND = 20_000
-"""What an upload must bring beyond that. A video of five megabytes has five minutes."""
+"""The least speed of an upload that takes longer. A video of five megabytes has five minutes."""
 STORE_ANSWER_BYTES = 4_000_000
-"""The largest answer of a store that is read: the result of an earlier delivery. An error has some hundred bytes."""
+"""The largest answer of a store: the result of an earlier delivery. An error has a few hundred bytes."""
 
 
 class _Pace(io.RawIOBase):
@@ -156,9 +156,9 @@ class _Pace(io.RawIOBase):
 
 
 def guard_store(client: Any, public: bool) -> None:
-    """Bound what the store of a boto3 client can do to this process: time and bytes, and with `public` the addresses.
+    """Limit a boto3 client: the time and the bytes of its store and, with `public`, the addresses.
 
-    What is refused is refused at once, with NotPublic or TooSlow. botocore has no setting for any of it, so this replaces parts
+    Calls that exceed a limit fail at once, with NotPublic or TooSlow. botocore has no settings for this, so this replaces parts
     of its HTTP session (`URLLib3Session`). Raises GuardMissing.
     """
     from botocore.httpsession import ProxyConfiguration  # the client has no use for botocore
@@ -172,9 +172,9 @@ def guard_store(client: Any, public: bool) -> None:
             for scheme, pool in session._manager.pool_classes_by_scheme.items()
         }
         session._manager.pool_classes_by_scheme = public_pools(pools) if public else pools
-        _ = session._proxy_config  # where it is gone, setting it would do nothing
+        _ = session._proxy_config  # if it no longer exists, setting it would do nothing
         if public:
-            session._proxy_config = ProxyConfiguration()  # a proxy would look the name up itself
+            session._proxy_config = ProxyConfiguration()  # a proxy would look up the name itself
         made = [session._manager.connection_from_url(f"{scheme}://127.0.0.1:1") for scheme in ("http", "https")]
     except AttributeError as error:
         raise GuardMissing("a bucket") from error
@@ -185,22 +185,22 @@ def guard_store(client: Any, public: bool) -> None:
 
 
 def _do_not_retry(caught_exception: Exception | None = None, **_: Any) -> None:
-    """Pass our own errors on. botocore wraps what it does not know into an HTTPClientError, and retries."""
+    """Pass on our own errors. botocore wraps unknown errors in an HTTPClientError, and retries."""
     cause = getattr(caught_exception, "kwargs", {}).get("error")
     if isinstance(cause, NotPublic | TooSlow):
         raise cause
 
 
-# Responses that are read through a file of the caller's
+# Responses that are read through the caller's file
 
 
 def watched_pools(pools: Pools, watch: Callable[[socket.socket, Any], Any]) -> Pools:
-    """The same pools. Every response reads its headers and its body through the file that `watch(socket, its file)` returns."""
+    """Return the same pools. Responses read headers and body through the file that `watch(socket, its file)` returns."""
     return {scheme: _with_connection(pool, "Watched", response_class=_watched(watch)) for scheme, pool in pools.items()}
 
 
 def _watched(watch: Callable[[socket.socket, Any], Any]) -> Any:
-    """A connection's `response_class`."""
+    """Return the `response_class` of a connection."""
     return staticmethod(partial(_WatchedResponse, watch=watch))
 
 
@@ -211,7 +211,7 @@ class _WatchedResponse(http.client.HTTPResponse):
 
 
 def check_watched(response: requests.Response) -> None:
-    """Raises GuardMissing when the response is not read through the caller's file."""
+    """Raise GuardMissing if the response is not read through the caller's file."""
     if not isinstance(getattr(response.raw, "_original_response", None), _WatchedResponse):
         response.close()
         raise GuardMissing("a slow download")

@@ -1,4 +1,4 @@
-"""Wait for a call that nobody can interrupt, such as the look-up of a name, and leave it behind when it is time to go."""
+"""Waits for a call that cannot be interrupted, such as looking up a name, and leaves it behind when time is over."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.5
-"""How long nothing may come before `check` is called again."""
+"""How often `check` is called while the call runs."""
 
 
 def wait_for(work: Callable[[], T], check: Callable[[], None]) -> T:
-    """What `work` returns or raises, or what `check` raises before that.
+    """Return or raise what `work` does, or raise what `check` raises before that.
 
-    The work has a thread of its own, which is left behind then: all that it still waits for must have an end.
+    `work` runs in its own thread. If `check` raises, the thread is left behind, so `work` must end by itself at some time.
     """
     check()
     outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Send a GET for one URL and return its response, the body unread: redirects, addresses, servers that keep the worker waiting.
+"""Sends a GET for one URL and returns its response with the body unread. Handles redirects, addresses and slow servers.
 
 `download` knows files and retries.
 """
@@ -26,26 +26,26 @@ from worker.net.privates import check_watched, guard, public_pools, watched_pool
 from worker.net.waiting import wait_for
 
 _CONNECT_SECONDS = 10.0
-"""For one address to accept the connection, and again for the TLS handshake."""
+"""Limit for one address to accept the connection, and again for the TLS handshake."""
 _ANSWER_SECONDS = 60.0
-"""Until the headers of the answer are there, with all redirects before it."""
+"""Limit until the headers of the answer arrive, including all redirects."""
 _SILENCE_SECONDS = 30.0
-"""Without a byte of the body."""
+"""Limit without any byte of the body."""
 _WINDOW_SECONDS, _WINDOW_BYTES = 60.0, 60_000
-"""A body that brings less than so much in so long is given up."""
+"""A body that sends fewer bytes in so many seconds is given up."""
 _TOTAL_SECONDS = 1800.0
-"""For a download with all its tries."""
+"""Limit for a download with all its tries."""
 _POLL_SECONDS = 0.5
-"""How long a socket may be silent before the clock and the stop event are looked at again."""
+"""How often the clock and the stop event are checked while a socket is silent."""
 _REDIRECTS = 5
 _CHUNK = 1 << 18
 _OVERHEAD = 1 << 20
-"""Bytes that headers and the framing of chunks may take beside the body."""
-_NO_URL = "it is no URL that can be fetched"
+"""Bytes that headers and the framing of chunks may add to the body."""
+_NO_URL = "it is not a URL that can be downloaded"
 
 
 class DownloadError(Exception):
-    """Why nothing was fetched, in words for the client, and the status when it was the server's."""
+    """Why nothing was downloaded, in words for the client, and the server's status if that is the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -53,17 +53,17 @@ class DownloadError(Exception):
 
 
 class TryAgain(Exception):
-    """A failure that another try can mend, in words for the client."""
+    """A failure after which another try may succeed, in words for the client."""
 
 
 class Clock:
-    """Ends one answer in time: looked at whenever bytes come, and twice a second while none do.
+    """Ends an answer in time. It is checked whenever bytes arrive, and twice a second while none do.
 
-    A timeout of the socket would not do: it starts anew with every byte.
+    A timeout of the socket is not enough: it starts again with every byte.
     """
 
     def __init__(self, stop: threading.Event, started: float, max_bytes: int) -> None:
-        """`started` on `time.monotonic()` is when the first try began; `max_bytes` is what the body may have."""
+        """`started`: when the first try began, on `time.monotonic()`. `max_bytes`: the largest allowed body."""
         self._stop = stop
         self._ends = started + _TOTAL_SECONDS
         self._max_bytes = max_bytes
@@ -72,12 +72,12 @@ class Clock:
         self._window = (0.0, 0)
 
     def answered(self) -> None:
-        """The headers are there: from now on it is the body that has to come."""
+        """Note that the headers have arrived. From now on the limits for the body apply."""
         self._answer_by = None
         self._window = (time.monotonic(), self._bytes_left)
 
     def check(self, waiting_since: float | None = None) -> None:
-        """Raises Stopped, DownloadError, TryAgain."""
+        """Check all limits. Raises Stopped, DownloadError, TryAgain."""
         now = time.monotonic()
         if self._stop.is_set():
             raise Stopped
@@ -95,27 +95,27 @@ class Clock:
                 raise DownloadError(f"the server sends less than {_WINDOW_BYTES / _WINDOW_SECONDS / 1000:g} kB per second")
             self._window = (now, self._bytes_left)
 
-    def came(self, count: int) -> None:
-        """Raises DownloadError when there were more bytes than a body of `max_bytes` takes, however it is framed."""
-        self._bytes_left -= count
+    def count(self, bytes_read: int) -> None:
+        """Count bytes that arrived. Raises DownloadError if there are more than a body of `max_bytes` can need."""
+        self._bytes_left -= bytes_read
         if self._bytes_left < 0:
             raise too_large(self._max_bytes)
 
 
 def too_large(max_bytes: int) -> DownloadError:
-    return DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB this worker takes")
+    return DownloadError(f"it is larger than the {max_bytes / 1e6:.0f} MB that this worker accepts")
 
 
 @contextlib.contextmanager
 def opened(url: str, headers: Mapping[str, str], clock: Clock, *, private: bool) -> Iterator[requests.Response]:
-    """The answer to a GET after all redirects, to be read with `read`. `private` allows addresses that are not public.
+    """Send a GET, follow all redirects, and give the block the response, for `read`. `private` allows private addresses too.
 
-    An `Authorization` among the headers goes no further than the URL's own scheme, host and port. Neither proxies nor .netrc
-    of the environment are used: a proxy would look names up itself. Raises DownloadError, Stopped, TryAgain.
+    An `Authorization` among the headers is sent only to the URL's own scheme, host and port. The environment's proxies and
+    .netrc are not used: a proxy would look up names itself. Raises DownloadError, Stopped, TryAgain.
     """
     with (
         contextlib.closing(_adapter(clock, private)) as adapter,
-        # A name's look-up and a TLS handshake cannot be interrupted. An answer that nobody takes is closed as it is dropped.
+        # Looking up a name and a TLS handshake cannot be interrupted. A late response is closed when it is freed.
         wait_for(lambda: _follow(adapter, url, headers, clock), clock.check) as response,
     ):
         clock.answered()
@@ -123,18 +123,18 @@ def opened(url: str, headers: Mapping[str, str], clock: Clock, *, private: bool)
 
 
 def read(response: requests.Response) -> bytes:
-    """Some more of the body, unpacked; nothing at its end. Raises DownloadError, Stopped, TryAgain."""
+    """Return some more of the body, decompressed, or b"" at its end. Raises DownloadError, Stopped, TryAgain."""
     try:
-        # read1 gives what is there; `iter_content` would wait for a whole chunk, however slowly it comes.
+        # read1 returns what has arrived; `iter_content` would wait for a whole chunk, however slow it is.
         return cast("bytes", response.raw.read1(_CHUNK, decode_content=True))
     except DecodeError:
-        raise DownloadError("what the server sends cannot be unpacked") from None
+        raise DownloadError("the server's data cannot be decompressed") from None
     except HTTPError:
         raise TryAgain("the connection broke off before the end") from None
 
 
 def _follow(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], clock: Clock) -> requests.Response:
-    """The first answer that is no redirect. A session of requests would read the body of every redirect, whole."""
+    """Return the first answer that is not a redirect. A session of requests would read the whole body of every redirect."""
     headers = {"User-Agent": "worker-wan-lora", "Accept-Encoding": "identity", **headers}
     cookies = RequestsCookieJar()
     url = _checked(url)
@@ -173,10 +173,10 @@ def _send(adapter: HTTPAdapter, url: str, headers: Mapping[str, str], cookies: R
 
 
 def _checked(url: str) -> str:
-    """The URL as it will be asked for. Raises DownloadError.
+    """Return the URL as requests will send it. Raises DownloadError.
 
-    What the worker decides by the host, such as who gets a token, it decides by `urlsplit`; requests has a parser of its own.
-    So a URL in which the two see different hosts is refused, and one with user info, which is there to look like another.
+    The worker decides by the host of `urlsplit`, for example who gets a token, but requests has its own parser. So a URL in
+    which the two see different hosts is refused, and so is one with user info, which can make a URL look like another.
     """
     try:
         parts = urlsplit(url)
@@ -187,7 +187,7 @@ def _checked(url: str) -> str:
     except (requests.RequestException, ValueError):
         raise DownloadError(_NO_URL) from None
     if "@" in parts.netloc or "@" in urlsplit(prepared).netloc:
-        raise DownloadError("a URL with a user name or password is not taken; use one without")
+        raise DownloadError("a URL with a user name or password is not accepted; use one without")
     if not fine or (seen.isascii() and seen != host):
         raise DownloadError(_NO_URL)
     return prepared
@@ -206,7 +206,7 @@ def _origin(url: str) -> tuple[str, str | None, int]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
-# Connections that look at the clock
+# Connections that check the clock
 
 
 def _adapter(clock: Clock, private: bool) -> HTTPAdapter:
@@ -219,9 +219,9 @@ def _adapter(clock: Clock, private: bool) -> HTTPAdapter:
 
 
 class _WatchedSocket(io.RawIOBase):
-    """Looks at the clock before it reads from the socket, headers included.
+    """Checks the clock before it reads from the socket, headers included.
 
-    `raw` is the file that `socket.makefile` made; closing it tells the socket that this user is done.
+    `raw` is the file that `socket.makefile` made. Closing it tells the socket that it is no longer used here.
     """
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, clock: Clock) -> None:
@@ -238,7 +238,7 @@ class _WatchedSocket(io.RawIOBase):
                 count = self._sock.recv_into(buffer)
             except TimeoutError:  # after _POLL_SECONDS
                 continue
-            self._clock.came(count)
+            self._clock.count(count)
             return count
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Jobs and results as JSON: every job that was handed out has an answer, whatever a client put into it.
+"""Jobs and results as JSON. Every job that RunPod hands out gets an answer, whatever a client put into it.
 
-The SDK drops a job that Python's parser does not take, and a result that is not valid JSON; nobody learns of either.
+The SDK silently drops a job that Python's parser rejects, and a result that is not valid JSON.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from worker.errors import Code
 Job = dict[str, Any]
 
 _LONGEST_NUMBER = 4000
-"""Digits. Python reads no integer of more than 4,300; a longer one becomes 1e9999, which no field takes."""
+"""In digits. Python reads no integer with more than 4,300; a longer one becomes 1e9999, which no field accepts."""
 _TOO_DEEP = f"{Code.INVALID_INPUT}: the input nests lists or objects deeper than can be read; a request has four levels"
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[][{}:,]', re.DOTALL)
 
 
 def take_apart(body: bytes) -> tuple[list[Job], list[tuple[str, str]]]:
-    """The jobs in the platform's answer, and of those that cannot be read the id and the error.
+    """Return the jobs in the platform's answer, and the id and the error of each job that cannot be read.
 
-    A job without an id cannot be answered, and is left out.
+    A job without an id cannot be answered, and is dropped.
     """
     try:
         found = json.loads(body, parse_int=_integer) if body.strip() else []
     except RecursionError:
         return [], [(job_id, _TOO_DEEP) for job_id in _ids_in(body)]
-    except ValueError:  # a page of a proxy, or half an answer
+    except ValueError:  # a proxy's error page, or half an answer
         return [], []
     jobs = found if isinstance(found, list) else [found]
     return [job for job in jobs if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]], []
@@ -40,7 +40,7 @@ def _integer(digits: str) -> int | float:
 
 
 def _ids_in(body: bytes) -> Iterator[str]:
-    """The `id` of each job: of the outermost object, or of the objects in the outermost list."""
+    """Yield the `id` of each job: of the outermost object, or of the objects in the outermost list."""
     outermost = 2 if body.lstrip()[:1] == b"[" else 1
     depth, last, is_id = 0, b"", False
     for match in _TOKEN.finditer(body):
@@ -58,7 +58,7 @@ def _ids_in(body: bytes) -> Iterator[str]:
 
 
 def bodies_of(result: dict[str, Any]) -> Iterator[bytes]:
-    """The result as the platform takes it; then, for a platform that finds it too large, without its details; then an error."""
+    """Yield the result as the platform expects it; then, if that is too large, a result without details; then an error."""
     yield _encoded(result)
     output = result.get("output")
     if isinstance(output, dict) and "settings" in output:

@@ -4,9 +4,9 @@ The SDK's own local API runs a job when its status is requested, reports no prog
 job, GET /status reports its progress, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local API has,
 waits for the end of the job, as there.
 
-Other pages in the browser of this machine must not reach it. So it answers to names that no page can have (an address, or a
-name without a dot), which ends DNS rebinding, and to no page of another origin. It posts results to no webhook: whoever may
-start a job could make it call any address.
+Web pages in a browser on this machine must not reach it. So it answers only when it is called by a name that no web page can
+have (an address, or a name without a dot), which prevents DNS rebinding, and never to a page of another origin. It calls no
+webhook: whoever may start a job could make it call any address.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Answer = dict[str, Any]
 """`{"id", "status", "output"?, "error"?}`, as RunPod answers."""
 
 _KEPT = 100
-"""How many results are kept, the latest; each has some kilobytes."""
+"""How many of the latest results are kept. Each has a few kilobytes."""
 
 
 def install() -> None:
@@ -63,7 +63,9 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config | {"handler": config["our_handler"]})
         self._jobs: dict[str, _Job] = {}
-        self.rp_app.add_api_route("/status/{job_id}", self._status, methods=["GET"], summary="How far a job is.")
+        self.rp_app.add_api_route(
+            "/status/{job_id}", self._status, methods=["GET"], summary="Returns the progress of a job, or its result."
+        )
         self.rp_app.add_api_route("/cancel/{job_id}", self._cancel, methods=["POST"], summary="Stops a job.")
         self.rp_app.middleware("http")(_only_for_this_machine)
 
@@ -91,7 +93,7 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
         return job.answer()
 
     async def _cancel(self, job_id: str) -> Answer:
-        """Returns when the job has stopped, which a running one does at its next step."""
+        """Cancel the job, and return when it has stopped. A running job stops at its next step."""
         job = self._job(job_id)
         job.task.cancel()
         await asyncio.wait([job.task])
@@ -115,7 +117,7 @@ async def _only_for_this_machine(request: Request, answer: Callable[[Request], A
 
 
 def _is_private_name(host: str) -> bool:
-    """Whether a `Host` is an address, or a name that cannot be bought: without a dot, or of a local network."""
+    """Return whether a `Host` is an address, or a name that nobody can register: without a dot, or of a local network."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

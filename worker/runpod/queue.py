@@ -1,11 +1,11 @@
-"""RunPod's queue: the SDK's job loop, changed to take jobs ahead of the GPU and to lose nothing.
+"""RunPod's queue: the SDK's job loop, changed to take jobs before the GPU is free and to lose nothing.
 
-The next job is taken shortly before the GPU is free, so that its files are downloaded by then; not sooner, since another
-worker may be idle. The last job's file is encoded and uploaded meanwhile.
+The worker takes the next job shortly before the GPU is free, so that its files are downloaded in time. It does not take it
+earlier, since another worker may be idle. Meanwhile the last job's file is encoded and uploaded.
 
-The SDK itself posts a result three times and then drops it without a word. It cancels a request for a job after 90 s, and on
-SIGTERM, whether or not the platform has just handed a job over. It forgets a stop that arrives before its job has started. It
-asks a queue that fails, or answers nothing, again at once, hundreds of times a second. It drops a job that it cannot parse.
+The SDK itself posts a result three times and then silently drops it. It cancels a request for a job after 90 s, and on SIGTERM,
+even if the platform has just handed over a job. It forgets a cancellation that arrives before its job has started. If the queue
+fails or answers nothing, it asks again at once, hundreds of times a second. It drops a job that it cannot parse.
 
 Import this after the log is set up: the SDK reads the environment when it is imported. Tested with runpod 1.12.0.
 """
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any, NoReturn
 
-import worker.runpod.sdk  # noqa: F401 it makes the import of the SDK quick
+import worker.runpod.sdk  # noqa: F401 it makes the import of the SDK fast
 
 # isort: split
 
@@ -44,28 +44,28 @@ _SECONDS_TO_POST = 300.0
 _SECONDS_PER_TRY = 30.0
 _LONGEST_PAUSE = 15.0
 _SECONDS_TO_START = 0.3
-"""How long a stop waits for its job to start: the loop looks for taken jobs every tenth of a second."""
+"""How long a cancellation waits for its job to start: the loop starts taken jobs every tenth of a second."""
 _REFUSALS = 4
 _JOBS_AT_ONCE = 4
-"""One on the GPU, one that is being fetched, two that are being uploaded."""
+"""One on the GPU, one that downloads, two that upload."""
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_AFTER_A_FAILURE = 0.5
 _SECONDS_PER_POLL = 90.0
-"""The platform answers a request for a job sooner. An older poll is not cancelled: another one is started beside it."""
+"""The platform answers a request for a job sooner. A poll that takes longer is not cancelled; another starts beside it."""
 _SECONDS_FOR_THE_LAST_POLL = 1.0
 """How long a worker that shuts down waits for a job that may be on its way."""
 
 
 def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
-    """Serve jobs until SIGTERM or SIGINT, or until the platform ends the worker. Without RunPod's queue: the local modes.
+    """Serve jobs until SIGTERM or SIGINT, or until the platform ends the worker. Without RunPod's queue, run a local mode.
 
-    Only the loop and the local API below know the handler. An SDK that runs jobs past them meets `_refuse` instead: it would
-    run four jobs at once, and lose results.
+    Only the loop below and the local API know the handler. An SDK that bypasses them calls `_refuse` instead: it would run four
+    jobs at once, and lose results.
     """
     rp_scale.JobScaler = _Loop
     config = {"handler": _refuse, "our_handler": handler, "wants_a_job": wants_a_job}
     if "--rp_serve_api" in sys.argv:
-        from worker.runpod import local_api  # its web server's libraries are of no use in the cloud
+        from worker.runpod import local_api  # not needed in the cloud: it imports a web server
 
         local_api.install()
     elif not is_in_cloud():
@@ -82,9 +82,9 @@ async def _refuse(job: Job) -> dict[str, Any]:
 
 
 def redact_the_log() -> None:
-    """Redact the lines that the SDK writes past the root logger; at level DEBUG it writes whole results.
+    """Redact the lines that the SDK writes without the root logger; at level DEBUG it writes whole results.
 
-    Raises SettingsError when the SDK does not write them by the method that is replaced here.
+    Raises SettingsError if the SDK does not write them through the method that is replaced here.
     """
     seen: list[object] = []
     write = getattr(RunPodLogger, "log", None)
@@ -118,9 +118,9 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         self._handler: Handler = config["our_handler"]
         self._wants_a_job: Callable[[], bool] = config["wants_a_job"]
         self._polls: list[asyncio.Task[list[Job]]] = []
-        """Requests for a job that are not answered yet, the newest last."""
+        """Requests for a job that have no answer yet, the newest last."""
         self._not_begun: set[str] = set()
-        """Ids of jobs that were taken and have not reached the handler."""
+        """Ids of jobs that were taken and have not reached the handler yet."""
 
     async def _take_a_job(self, session: aiohttp.ClientSession, wanted: int) -> list[Job] | None:
         while self.is_alive() and (self._not_begun or not self._wants_a_job()):
@@ -132,7 +132,7 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         return await self._answer(_SECONDS_PER_POLL)
 
     async def _answer(self, seconds: float) -> list[Job] | None:
-        """The jobs of the first poll that is answered within `seconds`. Raises what the poll raised."""
+        """Return the jobs of the first poll that is answered within `seconds`. Raises what the poll raised."""
         if not self._polls:
             await asyncio.sleep(seconds)
             return None
@@ -148,7 +148,7 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         except Exception:
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
             raise
-        if not jobs:  # a queue with nothing to do answers late; a refusal, a page or an empty answer comes at once
+        if not jobs:  # an empty queue answers late; a refusal, an error page or an empty answer comes at once
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
         self._not_begun.update(job["id"] for job in jobs)
         return jobs or None
@@ -173,12 +173,12 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
     async def stop_job(self, job_id: str) -> bool:
         if job_id not in self.jobs_tasks:
             await asyncio.sleep(_SECONDS_TO_START)
-        await asyncio.sleep(0)  # a task that is cancelled before its first step does not even clean up
+        await asyncio.sleep(0)  # a task that is cancelled before its first step does not clean up
         return bool(await super().stop_job(job_id))
 
 
 async def get_job(session: aiohttp.ClientSession) -> list[Job]:
-    """The jobs that the platform hands out, of which each has an id; none when there is nothing to do, and for what is no job.
+    """Ask the platform for jobs. Each has an id. The list is empty if there is none, or if the answer is not a job.
 
     Raises TooManyRequests, and aiohttp's errors.
     """
@@ -194,7 +194,7 @@ async def get_job(session: aiohttp.ClientSession) -> list[Job]:
 
 
 async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:
-    """Post a result until it arrives: for minutes, since the GPU time is paid. A refusal is final after a few tries."""
+    """Post a result, and retry for minutes, since the GPU time is paid. After a few refusals, give up."""
     url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
     bodies = bodies_of(result)
     body = next(bodies)

@@ -1,7 +1,7 @@
-"""Makes `import runpod` quick: 0.2 s instead of 1.4 s. To be imported before it.
+"""Makes `import runpod` fast: 0.2 s instead of 1.4 s. Import this module first.
 
-The SDK notes the processor's name for its debugger, and has it from a package that watches the clock tick for a second. Its
-command line comes along, and brings SSH, of which a worker uses nothing.
+The SDK gets the processor's name for its debugger from a package that measures the clock for a second. It also imports its
+command line, with SSH, which a worker does not use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import cpuinfo  # type: ignore[import-untyped]
 
 
 def _processor() -> dict[str, str]:
-    """The one entry that the SDK asks for. Where there is none, it says so."""
+    """Return the one entry that the SDK asks for. Without it, the SDK says that the name is unknown."""
     file = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*: (.+)$", file.read_text() if file.is_file() else "", re.MULTILINE)
     return {"brand_raw": name[1]} if name else {}
 
 
 class _OnFirstUse(ModuleType):
-    """In the place of a module until something of it is asked for."""
+    """Stands for a module until one of its names is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own questions

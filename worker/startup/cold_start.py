@@ -1,4 +1,4 @@
-"""The cold start: check where results go, then load the one model of this worker."""
+"""The cold start: checks the storage for results, then loads the one model of this worker."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from worker.startup.missing_weights import fetch_missing
 from worker.storage import Limit, Storage, storage_of
 
 _SECONDS_FOR_THE_BUCKET = 20.0
-"""How long the bucket may take to answer at start: a store that has just restarted should not end the worker."""
+"""How long the bucket may take to answer at start: a store that is just restarting should not stop the worker."""
 _REFUSALS_AT_START = 3
 
 
 def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None) -> Service:
-    """Check the place for results, then load the model of `settings`.
+    """Check the storage for results, then load the model of `settings`.
 
-    `took`: seconds of earlier steps of the start, for the log. `checkpoints`: the weights found in the places of `settings`,
-    if somebody has looked already.
+    `took`: seconds of earlier steps of the start, for the log. `checkpoints`: the weights in the places of `settings`, if the
+    caller has found them before.
 
     Raises SettingsError, and WorkerError: UPLOAD_FAILED, AI_TOOLKIT_REQUIRED, CHECKPOINT_NOT_FOUND, OUT_OF_MEMORY.
     """
@@ -53,7 +53,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     if settings.allow_download and checkpoints.missing_parts:
         with timed(took, "download"):
             checkpoints = fetch_missing(settings, checkpoints)
-    # Upload what an earlier worker could not; in the background, since the model takes longer to load.
+    # Upload what an earlier worker could not. This runs in the background, since loading the model takes longer.
     threading.Thread(
         target=Recovery(settings.recovery_dir, settings.recovery_max_bytes).upload_all, args=(storage,), daemon=True
     ).start()
@@ -82,7 +82,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
 
 
 def _check_storage(storage: Storage) -> None:
-    """Raises WorkerError with UPLOAD_FAILED: at once when the place refuses, after a while when it does not answer."""
+    """Raise WorkerError with UPLOAD_FAILED: soon if the storage refuses, after a while if it does not answer."""
     give_up_at = time.monotonic() + _SECONDS_FOR_THE_BUCKET
     limit = Limit(threading.Event(), give_up_at)
     retry_until(lambda: storage.check(limit), give_up_at, threading.Event(), _REFUSALS_AT_START, longest_pause=1)

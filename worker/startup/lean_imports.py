@@ -1,15 +1,15 @@
-"""A start that leaves out what torch, transformers, diffusers and peft import, and no Wan pipeline uses.
+"""A faster start: skips what torch, transformers, diffusers and peft import and no Wan pipeline uses.
 
     from worker.startup import lean_imports
     lean_imports.install()      # before the first of them is imported
 
-Half of a fresh process's way to its first frame is imports that serve others: the compiler, tensors spread over machines, an
-index of four hundred models. Each treatment below stands before one module and puts off one such thing, or does it once
-instead of at every start. Who asks for the compiler gets it, a second later. Only tensors spread over processes are gone from
-transformers and peft: a worker is one process. The figures are seconds of CPU time.
+Until its first frame, a new process spends half of its time on imports that it does not need: the compiler, distributed
+tensors, an index of four hundred models. Each patch below defers one module's expensive imports, or caches their result. Code
+that uses the compiler still gets it, a second later. Only the support for distributed tensors is switched off, in transformers
+and peft: a worker is one process. The figures are seconds of CPU time.
 
-It changes how everybody in the process imports these libraries, so it is for a process that is a worker and nothing else.
-They were tested together in the versions below; with others nothing is treated.
+This changes imports for all code in the process, so it is only for a process that is a worker and nothing else. The patches
+were tested with the versions below; with other versions nothing is patched.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TESTED_WITH = {"torch": "2.13.0", "transformers": "5.23.0", "diffusers": "0.42.1
 
 Execute = Callable[[], None]
 """Runs the body of a module."""
-Treatment = Callable[[Any, Execute], None]
-"""Called with a new module in place of its body."""
+Patch = Callable[[Any, Execute], None]
+"""Called with a new module and its body, instead of running the body."""
 
-_TREATMENTS: dict[str, Treatment] = {}
+_PATCHES: dict[str, Patch] = {}
 
 
 def install() -> str:
-    """Treat the modules below when they are imported. Returns why none is treated, or ""."""
+    """Patch the modules below when they are imported. Returns why nothing is patched, or ""."""
     there = {name: _version(name) for name in TESTED_WITH}
     reasons = [f"{name} is {there[name]}, not {tested}" for name, tested in TESTED_WITH.items() if there[name] != tested]
     reasons += [f"{name} is imported already" for name in TESTED_WITH if name in sys.modules]
@@ -56,20 +56,20 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _treats(name: str) -> Callable[[Treatment], Treatment]:
-    def register(treatment: Treatment) -> Treatment:
-        _TREATMENTS[name] = treatment
-        return treatment
+def _patches(name: str) -> Callable[[Patch], Patch]:
+    def register(patch: Patch) -> Patch:
+        _PATCHES[name] = patch
+        return patch
 
     return register
 
 
-@_treats("torch._dynamo")
+@_patches("torch._dynamo")
 def _compiler(module: Any, execute: Execute) -> None:
-    """The compiler, which brings sympy and much of torch.distributed: put off. Saves 0.7 s.
+    """Defer the compiler, which imports sympy and much of torch.distributed. Saves 0.7 s.
 
-    It is imported for a few marks that decorators leave on functions. They are noted, and made when somebody compiles; until
-    then nothing is compiled, and no function has to be kept from it.
+    The libraries import it only to mark functions with decorators. The marks are recorded, and applied when the compiler is
+    first used; until then nothing is compiled, so no mark has an effect.
     """
     marks: list[Callable[[], object]] = []
 
@@ -101,28 +101,31 @@ def _compiler(module: Any, execute: Execute) -> None:
         "allow_in_graph": allow_in_graph,
         "assume_constant_result": assume_constant_result,
         "disable": disable,
-        "eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),  # asked for: is this one compiled?
+        "eval_frame": SimpleNamespace(
+            OptimizedModule=type("OptimizedModule", (), {})
+        ),  # used to check whether a module is compiled
     }
-    _put_off(module, answers, execute, marks)
+    _defer(module, answers, execute, marks)
 
 
-@_treats("torch._dynamo._trace_wrapped_higher_order_op")
+@_patches("torch._dynamo._trace_wrapped_higher_order_op")
 def _masks_by_vmap(module: Any, execute: Execute) -> None:
-    """One class of the compiler's, which transformers imports for masks that no model here has: put off with it."""
+    """Defer one class of the compiler, which transformers imports for masks that no model here has."""
 
     def make() -> Any:
-        _wake(module.__name__)
+        _run_deferred(module.__name__)
         return module.TransformGetItemToIndex()
 
-    _put_off(module, {"TransformGetItemToIndex": make}, execute)
+    _defer(module, {"TransformGetItemToIndex": make}, execute)
 
 
-@_treats("transformers.utils.import_utils")
+@_patches("transformers.utils.import_utils")
 def _one_process_and_a_kept_index(module: Any, execute: Execute) -> None:
-    """No tensors that are spread over processes, as with a torch that was built without them. Saves 0.4 s.
+    """Switch off distributed tensors, as in a torch that was built without them. Saves 0.4 s.
 
-    And an index of all models, made by reading two thousand source files at every import: kept beside the bytecode, and made
-    again when the source is another, as Python does with bytecode. Saves 0.4 s, and much more where the files are not cached.
+    Also cache the index of all models, for which every import reads two thousand source files. The index is stored beside the
+    bytecode, and made again when the source changes, as with bytecode. Saves 0.4 s, and much more if the files are not in the
+    page cache.
     """
     execute()
     module.is_torch_distributed_available = lambda: False
@@ -140,7 +143,7 @@ def _kept_index(folder: Path, make: Callable[[Path], Any]) -> Any:
     key = (TESTED_WITH["transformers"], source.st_mtime_ns, source.st_size)
     file = folder / "__pycache__" / f"index.{sys.implementation.cache_tag}.marshal"
     try:
-        kept_key, index = marshal.loads(file.read_bytes())  # noqa: S302 as Python does with what lies beside it
+        kept_key, index = marshal.loads(file.read_bytes())  # noqa: S302 Python does the same with the bytecode beside it
         if kept_key == key:
             return index
     except (OSError, ValueError, EOFError, TypeError):
@@ -150,19 +153,19 @@ def _kept_index(folder: Path, make: Callable[[Path], Any]) -> Any:
     try:
         temporary.write_bytes(marshal.dumps((key, index)))
         temporary.replace(file)
-    except OSError:  # an installation that cannot be written to
+    except OSError:  # the installation is not writable
         with suppress(OSError):
             temporary.unlink()
     return index
 
 
-@_treats("diffusers.models.autoencoders")
-@_treats("diffusers.models.transformers")
-@_treats("diffusers.models.unets")
+@_patches("diffusers.models.autoencoders")
+@_patches("diffusers.models.transformers")
+@_patches("diffusers.models.unets")
 def _models_on_demand(package: Any, execute: Execute) -> None:
-    """Dozens of models, of which a pipeline uses one: each is imported when it is asked for. Saves 0.1 s.
+    """Import each of dozens of models when it is first used: a pipeline uses one. Saves 0.1 s.
 
-    These packages hold nothing but `from .module import Class`, and are read rather than run.
+    These packages contain nothing but `from .module import Class`, so they are parsed, not run.
     """
     tree = ast.parse(package.__loader__.get_data(package.__file__))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
@@ -176,9 +179,9 @@ def _models_on_demand(package: Any, execute: Execute) -> None:
     package.__getattr__ = __getattr__
 
 
-@_treats("diffusers.utils.import_utils")
+@_patches("diffusers.utils.import_utils")
 def _distributions_on_demand(module: Any, execute: Execute) -> None:
-    """Which distribution every installed file belongs to, for libraries that are not installed: found out when asked. 0.1 s."""
+    """Find out when it is first used which distribution each installed file belongs to. Saves 0.1 s."""
     find = metadata.packages_distributions
     metadata.packages_distributions = lambda: _OnDemand(find)
     try:
@@ -201,16 +204,16 @@ class _OnDemand(Mapping[str, list[str]]):
         return len(self._made())
 
 
-@_treats("peft.tuners.tuners_utils")
+@_patches("peft.tuners.tuners_utils")
 def _one_process(module: Any, execute: Execute) -> None:
-    """peft asks for such tensors wherever torch knows them, and counts on transformers to have imported them."""
+    """Switch off distributed tensors: peft uses them if torch has them, and expects transformers to have imported them."""
     execute()
     module._torch_supports_distributed = False
 
 
-@_treats("torch.nn.init")
+@_patches("torch.nn.init")
 def _no_values_without_storage(module: Any, execute: Execute) -> None:
-    """Weights on `meta` are not drawn: torch would import sympy to find out the type of what is never there. Saves 0.3 s."""
+    """Draw no values for weights on `meta`: torch would import sympy to find out the type of the result. Saves 0.3 s."""
     execute()
     normal = module.normal_
 
@@ -222,20 +225,20 @@ def _no_values_without_storage(module: Any, execute: Execute) -> None:
 
 
 class _Finder:
-    """Stands before Python's own finders, and does no more than to change the loader they find."""
+    """Runs before Python's own finders, and only replaces the loader that they find."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         parent = name.rpartition(".")[0]
-        if name not in _TREATMENTS and parent not in _bodies:
+        if name not in _PATCHES and parent not in _deferred:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec and spec.loader:
-            spec.loader = _Treated(spec.loader) if name in _TREATMENTS else _BelowPutOff(spec.loader, parent)
+            spec.loader = _PatchingLoader(spec.loader) if name in _PATCHES else _SubmoduleLoader(spec.loader, parent)
         return spec
 
 
-class _Treated(Loader):
+class _PatchingLoader(Loader):
     def __init__(self, own: Loader) -> None:
         self._own = own
 
@@ -244,11 +247,11 @@ class _Treated(Loader):
 
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._own
-        _TREATMENTS[module.__name__](module, lambda: self._own.exec_module(module))
+        _PATCHES[module.__name__](module, lambda: self._own.exec_module(module))
 
 
-class _BelowPutOff(Loader):
-    """For a submodule of a module that was put off, whose own body comes first, and may import the submodule itself."""
+class _SubmoduleLoader(Loader):
+    """Loads a submodule of a deferred module. It runs the parent's body first, which may import the submodule itself."""
 
     def __init__(self, own: Loader, parent: str) -> None:
         self._own = own
@@ -256,7 +259,7 @@ class _BelowPutOff(Loader):
         self._there: ModuleType | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        _wake(self._parent)
+        _run_deferred(self._parent)
         self._there = sys.modules.get(spec.name)
         return self._there or self._own.create_module(spec)
 
@@ -267,23 +270,23 @@ class _BelowPutOff(Loader):
             self._own.exec_module(module)
 
 
-_bodies: dict[str, Execute] = {}
-"""By module name, bodies that were put off and have not run."""
-_waking = threading.RLock()
+_deferred: dict[str, Execute] = {}
+"""The deferred bodies that have not run yet, by module name."""
+_running = threading.RLock()
 
 
-class _PutOff(ModuleType):
-    """A module with a few answers, which runs its body when it is asked for anything else."""
+class _DeferredModule(ModuleType):
+    """A module with a few ready names, which runs its body when any other name is used."""
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):  # `__wrapped__` and its like: whoever inspects a module wants nothing of it
-            _wake(self.__name__)
+        if not name.startswith("__"):  # `__wrapped__` and the like: inspecting a module must not run its body
+            _run_deferred(self.__name__)
             if name in vars(self):
                 return vars(self)[name]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-def _put_off(module: Any, answers: dict[str, Any], execute: Execute, afterwards: Sequence[Callable[[], object]] = ()) -> None:
+def _defer(module: Any, answers: dict[str, Any], execute: Execute, afterwards: Sequence[Callable[[], object]] = ()) -> None:
     def body() -> None:
         for name in answers:
             delattr(module, name)
@@ -292,13 +295,13 @@ def _put_off(module: Any, answers: dict[str, Any], execute: Execute, afterwards:
         for action in afterwards:
             action()
 
-    _bodies[module.__name__] = body
+    _deferred[module.__name__] = body
     vars(module).update(answers)
-    module.__class__ = _PutOff
+    module.__class__ = _DeferredModule
 
 
-def _wake(name: str) -> None:
-    """Run the body of a module that was put off, once. Another thread waits for the end of it, as with any import."""
-    with _waking:
-        if body := _bodies.pop(name, None):
+def _run_deferred(name: str) -> None:
+    """Run the body of a deferred module, once. Other threads wait until it has run, as with any import."""
+    with _running:
+        if body := _deferred.pop(name, None):
             body()

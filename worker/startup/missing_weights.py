@@ -1,7 +1,7 @@
-"""Weights that are nowhere, fetched at start where ALLOW_DOWNLOAD says so.
+"""Downloads missing weights at start, if ALLOW_DOWNLOAD is set.
 
-Not how: that is builder/fetch_checkpoints.py, in a process of its own, where HF_HUB_OFFLINE does not hold and whose libraries
-the worker does not import.
+builder/fetch_checkpoints.py downloads them, in a separate process: there HF_HUB_OFFLINE has no effect, and the worker need not
+import its libraries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def fetch_missing(settings: Settings, checkpoints: Checkpoints) -> Checkpoints:
-    """Fetch the parts that were not found, and look again. Raises WorkerError with CHECKPOINT_NOT_FOUND."""
+    """Download the missing parts, and search again. Raises WorkerError with CHECKPOINT_NOT_FOUND."""
     name, folder = _target(settings)
     parts = checkpoints.missing_parts
     command = [
@@ -35,21 +35,23 @@ def fetch_missing(settings: Settings, checkpoints: Checkpoints) -> Checkpoints:
     command += ["--parts", ",".join(parts)]
     for repo, revision in _revisions_of_the_rest(checkpoints).items():
         command += ["--revision", f"{repo}={revision}"]
-    log.info("fetching what is missing to %s: %s", name, ", ".join(parts))
-    said = ""
+    log.info("downloading missing weights to %s: %s", name, ", ".join(parts))
+    last_line = ""
     with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603
         assert process.stdout is not None
         for line in process.stdout:
-            said = line.strip() or said
-            log.info("%s", said)
+            last_line = line.strip() or last_line
+            log.info("%s", last_line)
     if process.returncode:
-        reason = said.removeprefix("fetch_checkpoints: ").replace("--to", name)
-        raise WorkerError(Code.CHECKPOINT_NOT_FOUND, f"{', '.join(parts)} of {settings.model_id} cannot be fetched: {reason}")
+        reason = last_line.removeprefix("fetch_checkpoints: ").replace("--to", name)
+        raise WorkerError(
+            Code.CHECKPOINT_NOT_FOUND, f"{', '.join(parts)} of {settings.model_id} cannot be downloaded: {reason}"
+        )
     return Checkpoints(checkpoints.spec, settings.checkpoint_places)
 
 
 def _target(settings: Settings) -> tuple[str, Path]:
-    """(the variable, its folder): the network volume where there is one that can be written to, or CHECKPOINT_DIR."""
+    """Return (variable, folder): the network volume if there is one and it is writable, else CHECKPOINT_DIR."""
     volume = settings.volume_checkpoint_dir
     if os.access(volume if volume.is_dir() else volume.parent, os.W_OK):
         return "VOLUME_CHECKPOINT_DIR", volume
@@ -57,7 +59,7 @@ def _target(settings: Settings) -> tuple[str, Path]:
 
 
 def _revisions_of_the_rest(checkpoints: Checkpoints) -> dict[str, str]:
-    """The commits of the parts that are there, as far as they are known: what is fetched shall be of the same."""
+    """Return the known commits of the parts that exist, by repo: the missing parts must be of the same commits."""
     missing = set(checkpoints.missing_parts)
     repos_of_missing = {checkpoints.spec.sources[part].repo for part in missing}
     folders = {

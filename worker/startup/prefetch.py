@@ -1,4 +1,4 @@
-"""What a start does beside the imports: it has the system read the weights. No torch in this file."""
+"""Prefetches weights into the page cache while imports run. No torch in this file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipelines.host_memory import available
 from pipelines.weights import STEM_OF, file_names
 
 _READERS = 4
-"""Files at a time: a network volume serves several streams faster than one."""
+"""Files to read at a time: a network volume serves several streams faster than one."""
 _BYTES_PER_CALL = 64 * 1024**2
 
 
 def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
-    """Have the system read the model's weights into its cache, in the background and in the order in which they are loaded.
+    """Read the model's weights into the system's page cache, in the background and in the order in which they are loaded.
 
-    As far as they fit into half of the memory: what is read beyond it would drive out what was read before.
+    Read only what fits into half of the memory: more would evict what was read before.
     """
     files: SimpleQueue[Path] = SimpleQueue()
     room = available() // 2
@@ -39,15 +39,27 @@ def _weights(checkpoints: Checkpoints) -> Iterator[Path]:
     for part in checkpoints.spec.sources:
         if part in STEM_OF:
             folder = checkpoints.folder_of(part)
-            with suppress(OSError, ValueError, KeyError):  # what is wrong with them, the load says better
+            with suppress(OSError, ValueError, KeyError):  # loading them reports errors better
                 yield from (folder / name for name in file_names(folder, part) if (folder / name).is_file())
 
 
 def _read(files: SimpleQueue[Path]) -> None:
-    """Send files to nowhere: their pages come into memory, and no copy of them is made."""
+    """Send files to /dev/null: this reads their pages into memory without a copy."""
     with suppress(Empty, OSError), Path(os.devnull).open("wb") as nowhere:
         while True:
             with files.get_nowait().open("rb") as file:
                 position = 0
                 while sent := os.sendfile(nowhere.fileno(), file.fileno(), position, _BYTES_PER_CALL):
                     position += sent
+
+
+def _memory() -> int:
+    """Return the bytes that this process can have: the free memory of the machine, or the limit of its container."""
+    sizes = []
+    with suppress(OSError):
+        free = re.findall(r"^MemAvailable:\s*(\d+) kB", _MACHINE.read_text(), re.MULTILINE)
+        sizes += [int(kilobytes) * 1024 for kilobytes in free]
+    for file in _CONTAINER:
+        with suppress(OSError, ValueError):  # "max": no limit
+            sizes.append(int(file.read_text()))
+    return min(sizes, default=0)

@@ -191,7 +191,7 @@ def test_a_url_that_shows_one_host_and_means_another_is_refused(url, listener, s
 
 @pytest.mark.parametrize("host", ["%31%32%37.0.0.1", "a%00.example", "[::1%25lo]", "[fe80::1%lo]", "a'b.example", "$(id)"])
 def test_a_host_that_is_no_name_is_not_even_looked_up(host, names, stop):
-    assert refused(f"http://{host}/", stop) == "it is no URL that can be fetched"
+    assert refused(f"http://{host}/", stop) == "it is not a URL that can be downloaded"
     assert names["asked"] == []
 
 
@@ -204,7 +204,7 @@ def test_a_host_that_is_no_name_is_not_even_looked_up(host, names, stop):
     ],
 )
 def test_other_schemes_are_refused(url, stop):
-    assert refused(url, stop) == "it is no URL that can be fetched"
+    assert refused(url, stop) == "it is not a URL that can be downloaded"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1\\.huggingface.co", "127.0.0.1\\@huggingface.co", "127.0.0.1#.huggingface.co"])

@@ -103,5 +103,5 @@ def test_what_cannot_be_fetched_is_told(hub: HubServer, settings: Settings, tmp_
     with pytest.raises(WorkerError) as error:
         fetch_missing(settings, find(settings))
     assert error.value.code is Code.CHECKPOINT_NOT_FOUND
-    assert f"of wan21_1b cannot be fetched: the Hub has no {REPO} at revision main" in str(error.value)
+    assert f"of wan21_1b cannot be downloaded: the Hub has no {REPO} at revision main" in str(error.value)
     assert str(tmp_path) not in str(error.value)
