@@ -125,7 +125,7 @@ def sha256_of(path: Path) -> str:
 
 
 def set_mtimes(root: Path) -> None:
-    """Set the modification time of all files below `root`. One that has it is not touched: that would copy it to this layer."""
+    """Set the modification time of all files below `root`. Touching a file that has it would copy the file to this layer."""
     for path in [root, *root.rglob("*")]:
         if path.lstat().st_mtime != REPRODUCIBLE_MTIME:
             os.utime(path, (REPRODUCIBLE_MTIME, REPRODUCIBLE_MTIME), follow_symlinks=False)

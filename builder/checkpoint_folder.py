@@ -31,7 +31,7 @@ class CheckpointFolder:
         self._unfinished = root / ".unfinished"
 
     def path_of(self, file: RemoteFile) -> Path:
-        """Raises FetchError for a name that leads out of the repo's folder: a listing is what a server says."""
+        """Return the path of a file. Raises FetchError if its name leads out of the repo's folder: a server chose the name."""
         try:
             return inside(self.root / file.repo, file.path)
         except ValueError as error:
@@ -90,7 +90,7 @@ class CheckpointFolder:
 
     @contextmanager
     def unfinished(self, file: RemoteFile, stop: threading.Event) -> Iterator[BinaryIO]:
-        """Open what is downloaded of the file so far, locked for this process. Raises Stopped."""
+        """Open the bytes of the file that are downloaded so far, locked for this process. Raises Stopped."""
         path = self._partial(file)
         while True:
             path.parent.mkdir(exist_ok=True)  # another process removes it when it finishes

@@ -1,4 +1,4 @@
-"""Retries of downloads, with longer pauses each time. No dependencies: all that downloads in builder/ uses it."""
+"""Retries of downloads, with longer pauses each time. No dependencies: every download in builder/ uses it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The likely cause of a difference between two videos, from the settings of both, or of the one that has them.
+"""Names the likely causes of a difference between two videos, from the settings of one or both.
 
-The sizes are mean differences, of 255, of three recorded trainings in `tests/trainer_runs`, each made again with one setting
-changed. They are tiny models; real ones were not measured.
+The sizes are mean differences, of 255. They come from three recorded trainings in `tests/trainer_runs`, whose samples were made
+again with one setting changed. The models are tiny; real ones were not measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Settings = Mapping[str, Any]
-"""As flat as in an MP4's comment."""
+"""Flat, as in the comment of an MP4."""
 
 Differing = Mapping[str, tuple[Any, Any]]
 """Path of each setting that differs → its values in A and B."""
@@ -24,13 +24,13 @@ class _Cause:
     """The paths of its settings, as a pattern."""
     words: str
     size: str = ""
-    """Measured; "" for what was not."""
+    """The measured mean difference; "" if it was not measured."""
 
 
 _CAUSES = (
     _Cause(r"model|checkpoints.*", "another model or checkpoint does"),
     _Cause(r"prompt|neg", "another text does"),
-    _Cause(r"width|height|num_frames", "another size does, since all of its noise is another"),
+    _Cause(r"width|height|num_frames", "another size does, since it changes all of the noise"),
     _Cause(r"seed", "another seed does", "54 to 56"),
     _Cause(r"control_image_sha256", "another control image does"),
     _Cause(r"loras\[\d\]\.(sha256|step)|loras", "another LoRA, or another step of it, does"),
@@ -45,11 +45,11 @@ _CAUSES = (
     ),
     _Cause(r"device|dtype|attention|compiled|versions\..*", "another machine or library does", "0.8 to 1.6, in bf16,"),
 )
-"""What changes most comes first."""
+"""Sorted by the size of the change, the largest first."""
 
 
 def likely_causes(differing: Differing) -> list[str]:
-    """One line for each cause whose settings differ, the largest first."""
+    """Return one line for each cause whose settings differ, the largest first."""
     found = []
     for cause in _CAUSES:
         if names := [path for path in differing if re.fullmatch(cause.settings, path)]:
@@ -59,7 +59,7 @@ def likely_causes(differing: Differing) -> list[str]:
 
 
 def to_check(settings: Settings, side: str) -> Iterator[str]:
-    """What to look at when only one side has settings, as with a sample of the trainer. `side`: A or B."""
+    """Yield what to check if only one side has settings, as with a sample of the trainer. `side`: A or B."""
     if settings.get("match") == "documented":
         yield f"{side} was made as the model page says; the trainer's samples need `match`: preview"
     elif not settings.get("trained_with"):
@@ -68,4 +68,4 @@ def to_check(settings: Settings, side: str) -> Iterator[str]:
             "set `trained_with` from its config.yaml"
         )
     if (device := str(settings.get("device", ""))) and settings.get("dtype") == "bfloat16":
-        yield f"{side} was made on {device}; another kind of processor rounds bf16 otherwise, by a mean of 0.8 to 1.6"
+        yield f"{side} was made on {device}; another kind of processor rounds bf16 differently, by a mean of 0.8 to 1.6"

@@ -53,7 +53,7 @@ class Comparison:
     settings: dict[str, tuple[Any, Any]] | None
     """Path of each setting that differs → its values in A and B; None if one side has no settings."""
     causes: list[str]
-    """What the difference may come from, in words; none for equal videos."""
+    """The likely causes of the difference, in words; none for equal videos."""
 
     @property
     def equal(self) -> bool:
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def compare(a: Clip, b: Clip, settings_a: dict[str, Any] | None = None, settings_b: dict[str, Any] | None = None) -> Comparison:
-    """Compare the part that both have. Raises BadInput if the frames are smaller than SSIM's window."""
+    """Compare the part that both videos have. Raises BadInput if the frames are smaller than SSIM's window."""
     if min(*a.frames.shape[1:3], *b.frames.shape[1:3]) < WINDOW:
         raise BadInput(f"the frames are {a.size} and {b.size} pixels; SSIM needs at least {WINDOW}x{WINDOW}")
     frames = [distance(left, right) for left, right in pairs(a.frames, b.frames)]
@@ -126,7 +126,7 @@ def _uncommon(a: Clip, b: Clip) -> Iterator[str]:
 
 
 def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
-    """`settings_in` for a JSON file. Raises BadInput, OSError."""
+    """Call `settings_in` for a JSON file. Raises BadInput, OSError."""
     try:
         return settings_in(json.loads(path.read_text(encoding="utf-8-sig")), prompt)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
 
 
 def settings_in(result: Any, prompt: int) -> dict[str, Any]:
-    """The settings of one prompt in a job's result, as flat as in an MP4's comment.
+    """Return the settings of one prompt in a job's result, flat as in the comment of an MP4.
 
     `result`: the result itself, RunPod's answer with it under `output`, or the settings alone. Raises BadInput.
     """
@@ -155,7 +155,7 @@ def settings_in(result: Any, prompt: int) -> dict[str, Any]:
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Path of each setting that differs → its two values. A missing setting counts as None."""
+    """Return the two values of each setting that differs, by its path. A missing setting counts as None."""
     flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
     paths = [path for path in (flat_a | flat_b) if path != "prompt_index"]
     return {path: (flat_a.get(path), flat_b.get(path)) for path in paths if flat_a.get(path) != flat_b.get(path)}
@@ -173,7 +173,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _rows(found: Comparison, count: int) -> list[Row]:
-    """`count` of the common frames, evenly spaced from the first to the last."""
+    """Return `count` of the common frames, evenly spaced from the first to the last."""
     last = len(found.frames) - 1
     count = max(1, min(count, last + 1))
     numbers = [round(i * last / max(count - 1, 1)) for i in range(count)]
@@ -182,7 +182,7 @@ def _rows(found: Comparison, count: int) -> list[Row]:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """The comparison for programs. The PSNR of equal frames is null, since JSON has no infinity."""
+    """Return the comparison for programs. The PSNR of equal frames is null, since JSON has no infinity."""
     settings = found.settings
     return {
         "equal": found.equal,
@@ -213,7 +213,7 @@ def _finite(psnr: float) -> float | None:
 
 
 def as_text(found: Comparison) -> str:
-    """The comparison for people; the verdict comes last."""
+    """Return the comparison for people; the verdict comes last."""
     lines = [f"A  {found.a}", f"B  {found.b}", *(f"!  {text}" for text in found.uncommon)]
     lines += ["", "frame      PSNR    SSIM  largest difference"]
     lines += [_line(f"{number:5d}", pair.psnr, pair.ssim, pair.max_difference) for number, pair in enumerate(found.frames)]

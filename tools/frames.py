@@ -110,7 +110,7 @@ def _read_image(path: Path, file: BinaryIO) -> Clip:
 
 
 def _pillow_frames(path: Path | str, file: Any) -> tuple[str, list[npt.NDArray[np.uint8]], list[int]]:
-    """(format, frames, milliseconds for which each is shown)."""
+    """Return (format, frames, milliseconds for which each is shown)."""
     frames, durations = [], []
     try:
         with Image.open(file) as image:
@@ -144,7 +144,7 @@ def _is_image(name: str) -> bool:
 
 
 def _read_stills(path: Path, openers: list[tuple[str, Any]]) -> Clip:
-    """One frame per image, ordered by the numbers in their names."""
+    """Return one frame per image, ordered by the numbers in their names."""
     frames, kinds = [], set()
     for name, opener in sorted(openers, key=lambda item: _by_number(item[0])):
         with opener("rb") as file:
@@ -156,7 +156,7 @@ def _read_stills(path: Path, openers: list[tuple[str, Any]]) -> Clip:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts 2.png before 10.png."""
+    """Return a sort key that puts 2.png before 10.png."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -169,7 +169,7 @@ def _stacked(frames: list[npt.NDArray[np.uint8]], path: Path) -> Frames:
 
 
 def pairs(a: Frames, b: Frames) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-    """Pairs of frames with equal numbers, cut to the width and height that both have, from the top left."""
+    """Yield pairs of frames with equal numbers, cropped to the width and height that both have, from the top left."""
     height, width = min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2])
     for left, right in zip(a, b, strict=False):
         yield left[:height, :width], right[:height, :width]

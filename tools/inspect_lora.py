@@ -1,9 +1,10 @@
-"""What a LoRA file's header tells: which models it fits, which trainer made it, and how that trainer sampled.
+"""Says what a LoRA file is: which models it fits, which trainer made it, and how that trainer sampled.
 
     python -m tools.inspect_lora my_lora.safetensors --model wan22_14b_t2v
 
-It reads the header and the checksum, so it needs no model, no GPU and no torch. With `--values` it also reads the numbers: are
-they finite, which layers do nothing, how large the changes are; with `--checkpoint`, how large beside the model's weights.
+It reads the header and the checksum, so it needs no model, no GPU and no torch. With `--values` it also reads the numbers:
+whether they are finite, which layers do nothing, and how large the changes are. With `--checkpoint` it compares the changes
+with the model's weights.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Inspection:
 
     file: LoraFile
     reading: Reading | None
-    """None for a file that the worker takes for no model."""
+    """None for a file that the worker refuses for every model."""
     refusal: str
-    """Why it takes it for none."""
+    """Why the worker refuses the file for every model."""
 
     @property
     def layers(self) -> list[Layer]:
@@ -71,18 +72,18 @@ class Inspection:
 
     @cached_property
     def fitting(self) -> list[str]:
-        """Ids of the models that nothing speaks against."""
+        """Ids of the models whose worker accepts the file."""
         return [id for id in fitting_models(self.file) if not misfits(self, MODELS[id])]
 
     @cached_property
     def training(self) -> Training:
-        """How the training ran, by the config.yaml beside the file."""
+        """How the training ran, from the config.yaml beside the file."""
         config = self.file.path.with_name("config.yaml")
         return read_config(config, self.file.path) if config.is_file() else NOT_KNOWN
 
     @property
     def side(self) -> Side | None:
-        """`high` or `low`, by the file's name."""
+        """`high` or `low`, from the file's name."""
         return side_in_name(self.file.path.stem)
 
 
@@ -136,7 +137,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def misfits(found: Inspection, spec: ModelSpec) -> list[str]:
-    """Why the worker of `spec` refuses the file, in the worker's words; empty when it takes it."""
+    """Return why the worker of `spec` refuses the file, in the worker's words; empty if it accepts it."""
     try:
         check(found.file, spec, shapes_of(spec.id))
     except LoraError as error:
@@ -145,7 +146,7 @@ def misfits(found: Inspection, spec: ModelSpec) -> list[str]:
 
 
 def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:
-    """What a person should know before using the file."""
+    """Return what a person should know before using the file."""
     specs = [spec] if spec else [MODELS[id] for id in found.fitting]
     texts = []
     if found.reading and specs:
@@ -156,7 +157,7 @@ def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:
         texts.append(
             f'send it as the {found.side} side: "transformer": "{found.side}"'
             if found.side
-            else "its name does not say high or low, so it does not tell its side"
+            else "its name does not say high or low, so its side is unknown"
         )
     if len([spec for spec in specs if spec.moe]) > 1:
         texts.append("Wan 2.2 14B T2V and I2V have the same layers: the file cannot tell which of them it was trained on")
@@ -166,7 +167,7 @@ def notes(found: Inspection, spec: ModelSpec | None) -> list[str]:
 
 
 def sampling(found: Inspection, spec: ModelSpec) -> str:
-    """How the trainer made its previews for `spec`, in words."""
+    """Return in words how the trainer made its previews for `spec`."""
     era, why = era_of([found.file])
     recipe = preview(spec, era, why)
     boundary = f", boundary {recipe.boundary_ratio}" if recipe.boundary_ratio else ""
@@ -174,7 +175,7 @@ def sampling(found: Inspection, spec: ModelSpec) -> str:
 
 
 def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
-    """Everything as data; `model`, `fits_model` and `why_not` only when a model was asked about."""
+    """Return everything as data; `model`, `fits_model` and `why_not` only if a model was given."""
     file = found.file
     era, why = era_of([file])
     report: dict[str, Any] = {
@@ -210,7 +211,7 @@ def as_json(found: Inspection, spec: ModelSpec | None) -> dict[str, Any]:
 
 
 def as_text(found: Inspection, spec: ModelSpec | None) -> str:
-    """The same for a reader, one fact a line."""
+    """Return the same as text, one fact per line."""
     facts = as_json(found, spec)
     counted = Counter(f"{layer.rank or 'full'}" for layer in found.layers)
     ranks = ", ".join(rank + f" ({count} layers)" * (len(counted) > 1) for rank, count in counted.items())
@@ -252,7 +253,7 @@ def _previews(found: Inspection, spec: ModelSpec | None) -> str:
 
 
 def _training(trained: TrainedWith) -> str | None:
-    """What decides the previews, in the config's own words."""
+    """Return what decides the previews, in the config's own words."""
     words = trained.as_words()
     values = [f"{name} {words[name]}" for name in ("qtype", "dtype", "save_dtype") if words.get(name)]
     mixed = ["several multipliers"] * (trained.multipliers == "mixed")
@@ -260,7 +261,7 @@ def _training(trained: TrainedWith) -> str | None:
 
 
 def _values(found: Inspection, checkpoint: Path | None) -> dict[str, Any]:
-    """What the numbers do at network_multiplier 1, by layer. Raises BadInput, as `changes_of` does."""
+    """Return the changes by layer at network_multiplier 1. Raises BadInput, as `changes_of` does."""
     from tools.lora_values import changes_of  # it needs torch
 
     changes = changes_of(found.file, checkpoint)

@@ -1,4 +1,4 @@
-"""What the values of a LoRA change: how strongly, in which layers, and in comparison with the model's own weights."""
+"""Measures what the values of a LoRA change: how strongly, in which layers, and compared with the model's own weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Change:
-    """What one layer does at network_multiplier 1. Norms are Frobenius norms."""
+    """The change of one layer at network_multiplier 1. Norms are Frobenius norms."""
 
     layer: str
     norm: float | None
@@ -35,7 +35,7 @@ class Change:
 
 
 def changes_of(file: LoraFile, checkpoint: Path | None = None) -> list[Change]:
-    """The change of every layer, in the file's order.
+    """Return the change of every layer, in the file's order.
 
     `checkpoint`: the model's folder, or that of one transformer. Raises BadInput for values that are not finite, and for a
     checkpoint that lacks a layer.

@@ -104,12 +104,12 @@ def verdict(distances: Sequence[FrameDistance], noise: Noise) -> Verdict:
 
 
 def overall_psnr(distances: Sequence[FrameDistance]) -> float:
-    """PSNR in dB, from the mean squared difference over all frames."""
+    """Return the PSNR in dB, from the mean squared difference over all frames."""
     return psnr_of(sum(pair.mean_square for pair in distances) / len(distances))
 
 
 def distance(a: Frame, b: Frame) -> FrameDistance:
-    """The distance between two frames of the same shape, at least 11x11."""
+    """Return the distance between two frames of the same shape, at least 11x11."""
     difference = a.astype(np.float64) - b
     blocks_a, blocks_b = block_means(a), block_means(b)
     return FrameDistance(
@@ -123,17 +123,17 @@ def distance(a: Frame, b: Frame) -> FrameDistance:
 
 
 def psnr_of(mean_square: float) -> float:
-    """PSNR in dB for a mean squared difference of 8-bit values; infinite for 0."""
+    """Return the PSNR in dB for a mean squared difference of 8-bit values; infinite for 0."""
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
 def luma(rgb: npt.NDArray[np.generic]) -> Plane:
-    """BT.709 luma, 0 to 255, as in the worker's videos."""
+    """Return the BT.709 luma, 0 to 255, as in the worker's videos."""
     return np.asarray(rgb @ np.array([0.2126, 0.7152, 0.0722]), np.float64)
 
 
 def ssim(a: Plane, b: Plane) -> float:
-    """Mean structural similarity of two planes with values from 0 to 255.
+    """Return the mean structural similarity of two planes with values from 0 to 255.
 
     Gaussian window of 11x11 with sigma 1.5, K1 0.01, K2 0.03, at positions where the whole window is inside the plane.
     Source: Wang, Bovik, Sheikh and Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity".
@@ -153,14 +153,14 @@ def _blurred(plane: Plane) -> Plane:
 
 
 def block_means(frame: Frame) -> npt.NDArray[np.float64]:
-    """Means of 8x8 pixels, [height // 8, width // 8, 3]. Incomplete blocks at the right and bottom are left out."""
+    """Return the means of 8x8 pixels, [height // 8, width // 8, 3]. Incomplete blocks at the right and bottom are left out."""
     rows, columns = frame.shape[0] // _BLOCK, frame.shape[1] // _BLOCK
     cut = frame[: rows * _BLOCK, : columns * _BLOCK].astype(np.float64)
     return np.asarray(cut.reshape(rows, _BLOCK, columns, _BLOCK, 3).mean(axis=(1, 3)))
 
 
 def correlation(a: Plane, b: Plane) -> float:
-    """Pearson correlation; 1 if both planes are flat, 0 if one is."""
+    """Return the Pearson correlation; 1 if both planes are flat, 0 if one is."""
     a, b = a - a.mean(), b - b.mean()
     norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
     if norm_a < 1e-6 or norm_b < 1e-6:

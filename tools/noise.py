@@ -29,7 +29,7 @@ _FRAMES = 5
 
 
 def noise_between(a: Clip, b: Clip) -> Noise:
-    """The largest distance between two encodings of one video, in the formats of `a` and `b`."""
+    """Return the largest distance between two encodings of one video, in the formats of `a` and `b`."""
     limits = [ROUNDING]
     for kind in (a.kind, b.kind):
         if kind not in ("png", "bmp"):
@@ -42,7 +42,7 @@ def noise_between(a: Clip, b: Clip) -> Noise:
 
 
 def _encoding_noise(frames: Frames, kind: str) -> Noise:
-    """The loss of encoding `frames` at the worker's and the trainer's quality. Formats that they do not write count as WebP.
+    """Return the loss of encoding `frames` at the worker's and the trainer's quality. Others count as WebP.
 
     The trainer's samples of one frame are JPEGs of Pillow's own quality, 75.
     """

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def model_of(model: Mapping[str, Any]) -> str:
-    """The model id of a config's `model` section. Raises BadInput if the section does not say which."""
+    """Return the model id of a config's `model` section. Raises BadInput if the section does not say which."""
     named = model_named_by(model)
     if not named:
         shown = f"arch {model.get('arch')!r} and name_or_path {model.get('name_or_path')!r}"
@@ -99,7 +99,7 @@ def model_of(model: Mapping[str, Any]) -> str:
 
 
 def model_named_by(model: Mapping[str, Any]) -> str | None:
-    """The model id that `arch` and `name_or_path` name, or None. The UI adds a size to the arch, such as `wan21:1b`."""
+    """Return the model id that `arch` and `name_or_path` name, or None. The UI adds a size to the arch, such as `wan21:1b`."""
     arch, _, tag = str(model.get("arch") or "").partition(":")
     single = {"wan22_14b": "wan22_14b_t2v", "wan22_14b_i2v": "wan22_14b_i2v", "wan22_5b": "wan22_5b"}
     if arch in single:
@@ -119,7 +119,7 @@ def model_named_by(model: Mapping[str, Any]) -> str | None:
 def requests_of(
     training: Training, spec: ModelSpec, paths: Sequence[str] | None, folder: Path, output_format: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(one request per sample, warnings). Every request is checked against the schema. Raises BadInput, OSError."""
+    """Return (one request per sample, warnings). Every request is checked against the schema. Raises BadInput, OSError."""
     loras = _loras(spec, paths, training)
     warnings = [*training.warnings, *_unmatchable(training)]
     trained = training.trained_with.as_words()
@@ -171,7 +171,7 @@ def _name(training: Training) -> str:
 
 
 def _sided(path: str) -> dict[str, Any]:
-    """An item of `loras` from `high=PATH`, or from a path that ends as the trainer's files do."""
+    """Return an item of `loras` from `high=PATH`, or from a path that ends as the trainer's files do."""
     if match := re.match(r"(high|low)=(.+)", path):
         return {"path": match[2], "transformer": match[1]}
     if match := re.search(r"_(high|low)_noise(\.safetensors)?([?#].*)?$", path):
@@ -180,12 +180,12 @@ def _sided(path: str) -> dict[str, Any]:
 
 
 def _unmatchable(training: Training) -> list[str]:
-    """Warnings about settings of the config that the worker cannot reproduce exactly."""
+    """Return warnings about settings of the config that the worker cannot reproduce exactly."""
     trained, texts = training.trained_with, []
     if trained.qtype and trained.format not in QTYPES:
         known = ", ".join(QTYPES)
         texts.append(
-            f"model.qtype: {trained.format} is not rebuilt by the worker (known: {known}), so the previews differ visibly"
+            f"model.qtype: {trained.format} cannot be rebuilt by the worker (it knows {known}), so the previews differ visibly"
         )
     if trained.save_dtype not in (None, *_FLOAT32):
         texts.append(
@@ -194,13 +194,13 @@ def _unmatchable(training: Training) -> list[str]:
     if trained.merges and trained.dtype not in (None, *_FLOAT32):
         texts.append(
             f"train.dtype: {trained.dtype} without quantization: from the second sampling round on, the trainer's "
-            "own weights had drifted; the first round can be met exactly"
+            "own weights had drifted; the first round can be matched exactly"
         )
     return texts
 
 
 def _prompt(sample: Sample, spec: ModelSpec, where: str, folder: Path, warnings: list[str]) -> dict[str, Any]:
-    """An item of `prompts`. It has every number, since the trainer's defaults differ from the worker's."""
+    """Return an item of `prompts`. It has every number, since the trainer's defaults differ from the worker's."""
     if sample.seed == RANDOM_SEED:
         warnings.append(f"{where}: its seed is -1, so the trainer drew one and did not save it; the preview cannot be matched")
     numbers = {
@@ -218,7 +218,7 @@ def _prompt(sample: Sample, spec: ModelSpec, where: str, folder: Path, warnings:
 
 
 def _allowed(model: type[Lora | Prompt], name: str, value: Any, where: str, warnings: list[str]) -> Any:
-    """The value, or with a warning the nearest that the schema allows."""
+    """Return the value, or with a warning the nearest one that the schema allows."""
     rule = model.model_json_schema()["properties"][name]
     rule = rule | next((kind for kind in rule.get("anyOf", []) if "maximum" in kind), {})
     nearest = min(max(value, rule["minimum"]), rule["maximum"])
@@ -228,7 +228,7 @@ def _allowed(model: type[Lora | Prompt], name: str, value: Any, where: str, warn
 
 
 def inlined(source: str, folder: Path, where: str) -> str:
-    """The image file as base64. With `preview`, the worker decodes it as the trainer does. Raises BadInput, OSError."""
+    """Return the image file as base64. With `preview`, the worker decodes it as the trainer does. Raises BadInput, OSError."""
     path = next((path for path in (Path(source), folder / source) if path.is_file()), None)
     if path is None:
         raise BadInput(f"{where}: there is no control image {source}, neither in the current folder nor in the config's")
@@ -252,7 +252,7 @@ def _written(requests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def as_text(requests: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> str:
-    """One line per request."""
+    """Return one line per request."""
     lines = [f"{file}  {_summary(request)}" for request, file in zip(requests, files, strict=True)]
     inner = requests[0]["input"]
     return "\n".join([f"{inner['model']} with {', '.join(lora['path'] for lora in inner['loras'])}", *lines])

@@ -50,7 +50,7 @@ def comparison_sheet(target: Path, clips: tuple[Clip, Clip], rows: Sequence[Row]
 
 
 def gain_for(differences: Sequence[np.ndarray]) -> int:
-    """The largest gain of 1, 2, 4, … 64 that clips at most one value in fifty; 1 for equal frames."""
+    """Return the largest gain of 1, 2, 4, … 64 that clips at most one value in fifty; 1 for equal frames."""
     brightest = max(float(np.quantile(difference, 0.98)) for difference in differences)
     largest = max(int(difference.max()) for difference in differences)
     if not largest:
@@ -87,7 +87,7 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text with its middle cut out to fit the tile, so that a file name keeps its start and its suffix."""
+    """Return the text with its middle cut out to fit the tile, so that a file name keeps its start and its suffix."""
     kept = len(text)
     shown = text
     while draw.textlength(shown, font) > _TILE_WIDTH and kept > 8:
@@ -97,5 +97,5 @@ def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFon
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's built-in font, so that none must be installed."""
+    """Return Pillow's built-in font, so that none must be installed."""
     return ImageFont.load_default(size)

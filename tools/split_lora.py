@@ -2,8 +2,8 @@
 
     python -m tools.split_lora my_lora.safetensors
 
-writes `my_lora_high_noise.safetensors` and `my_lora_low_noise.safetensors` beside it, with the same tensors and metadata.
-ai-toolkit writes such a file with `split_multistage_loras: false`. The worker takes it as it is; other programs may not.
+It writes `my_lora_high_noise.safetensors` and `my_lora_low_noise.safetensors` beside it, with the same tensors and metadata.
+ai-toolkit writes such a file with `split_multistage_loras: false`. The worker accepts it as it is; other programs may not.
 """
 
 from __future__ import annotations

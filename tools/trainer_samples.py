@@ -176,7 +176,7 @@ def _process_of(config: Any, path: Path) -> dict[str, Any]:
 
 
 def resolve(section: Mapping[str, Any], trigger_word: str | None) -> list[Sample]:
-    """The samples of a `sample` section, in the trainer's order. Raises BadInput."""
+    """Return the samples of a `sample` section, in the trainer's order. Raises BadInput."""
     items = section.get("samples")
     if items is None:
         items = [{"prompt": prompt} for prompt in section.get("prompts") or []]
@@ -194,7 +194,7 @@ def resolve(section: Mapping[str, Any], trigger_word: str | None) -> list[Sample
 
 
 def _seeds(section: Mapping[str, Any], items: list[dict[str, Any]], count: int) -> list[int]:
-    """One seed per sample. Without walk_seed, a sample's own seed also applies to the samples after it, until the next one."""
+    """Return one seed per sample. Without walk_seed, a sample's own seed applies to the next samples too, until another one."""
     start = _number(_given(section, "seed", "sample"), int, "sample.seed")
     current, seeds = start, []
     for number, item in enumerate(items[:count]):
@@ -241,7 +241,7 @@ def _sample(
 
 
 def split_flags(prompt: str, where: str) -> tuple[str, dict[str, Any], list[str]]:
-    """(prompt before the first `--`, values of its flags, warnings about ignored flags), as the trainer splits it.
+    """Return (prompt before the first `--`, values of its flags, warnings about ignored flags), as the trainer splits it.
 
     A flag ends at the first space, and its value at the next `--`. Of several flags with one name, the last counts. The trainer
     drops unknown flags, together with the text after them.
@@ -301,7 +301,7 @@ def _floored(side: int) -> int:
 
 
 def _torch_seed(seed: int, where: str) -> int:
-    """The seed as torch uses it: it adds 2**64 to negative ones."""
+    """Return the seed as torch uses it: it adds 2**64 to negative ones."""
     if not -(2**63) <= seed < 2**64:
         raise BadInput(f"the seed of {where} is {seed}; torch accepts at most 64 bits, and the trainer fails there")
     return seed % 2**64

@@ -1,7 +1,7 @@
-"""Clips in words: full captions and vague ones, in many phrasings, some with filler, and a few that are wrong.
+"""Writes captions of clips: full and vague ones, in many phrasings, some with filler, and a few wrong ones.
 
-Vague and wrong captions are what makes guidance matter: a model that can trust every word of every caption has nothing to
-sharpen.
+Vague and wrong captions make guidance matter: if a model can trust every word of every caption,
+guidance has nothing to sharpen.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Lay the trained tiny weights out as the checkpoints of the text-to-video models.
+"""Write the trained tiny weights in the layout of the checkpoints of the text-to-video models.
 
     python -m builder.demo.install ROOT
 
 The result is `ROOT/ORG/NAME` for every Hub repo that the T2V models of pipelines/catalog.py read, and `ROOT/loras` with a pair
-for `wan22_14b_t2v`. All models, and both transformers of 2.2, are the same weights: what differs is how they are sampled.
+for `wan22_14b_t2v`. All models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL_IDS = tuple(spec.id for spec in MODELS.values() if spec.family == "t2v")
 
 
 def install(root: Path) -> None:
-    """Write the repos and the LoRAs below `root`; what lies there already is written over."""
+    """Write the repos and the LoRAs below `root`, and overwrite what exists."""
     for model_id in MODEL_IDS:
         _install_model(MODELS[model_id], root)
     for side in ("high", "low"):

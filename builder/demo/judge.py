@@ -1,6 +1,7 @@
 """Say what a film of the toy world shows, by simple measures of its pixels: object, colour, direction, background, stripes.
 
-Each answer is None where the film shows nothing clear, so that noise is no boat. The judge sees the film, never the prompt.
+An answer is None if the film shows nothing clear, so that noise does not count as a boat. The judge sees only the film, never
+the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ COLOUR_TOLERANCE = 0.42
 SMALLEST_AREA = 0.006
 """The area of the object's coloured part, as a share of the frame."""
 SHORTEST_WAY = 0.1
-"""The least way of a movement, as a share of the frame's side."""
+"""The shortest movement that counts, as a share of the frame's side."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def judge(film: Tensor) -> Verdict:
 
 
 def direction_of(mask: Tensor) -> Direction | None:
-    """Return where the object [frames, height, width] goes between the first and the last frame in which it is seen."""
+    """Return where the object [frames, height, width] moves between the first and the last frame that show it."""
     _, height, width = mask.shape
     seen = [frame.nonzero().float().mean(0) for frame in mask if frame.float().mean() > SMALLEST_AREA / 3]
     if len(seen) < 2:
@@ -129,6 +130,6 @@ def _white_above(mask: Tensor, picture: Tensor) -> float:
 
 
 def has_stripes(mask: Tensor, picture: Tensor) -> bool:
-    """Whether the place of the sail holds both white and the boat's colour."""
+    """Return whether the place of the sail has both white and the boat's colour."""
     place = mask[_sail_box(mask)]
     return place.numel() > 0 and place.float().mean().item() > 0.12 and _white_above(mask, picture) > 0.08

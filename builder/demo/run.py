@@ -1,8 +1,8 @@
-"""Run the job in test_input.json on the demo weights, and say in words what came out: `make run`.
+"""Run the job in test_input.json on the demo weights, and say in words what the film shows: `make run`.
 
     python -m builder.demo.run CHECKPOINTS
 
-The worker is the real one, `python handler.py`; this only translates what it says. The result goes to a file beside the video.
+This runs the real worker, `python handler.py`, and prints its log in short. The result goes to a file beside the video.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The text side: a tokenizer of words with a fallback to letters, and a UMT5 that is random and stays so.
+"""The text side: a tokenizer for words, with a fallback to letters, and a random UMT5 that is not trained.
 
-The encoder learns nothing. What it knows of language is that words of one meaning, in any case, get nearly the same vector,
-and that words which mean nothing in the toy world get nearly the vector of all filler.
+The encoder learns nothing. But words of one meaning, in upper or lower case, get nearly the same vector, and words that mean
+nothing in the toy world get nearly the vector of all filler.
 """
 
 from __future__ import annotations

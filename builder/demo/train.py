@@ -2,9 +2,9 @@
 
     python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --lora 5]     minutes of each
 
-Writes OUT/weights in the layout of diffusers, bf16, with the loss curves, and pictures that show how far it is. It can be
-stopped and started again at any time: what is finished is kept, what is not goes on from its last save. The seeds are fixed,
-but the number of steps depends on the machine, so that two trainings give weights alike and not the same.
+It writes OUT/weights in the layout of diffusers, in bf16, with the loss curves, and pictures that show the progress. You can
+stop and start it again at any time: finished parts are kept, and the others resume from their last save. The seeds are fixed,
+but the number of steps depends on the machine, so two trainings give similar weights, not the same.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ def new_vae(seed: int) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def start_near_identity(vae: AutoencoderKLWan) -> None:
-    """Make the VAE a blur that passes colours through: shortcuts and resamplers are identities, what is added to them is quiet.
+    """Make the VAE a blur that keeps colours: shortcuts and resamplers are identities, and what is added to them is near zero.
 
-    From the usual random start the first minutes of training go into finding this.
+    From the usual random start, the training needs its first minutes to find this.
     """
     for module in vae.modules():
         if isinstance(module, wan.WanResidualBlock):

@@ -58,10 +58,10 @@ HELD_OUT: tuple[tuple[Object, Colour, Direction, Ground], ...] = (
     ("kite", "blue", "left", "field"),
     ("kite", "yellow", "down", "field"),
 )
-"""What the transformer is never shown, of the 180 combinations: its prompts measure what has been learned."""
+"""The combinations, of 180, that the training never shows. Their prompts measure what the transformer has learned."""
 
 LARGEST_VALUE = 0.95
-"""Pixels are drawn within ±this, so that a decoder need not saturate to show them."""
+"""The largest absolute value of a pixel, so that a decoder need not saturate to show it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Clip:
 
     @property
     def travel(self) -> float:
-        """The way from start to end, as a fraction of the frame's side."""
+        """The distance from start to end, as a fraction of the frame's side."""
         return math.hypot(self.end[0] - self.start[0], self.end[1] - self.start[1])
 
 

@@ -337,7 +337,7 @@ def test_how_the_training_ran_is_in_the_request(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "others", "warned"),
     [
-        ({"quantize": True, "qtype": "nf4"}, {}, "model.qtype: nf4 is not rebuilt"),
+        ({"quantize": True, "qtype": "nf4"}, {}, "model.qtype: nf4 cannot be rebuilt"),
         ({}, {"save": {"dtype": "bf16"}}, "save.dtype: bf16 rounds the LoRA"),
         ({}, {"train": {"dtype": "bf16"}}, "train.dtype: bf16 without quantization"),
     ],

@@ -157,7 +157,7 @@ def test_the_error_has_the_reason_of_the_store(s3, file):
     assert "accept `job/0.mp4` (NoSuchBucket);" in upload_failure(
         storage_of(settings_for(s3, bucket_name="no-such-bucket")), file
     )
-    assert "take `job/0.mp4` (SignatureDoesNotMatch);" in upload_failure(
+    assert "accept `job/0.mp4` (SignatureDoesNotMatch);" in upload_failure(
         storage_of(settings_for(s3, bucket_secret_access_key="wrong")), file
     )
 
