@@ -33,7 +33,7 @@ _REFUSALS = 4
 """After so many refusals an upload fails. One is not enough: a store that has just restarted can refuse for a moment."""
 _SECONDS_UNTIL_KEPT = 5.0
 """When an upload takes longer, its file is copied to RECOVERY_DIR meanwhile: the process may be killed before it ends."""
-_SECONDS_TO_LOOK = 15.0
+_SECONDS_TO_SEARCH = 15.0
 """Limit for all searches for files of an earlier delivery. After it, the job goes on as if there were none."""
 _SECONDS_TO_CHECK = 30.0
 """Limit for the check of a job's own bucket."""
@@ -103,7 +103,7 @@ class Delivery:
         self._folder = folder
         self._recurs = identity.recurs
         self._made_from = identity.sum if identity.recurs else ""
-        self._seconds_to_look = _SECONDS_TO_LOOK
+        self._seconds_to_search = _SECONDS_TO_SEARCH
 
     def check(self, stop: threading.Event) -> None:
         """Check that the job's own bucket accepts files; the worker's was checked at start. Raises WorkerError, Stopped."""
@@ -121,22 +121,22 @@ class Delivery:
         may be killed. Raises WorkerError with UPLOAD_FAILED, and Stopped.
         """
         key = self._key(file.name)
-        keeping = _Keeping(lambda: self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own)))
+        keeper = _Keeper(lambda: self._recovery.keep(file, Kept(key, content_type, self._made_from, self._own)))
 
         def attempt() -> Stored:
             try:
                 return self._storage.put(file, key, content_type, self._made_from, limit)
             except NotStored:
-                keeping.now()
+                keeper.now()
                 raise
 
         try:
             try:
                 stored = retry_until(attempt, give_up_at, limit.stop)
             finally:
-                keeping.end()
+                keeper.end()
         except NotStored as error:
-            raise self._kept_error(error) if keeping.now() else error from error
+            raise self._kept_error(error) if keeper.now() else error from error
         except Stopped:
             self._recovery.delete(key)  # the job was cancelled: nobody needs the file
             raise
@@ -145,7 +145,7 @@ class Delivery:
 
     def find(self, name: str, stop: threading.Event) -> Stored | None:
         """Return the stored file of that name, if an earlier delivery of this job made it. Raises Stopped."""
-        with self._looking(stop) as limit:
+        with self._search(stop) as limit:
             return self._storage.find(self._key(name), self._made_from, limit) if self._recurs else None
 
     def is_kept(self, name: str) -> bool:
@@ -175,7 +175,7 @@ class Delivery:
         """Return the result of an earlier delivery of this job, with new URLs, if all its files still exist. Raises Stopped."""
         if not self._recurs:
             return None
-        with self._looking(stop) as limit:
+        with self._search(stop) as limit:
             body = self._storage.read(self._key(_RESULT), self._made_from, limit)
         try:
             return None if body is None else self._with_new_urls(json.loads(body), stop)
@@ -217,13 +217,13 @@ class Delivery:
             log.warning(text, extra={"fields": {"job": self._folder}})
 
     @contextmanager
-    def _looking(self, stop: threading.Event) -> Iterator[Limit]:
+    def _search(self, stop: threading.Event) -> Iterator[Limit]:
         """Give a search its limit, and take the time it needed off the limit of all searches."""
         started = time.monotonic()
         try:
-            yield Limit.of(self._seconds_to_look, stop)
+            yield Limit.of(self._seconds_to_search, stop)
         finally:
-            self._seconds_to_look -= time.monotonic() - started
+            self._seconds_to_search -= time.monotonic() - started
 
     def _key(self, name: str) -> str:
         return f"{self._folder}/{name}"
@@ -233,7 +233,7 @@ class Delivery:
         return WorkerError(Code.UPLOAD_FAILED, f"{error.message}; the file is kept, and {when}")
 
 
-class _Keeping:
+class _Keeper:
     """Copies a file to RECOVERY_DIR, once: when `now` is called, or by itself after some seconds."""
 
     def __init__(self, keep: Callable[[], bool]) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from worker.errors import Code, Problem
 
-_ELSEWHERE = {
+_ALIASES = {
     "steps": "sample_steps",
     "num_inference_steps": "sample_steps",
     "cfg": "guidance_scale",
@@ -44,7 +44,7 @@ _SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
 _LONG_NUMBER = 10**40
 """Python itself writes no number of more than 4,300 digits."""
 
-_DEEPEST = 6
+_MAX_PATH_PARTS = 6
 """How many parts of a path are shown; a path of the schema has at most three."""
 
 
@@ -65,15 +65,15 @@ def problems_of(error: ValidationError, models: Models) -> Iterator[Problem]:
         elif problem["type"] == "missing":
             yield Problem(Code.INVALID_INPUT, where, f"is required: {_rule(location, models)}")
         else:
-            yield Problem(Code.INVALID_INPUT, where, f"must be {_rule(location, models)}{_instead_of(problem)}")
+            yield Problem(Code.INVALID_INPUT, where, f"must be {_rule(location, models)}{_received(problem)}")
 
 
 def path_of(location: Location) -> str:
     """Return the location in words, such as `prompts[1].width`. One far deeper than the schema is cut off."""
     path = ""
-    for part in location[:_DEEPEST]:
+    for part in location[:_MAX_PATH_PARTS]:
         path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
-    return path + "…" * (len(location) > _DEEPEST)
+    return path + "…" * (len(location) > _MAX_PATH_PARTS)
 
 
 def _shown(name: str) -> str:
@@ -81,7 +81,7 @@ def _shown(name: str) -> str:
     return re.sub(r"[^\w -]", "?", name[:32])
 
 
-def _home_of(location: Location) -> str:
+def _object_of(location: Location) -> str:
     """Return the object that contains the location, as a key of Models."""
     if len(location) < 2:
         return ""
@@ -89,11 +89,11 @@ def _home_of(location: Location) -> str:
 
 
 def _unknown_field(location: Location, models: Models) -> str:
-    name, here = str(location[-1])[:100].lower(), _home_of(location)
+    name, here = str(location[-1])[:100].lower(), _object_of(location)
     fields = models[here].model_fields
     prefix_of = {known: prefix for prefix, model in models.items() for known in model.model_fields}
     prefix_of |= dict.fromkeys(fields, "")
-    meant = _ELSEWHERE.get(name, name)
+    meant = _ALIASES.get(name, name)
     if meant not in prefix_of:
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
         close += difflib.get_close_matches(name, prefix_of, n=1, cutoff=0.8)
@@ -106,7 +106,7 @@ def _unknown_field(location: Location, models: Models) -> str:
 
 def _rule(location: Location, models: Models) -> str:
     """Return the rule of the field in words, with a value that works."""
-    home = models[_home_of(location)]
+    home = models[_object_of(location)]
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
     if isinstance(location[-1], int):
         return f"an object with the fields {', '.join(home.model_fields)}"
@@ -136,7 +136,7 @@ def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
     return fields
 
 
-def _instead_of(problem: Any) -> str:
+def _received(problem: Any) -> str:
     """Return what the client sent, if it is shorter than a token and cannot be a secret."""
     value, name = problem["input"], problem["loc"][-1]
     if name in _SECRET_FIELDS:

@@ -97,7 +97,7 @@ def decode(data: bytes, match: Match = "documented", allowance: Allowance | None
             raise ValueError("it is empty; send a PNG, JPEG or WebP image") from error
         if kind := next((kind for kind, mark in _NOT_READ.items() if mark.match(data)), ""):
             raise ValueError(f"it is {kind}, which is not read here; save it as PNG, JPEG or WebP") from error
-        if (whole := _with_its_end(data)) is not None:
+        if (whole := _with_end_marker(data)) is not None:
             return decode(whole, match)  # its pixels were counted before
         if "truncated" in str(error):
             raise ValueError("the image is cut short; upload or download it again") from error
@@ -153,7 +153,7 @@ def _passes_of_jpeg(data: bytes) -> int:
 _END_OF_JPEG = b"\xff\xd9"
 
 
-def _with_its_end(data: bytes) -> bytes | None:
+def _with_end_marker(data: bytes) -> bytes | None:
     """Return a JPEG that lacks only its end marker with that marker; None for anything else.
 
     Cameras and broken downloads leave such files. Bytes after the last pixel change nothing, so if more bytes change the

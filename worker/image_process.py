@@ -28,7 +28,7 @@ _MAX_IDLE = 2
 _TOO_MUCH = "it takes too long or too much memory to decode; save it anew as PNG, JPEG or WebP"
 
 
-def decode_apart(data: bytes, match: Match, allowance: Allowance, stop: threading.Event) -> Image.Image:
+def decode_in_process(data: bytes, match: Match, allowance: Allowance, stop: threading.Event) -> Image.Image:
     """Run `image_decode.decode` in another process. Raises what that raises, and Stopped within a tenth of a second."""
     process = _take()
     try:
@@ -36,7 +36,7 @@ def decode_apart(data: bytes, match: Match, allowance: Allowance, stop: threadin
     except ValueError:
         _give_back(process)
         raise
-    except (EOFError, OSError, _TimeIsOver):  # it exceeded its limits
+    except (EOFError, OSError, _TimedOut):  # it exceeded its limits
         process.kill()
         raise ValueError(_TOO_MUCH) from None
     except BaseException:
@@ -46,7 +46,7 @@ def decode_apart(data: bytes, match: Match, allowance: Allowance, stop: threadin
     return image
 
 
-class _TimeIsOver(Exception):
+class _TimedOut(Exception):
     pass
 
 
@@ -69,12 +69,12 @@ class _Process:
         end = time.monotonic() + _SECONDS
         self._write(json.dumps({"match": match, "bytes": len(data)}).encode() + b"\n" + data)
         while True:
-            answer = json.loads(self._line(end, stop))
+            answer = json.loads(self._read_line(end, stop))
             if "error" in answer:
                 raise ValueError(answer["error"])
             if "size" in answer:
                 width, height = answer["size"]
-                return Image.frombytes("RGB", (width, height), self._bytes(3 * width * height, end, stop))
+                return Image.frombytes("RGB", (width, height), self._read_bytes(3 * width * height, end, stop))
             self._write(b"go\n" if allowance.take(answer["pixels"]) else b"no\n")
 
     def kill(self) -> None:
@@ -93,28 +93,28 @@ class _Process:
         while view:
             view = view[self._process.stdin.write(view) :]
 
-    def _line(self, end: float, stop: threading.Event) -> bytes:
+    def _read_line(self, end: float, stop: threading.Event) -> bytes:
         while b"\n" not in self._rest:
-            self._rest += self._some(end, stop)
+            self._rest += self._read_some(end, stop)
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def _bytes(self, count: int, end: float, stop: threading.Event) -> bytes:
+    def _read_bytes(self, count: int, end: float, stop: threading.Event) -> bytes:
         parts, size = [self._rest], len(self._rest)
         while size < count:
-            parts.append(self._some(end, stop))
+            parts.append(self._read_some(end, stop))
             size += len(parts[-1])
         self._rest = b""
         return b"".join(parts)
 
-    def _some(self, end: float, stop: threading.Event) -> bytes:
-        """Return the bytes that have arrived. Raises Stopped, _TimeIsOver, EOFError."""
+    def _read_some(self, end: float, stop: threading.Event) -> bytes:
+        """Return the bytes that have arrived. Raises Stopped, _TimedOut, EOFError."""
         assert self._process.stdout
         while not select.select([self._process.stdout], [], [], 0.1)[0]:
             if stop.is_set():
                 raise Stopped
             if time.monotonic() > end:
-                raise _TimeIsOver
+                raise _TimedOut
         part: Any = self._process.stdout.read(1 << 20)
         if not part:
             raise EOFError

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.catalog import Match
 from worker.errors import Code, Problem, WorkerError
 from worker.image_decode import Allowance
-from worker.image_process import decode_apart
+from worker.image_process import decode_in_process
 from worker.net.download import DownloadError, fetch_bytes
 from worker.request import is_url
 
@@ -37,7 +37,7 @@ def load_control_image(
     Raises WorkerError with CONTROL_IMAGE_INVALID for each of `fields`, the places of the request that name this source.
     """
     try:
-        return decode_apart(_read(source, max_bytes, stop, private), match, allowance, stop)
+        return decode_in_process(_read(source, max_bytes, stop, private), match, allowance, stop)
     except (DownloadError, ValueError) as error:
         raise WorkerError.of([Problem(Code.CONTROL_IMAGE_INVALID, where, str(error)) for where in fields]) from error
 

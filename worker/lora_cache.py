@@ -41,7 +41,7 @@ _CURRENT_SECONDS = 60
 _ABANDONED_SECONDS = 600
 """A temporary file of this age that nobody holds is abandoned: a running download writes at least once a minute."""
 
-_FORGOTTEN_SECONDS = 24 * 3600
+_OLD_LOCK_SECONDS = 24 * 3600
 """A lock file of this age that nobody holds is deleted."""
 
 _IN_USE_SECONDS = 3600
@@ -132,16 +132,16 @@ class LoraCache:
                     if copy and copy.identity in damaged:
                         copy = None
                     if not copy or not copy.record.answers(source.request, asked):
-                        copy = self._ask(source, copy, using)
+                        copy = self._current_copy(source, copy, using)
                 if lora := _read_back(copy):
-                    _note_use(copy)
+                    _mark_used(copy)
                     held.enter_context(using.pop_all())
                     return lora
                 damaged.add(copy.identity)
                 _warn("a LoRA in the cache is damaged; it is downloaded again", copy)
         raise OSError(errno.EIO, "the disk returns other bytes than were written")
 
-    def _ask(self, source: Source, copy: _Copy | None, using: ExitStack) -> _Copy:
+    def _current_copy(self, source: Source, copy: _Copy | None, using: ExitStack) -> _Copy:
         """Return the server's file, or `copy` if it is still current.
 
         While the server is down, a client that got the file before may use the copy.
@@ -168,7 +168,7 @@ class LoraCache:
             if copy and answer.status == 304:
                 validators = answer.validators or copy.record.validators
                 record = replace(copy.record, validators=validators, request=source.request, checked=time.time())
-                self._note(source.key, record)
+                self._save_record(source.key, record)
                 return replace(copy, record=record)
             record = _record_of(file, answer, source.request)
             with self._locked(_WHOLE_CACHE):
@@ -179,13 +179,13 @@ class LoraCache:
                     _try_lock(file, fcntl.LOCK_SH)
                     using.enter_context(own.pop_all())
                     kept = _Copy(record, self._path(record), file)
-                self._note(source.key, record)
+                self._save_record(source.key, record)
                 self._evict(self._max_bytes)
             return kept
 
     def _copy(self, key: str, using: ExitStack) -> _Copy | None:
         """Return the last file of the URL, if it still exists."""
-        record = self._record(key)
+        record = self._load_record(key)
         return self._copy_of(record, using) if record else None
 
     def _copy_of(self, record: _Record, using: ExitStack) -> _Copy | None:
@@ -196,13 +196,13 @@ class LoraCache:
     def _path(self, record: _Record) -> Path:
         return self._files / f"{record.sha256}.safetensors"
 
-    def _record(self, key: str) -> _Record | None:
+    def _load_record(self, key: str) -> _Record | None:
         try:
             return _RECORD.validate_json((self._urls / f"{key}.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
-    def _note(self, key: str, record: _Record) -> None:
+    def _save_record(self, key: str, record: _Record) -> None:
         with atomic_write(self._urls / f"{key}.json") as temporary:
             temporary.write_bytes(_RECORD.dump_json(record))
 
@@ -245,18 +245,18 @@ class LoraCache:
         for _, size, path in sorted(files):
             if total <= max_bytes:
                 break
-            total -= size if _remove_unused(path) else 0
+            total -= size if _delete_unused(path) else 0
         now = time.time()
         for folder, pattern, seconds in (
             (self._files, ".*", _ABANDONED_SECONDS),
             (self._urls, ".*", _ABANDONED_SECONDS),
-            (self._locks, "*", _FORGOTTEN_SECONDS),
+            (self._locks, "*", _OLD_LOCK_SECONDS),
         ):
             for path, stat in _listed(folder, pattern):
                 if now - stat.st_mtime > seconds:
-                    _remove_unused(path)
+                    _delete_unused(path)
         for path in self._urls.glob("[!.]*.json"):
-            record = self._record(path.stem)
+            record = self._load_record(path.stem)
             if not record or not self._path(record).exists():
                 path.unlink(missing_ok=True)
 
@@ -285,7 +285,7 @@ def _warn(text: str, copy: _Copy) -> None:
     log.warning(text, extra={"fields": {"sha256": copy.record.sha256}})
 
 
-def _note_use(copy: _Copy) -> None:
+def _mark_used(copy: _Copy) -> None:
     """Set atime to now, as the time of the last use. mtime stays: it shows whether a file was replaced."""
     with suppress(PermissionError):  # another user's file
         os.utime(copy.file.fileno(), ns=(time.time_ns(), os.fstat(copy.file.fileno()).st_mtime_ns))
@@ -331,7 +331,7 @@ def _listed(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]
             yield path, path.stat()
 
 
-def _remove_unused(path: Path) -> bool:
+def _delete_unused(path: Path) -> bool:
     """Delete a file unless somebody has it open. Returns whether it was deleted."""
     try:
         with path.open("r+b") as file:  # for writing: NFS requires that for an exclusive lock

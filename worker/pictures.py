@@ -50,14 +50,14 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         rows = math.ceil(len(self.frames) / self.columns)
-        return self._end(0, self.columns), self._end(1, rows)
+        return self._extent(0, self.columns), self._extent(1, rows)
 
     def corner(self, place: int) -> tuple[int, int]:
         """Return the left and the upper edge of the tile at this place."""
         row, column = divmod(place, self.columns)
         return column * (self.tile[0] + _GAP), row * (self.tile[1] + _GAP)
 
-    def _end(self, axis: int, tiles: int) -> int:
+    def _extent(self, axis: int, tiles: int) -> int:
         return tiles * (self.tile[axis] + _GAP) - _GAP
 
 

@@ -90,8 +90,8 @@ class Recovery:
 
         Files of a job's own bucket wait for that job. They are deleted when RunPod can no longer deliver it.
         """
-        self._remove_halves()
-        for note, kept in self._all():
+        self._delete_incomplete()
+        for note, kept in self._notes():
             try:
                 if kept.own:
                     storage.put(note.with_suffix(".bin"), kept.key, kept.content_type, kept.made_from, Limit(threading.Event()))
@@ -107,7 +107,9 @@ class Recovery:
         """Make room for so many bytes: delete files of jobs' own buckets, the oldest first. Returns whether they fit."""
         there = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.bin")]
         total = sum(size for _, size, _ in there) + size
-        of_jobs = {note.with_suffix(".bin") for note, kept in self._all() if not kept.own} if total > self._max_bytes else set()
+        of_jobs = (
+            {note.with_suffix(".bin") for note, kept in self._notes() if not kept.own} if total > self._max_bytes else set()
+        )
         for _, bytes_of, path in sorted(there):
             if total <= self._max_bytes:
                 break
@@ -118,7 +120,7 @@ class Recovery:
                 total -= bytes_of
         return total <= self._max_bytes
 
-    def _remove_halves(self) -> None:
+    def _delete_incomplete(self) -> None:
         """Delete what a killed process left: temporary files, and files without a note."""
         for path in (*self._folder.glob(".*"), *self._folder.glob("*.bin")):
             with suppress(OSError):
@@ -126,7 +128,7 @@ class Recovery:
                 if not is_whole and time.time() - path.stat().st_mtime > _SECONDS_ABANDONED:
                     path.unlink()
 
-    def _all(self) -> Iterator[tuple[Path, Kept]]:
+    def _notes(self) -> Iterator[tuple[Path, Kept]]:
         """Yield every note that passes the checks, with its content."""
         for note in sorted(self._folder.glob("*.json")):
             if kept := self._read(note):

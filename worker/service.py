@@ -64,7 +64,7 @@ class Service:
         with logs.hidden(_secrets_of(raw_job)):
             try:
                 with stage("job", job=job_id), self._started(raw_job, job_id) as run:
-                    async with self._sender(raw_job) as send, run.progress.sent_by(send), self._alone(run):
+                    async with self._sender(raw_job) as send, run.progress.sent_by(send), self._after_its_duplicate(run):
                         return await Job(run, self._gpu, self._settings).result()
             except Exception as error:
                 return {"error": str(report(error, job_id))}
@@ -109,7 +109,7 @@ class Service:
                 self._runs.remove(run)
 
     @asynccontextmanager
-    async def _alone(self, run: Run) -> AsyncIterator[None]:
+    async def _after_its_duplicate(self, run: Run) -> AsyncIterator[None]:
         """Wait while the same job, delivered earlier, is running."""
         lock = self._duplicate_locks.setdefault(run.identity.sum, asyncio.Lock())
         run.needs_the_gpu = not lock.locked()

@@ -243,7 +243,7 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _whole_bucket(self) -> Settings:
+    def _complete_bucket(self) -> Settings:
         needed = {
             "BUCKET_ACCESS_KEY_ID": self.bucket_access_key_id,
             "BUCKET_SECRET_ACCESS_KEY": self.bucket_secret_access_key,

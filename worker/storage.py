@@ -43,7 +43,7 @@ _CHECK = b"worker-wan-lora"
 """The content that the check at start stores."""
 _MADE_FROM = "made-from"
 """The key in the objects' metadata."""
-_SECONDS_OFF = 60.0
+_MAX_CLOCK_DIFFERENCE = 60.0
 """The clocks of worker and store may differ by so much without a warning. S3 rejects a difference of 15 minutes."""
 
 
@@ -239,7 +239,7 @@ class Bucket:
         def upload() -> None:
             self._client.upload_file(str(file), self._name, key, ExtraArgs=options, Config=_TRANSFER)
 
-        self._ask(upload, key, limit)
+        self._call(upload, key, limit)
         return self._signed(key, size)
 
     def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
@@ -251,7 +251,7 @@ class Bucket:
             return self._signed(key, head["ContentLength"]) if same else None
 
         try:
-            return self._ask(look, key, limit)
+            return self._call(look, key, limit)
         except NotStored:
             return None
 
@@ -264,7 +264,7 @@ class Bucket:
             return bytes(answer["Body"].read(STORE_ANSWER_BYTES)) if same else None
 
         try:
-            return self._ask(read, key, limit)
+            return self._call(read, key, limit)
         except NotStored:
             return None
 
@@ -274,7 +274,7 @@ class Bucket:
     def check(self, limit: Limit) -> None:
         key = f"{self._key_prefix}.worker-wan-lora-write-check"
         try:
-            answer = self._ask(lambda: self._client.put_object(Bucket=self._name, Key=key, Body=_CHECK), key, limit)
+            answer = self._call(lambda: self._client.put_object(Bucket=self._name, Key=key, Body=_CHECK), key, limit)
         except NotStored as error:
             raise (error.__cause__ if isinstance(error.__cause__, NotPublic) else error) from error.__cause__
         clocks = self._compare_clocks(answer)
@@ -283,11 +283,11 @@ class Bucket:
         except NotStored as error:
             raise NotStored(f"{error.message}{clocks and f'; {clocks}'}", error.refused) from error
         try:
-            self._ask(lambda: self._client.delete_object(Bucket=self._name, Key=key), key, limit)
+            self._call(lambda: self._client.delete_object(Bucket=self._name, Key=key), key, limit)
         except NotStored as error:
             log.warning("the bucket stored `%s` but refused to delete it (%s)", key, _reason(error.__cause__ or error))
 
-    def _ask(self, call: Callable[[], T], key: str, limit: Limit) -> T:
+    def _call(self, call: Callable[[], T], key: str, limit: Limit) -> T:
         """Make the call and return its value. Raises NotStored for any failure, and Stopped."""
         try:
             return wait_for(call, limit.check)
@@ -303,7 +303,7 @@ class Bucket:
         except (KeyError, TypeError, ValueError):  # the store does not send its time
             return ""
         seconds = time.time() - theirs
-        if abs(seconds) <= _SECONDS_OFF:
+        if abs(seconds) <= _MAX_CLOCK_DIFFERENCE:
             return ""
         off = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
         valid = f"URLs are valid for {self._ttl_seconds} s by the bucket's"

@@ -198,14 +198,14 @@ def test_a_thread_that_was_left_behind_ends(store: Store, video: Path, monkeypat
 @pytest.mark.parametrize("store", [endless_body, endless_error], indirect=True, ids=lambda behave: behave.__name__)
 def test_no_more_of_an_answer_is_read_than_a_result_has(store: Store, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = itertools.count()
-    original = privates._Pace.readinto
+    original = privates._PacedAnswer.readinto
 
-    def counted(self: privates._Pace, buffer: Any) -> int:
+    def counted(self: privates._PacedAnswer, buffer: Any) -> int:
         for _ in range(count := original(self, buffer)):
             next(read)
         return count
 
     monkeypatch.setattr(privates, "STORE_ANSWER_BYTES", 300_000)
-    monkeypatch.setattr(privates._Pace, "readinto", counted)
+    monkeypatch.setattr(privates._PacedAnswer, "readinto", counted)
     bucket(store).read("a/0.mp4", "sum", Limit.of(20, threading.Event()))
     assert next(read) < 1_000_000

@@ -19,7 +19,7 @@ from PIL import Image
 from worker import image_process
 from worker.errors import Stopped
 from worker.image_decode import MAX_PIXELS_OF_A_JOB, Allowance, decode
-from worker.image_process import decode_apart
+from worker.image_process import decode_in_process
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:
@@ -44,7 +44,7 @@ def fresh_processes() -> Any:
 
 
 def apart(data: bytes, allowance: Allowance | None = None, stop: threading.Event | None = None) -> Image.Image:
-    return decode_apart(data, "documented", allowance or Allowance(), stop or threading.Event())
+    return decode_in_process(data, "documented", allowance or Allowance(), stop or threading.Event())
 
 
 def seconds(work: Any) -> float:

@@ -133,7 +133,7 @@ STORE_ANSWER_BYTES = 4_000_000
 """The largest answer of a store: the result of an earlier delivery. An error has a few hundred bytes."""
 
 
-class _Pace(io.RawIOBase):
+class _PacedAnswer(io.RawIOBase):
     """Reads one answer of a store from its socket, headers included."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
@@ -167,7 +167,7 @@ def guard_store(client: Any, public: bool) -> None:
         session = client._endpoint.http_session
         pools = {
             scheme: _with_connection(
-                pool, "Paced", (_Paced,), response_class=_watched(lambda *it: io.BufferedReader(_Pace(*it)))
+                pool, "Paced", (_Paced,), response_class=_watched(lambda *it: io.BufferedReader(_PacedAnswer(*it)))
             )
             for scheme, pool in session._manager.pool_classes_by_scheme.items()
         }

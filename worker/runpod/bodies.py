@@ -20,7 +20,7 @@ _TOO_DEEP = f"{Code.INVALID_INPUT}: the input nests lists or objects deeper than
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[][{}:,]', re.DOTALL)
 
 
-def take_apart(body: bytes) -> tuple[list[Job], list[tuple[str, str]]]:
+def parse_jobs(body: bytes) -> tuple[list[Job], list[tuple[str, str]]]:
     """Return the jobs in the platform's answer, and the id and the error of each job that cannot be read.
 
     A job without an id cannot be answered, and is dropped.

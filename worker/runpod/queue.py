@@ -32,7 +32,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from worker.logs import log, redact
 from worker.net.statuses import is_refusal
-from worker.runpod.bodies import Job, bodies_of, take_apart
+from worker.runpod.bodies import Job, bodies_of, parse_jobs
 from worker.settings import SettingsError, is_in_cloud
 
 TESTED_WITH = "1.12.0"
@@ -48,7 +48,7 @@ _SECONDS_TO_START = 0.3
 _REFUSALS = 4
 _JOBS_AT_ONCE = 4
 """One on the GPU, one that downloads, two that upload."""
-_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_BETWEEN_CHECKS = 0.05
 _SECONDS_AFTER_A_FAILURE = 0.5
 _SECONDS_PER_POLL = 90.0
 """The platform answers a request for a job sooner. A poll that takes longer is not cancelled; another starts beside it."""
@@ -119,12 +119,12 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
         self._wants_a_job: Callable[[], bool] = config["wants_a_job"]
         self._polls: list[asyncio.Task[list[Job]]] = []
         """Requests for a job that have no answer yet, the newest last."""
-        self._not_begun: set[str] = set()
+        self._not_started: set[str] = set()
         """Ids of jobs that were taken and have not reached the handler yet."""
 
     async def _take_a_job(self, session: aiohttp.ClientSession, wanted: int) -> list[Job] | None:
-        while self.is_alive() and (self._not_begun or not self._wants_a_job()):
-            if jobs := await self._answer(_SECONDS_BETWEEN_LOOKS):  # to an older poll
+        while self.is_alive() and (self._not_started or not self._wants_a_job()):
+            if jobs := await self._answer(_SECONDS_BETWEEN_CHECKS):  # to an older poll
                 return jobs
         if not self.is_alive():
             return None
@@ -150,12 +150,12 @@ class _Loop(rp_scale.JobScaler):  # type: ignore[misc]
             raise
         if not jobs:  # an empty queue answers late; a refusal, an error page or an empty answer comes at once
             await asyncio.sleep(_SECONDS_AFTER_A_FAILURE)
-        self._not_begun.update(job["id"] for job in jobs)
+        self._not_started.update(job["id"] for job in jobs)
         return jobs or None
 
     async def _run_and_post(self, session: aiohttp.ClientSession, config: dict[str, Any], job: Job) -> None:
-        taken_here = job["id"] in self._not_begun
-        self._not_begun.discard(job["id"])
+        taken_here = job["id"] in self._not_started
+        self._not_started.discard(job["id"])
         await _post(session, await run_job(self._handler if taken_here else _refuse, job), job["id"])
 
     async def run(self) -> None:
@@ -187,7 +187,7 @@ async def get_job(session: aiohttp.ClientSession) -> list[Job]:
             raise TooManyRequests(response.request_info, response.history, status=429, message=str(response.reason))
         response.raise_for_status()
         body = await response.read() if response.status == 200 else b""
-    jobs, unreadable = await asyncio.to_thread(take_apart, body)
+    jobs, unreadable = await asyncio.to_thread(parse_jobs, body)
     for job_id, text in unreadable:
         await _post(session, {"error": text}, job_id)
     return jobs

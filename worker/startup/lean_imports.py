@@ -109,7 +109,7 @@ def _compiler(module: Any, execute: Execute) -> None:
 
 
 @_patches("torch._dynamo._trace_wrapped_higher_order_op")
-def _masks_by_vmap(module: Any, execute: Execute) -> None:
+def _deferred_vmap_masks(module: Any, execute: Execute) -> None:
     """Defer one class of the compiler, which transformers imports for masks that no model here has."""
 
     def make() -> Any:
@@ -120,7 +120,7 @@ def _masks_by_vmap(module: Any, execute: Execute) -> None:
 
 
 @_patches("transformers.utils.import_utils")
-def _one_process_and_a_kept_index(module: Any, execute: Execute) -> None:
+def _cached_index_without_distributed_tensors(module: Any, execute: Execute) -> None:
     """Switch off distributed tensors, as in a torch that was built without them. Saves 0.4 s.
 
     Also cache the index of all models, for which every import reads two thousand source files. The index is stored beside the
@@ -133,12 +133,12 @@ def _one_process_and_a_kept_index(module: Any, execute: Execute) -> None:
 
     def create_import_structure_from_path(path: str | Path) -> Any:
         folder = Path(path).parent if Path(path).is_file() else Path(path)
-        return _kept_index(folder, make) if folder.name == "models" else make(path)
+        return _cached_index(folder, make) if folder.name == "models" else make(path)
 
     module.create_import_structure_from_path = create_import_structure_from_path
 
 
-def _kept_index(folder: Path, make: Callable[[Path], Any]) -> Any:
+def _cached_index(folder: Path, make: Callable[[Path], Any]) -> Any:
     source = (folder / "__init__.py").stat()
     key = (TESTED_WITH["transformers"], source.st_mtime_ns, source.st_size)
     file = folder / "__pycache__" / f"index.{sys.implementation.cache_tag}.marshal"
@@ -205,14 +205,14 @@ class _OnDemand(Mapping[str, list[str]]):
 
 
 @_patches("peft.tuners.tuners_utils")
-def _one_process(module: Any, execute: Execute) -> None:
+def _no_distributed_tensors(module: Any, execute: Execute) -> None:
     """Switch off distributed tensors: peft uses them if torch has them, and expects transformers to have imported them."""
     execute()
     module._torch_supports_distributed = False
 
 
 @_patches("torch.nn.init")
-def _no_values_without_storage(module: Any, execute: Execute) -> None:
+def _no_random_values_on_meta(module: Any, execute: Execute) -> None:
     """Draw no values for weights on `meta`: torch would import sympy to find out the type of the result. Saves 0.3 s."""
     execute()
     normal = module.normal_
@@ -272,7 +272,7 @@ class _SubmoduleLoader(Loader):
 
 _deferred: dict[str, Execute] = {}
 """The deferred bodies that have not run yet, by module name."""
-_running = threading.RLock()
+_run_lock = threading.RLock()
 
 
 class _DeferredModule(ModuleType):
@@ -302,6 +302,6 @@ def _defer(module: Any, answers: dict[str, Any], execute: Execute, afterwards: S
 
 def _run_deferred(name: str) -> None:
     """Run the body of a deferred module, once. Other threads wait until it has run, as with any import."""
-    with _running:
+    with _run_lock:
         if body := _deferred.pop(name, None):
             body()

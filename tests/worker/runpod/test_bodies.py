@@ -8,30 +8,30 @@ from typing import Any
 
 import pytest
 
-from worker.runpod.bodies import bodies_of, take_apart
+from worker.runpod.bodies import bodies_of, parse_jobs
 
 GOOD = {"id": "good", "input": {"a": 1}}
 
 
 def test_a_job_and_a_list_of_jobs_are_taken() -> None:
-    assert take_apart(json.dumps(GOOD).encode()) == ([GOOD], [])
-    assert take_apart(json.dumps([GOOD, GOOD | {"id": "b"}]).encode()) == ([GOOD, GOOD | {"id": "b"}], [])
+    assert parse_jobs(json.dumps(GOOD).encode()) == ([GOOD], [])
+    assert parse_jobs(json.dumps([GOOD, GOOD | {"id": "b"}]).encode()) == ([GOOD, GOOD | {"id": "b"}], [])
 
 
 @pytest.mark.parametrize(
     "body", [b"", b" ", b"null", b"[]", b"{}", b"3", b'"job"', b'["job"]', b"<html>", b'{"id": "a', b"\xff\xfe"]
 )
 def test_what_is_no_job_is_none(body: bytes) -> None:
-    assert take_apart(body) == ([], [])
+    assert parse_jobs(body) == ([], [])
 
 
 @pytest.mark.parametrize("job_id", [None, 3, "", []])
 def test_a_job_without_an_id_takes_no_other_with_it(job_id: Any) -> None:
-    assert take_apart(json.dumps([{"id": job_id, "input": {}}, GOOD]).encode()) == ([GOOD], [])
+    assert parse_jobs(json.dumps([{"id": job_id, "input": {}}, GOOD]).encode()) == ([GOOD], [])
 
 
 def test_a_job_without_an_input_is_taken_to_be_refused() -> None:
-    assert take_apart(b'{"id": "a"}') == ([{"id": "a"}], [])
+    assert parse_jobs(b'{"id": "a"}') == ([{"id": "a"}], [])
 
 
 @pytest.mark.parametrize(("open", "close"), [("[", "]"), ('{"a":', "}")])
@@ -39,7 +39,7 @@ def test_a_job_without_an_input_is_taken_to_be_refused() -> None:
 def test_a_job_that_nests_too_deep_is_answered(open: str, close: str, depth: int) -> None:
     deep = open * depth + "1" + close * depth
     started = time.process_time()
-    jobs, unreadable = take_apart(f'{{"input": {{"id": "not this", "x": {deep}}}, "id": "j\\u00f6b"}}'.encode())
+    jobs, unreadable = parse_jobs(f'{{"input": {{"id": "not this", "x": {deep}}}, "id": "j\\u00f6b"}}'.encode())
     assert jobs == []
     ((job_id, error),) = unreadable
     assert job_id == "jöb"
@@ -50,12 +50,12 @@ def test_a_job_that_nests_too_deep_is_answered(open: str, close: str, depth: int
 def test_of_a_list_of_jobs_each_that_nests_too_deep_is_answered() -> None:
     deep = "[" * 5000 + "]" * 5000
     body = f'[{{"id": "a", "input": {deep}}}, {{"id": "b", "input": {{"id": "c"}}}}]'
-    assert [job_id for job_id, _ in take_apart(body.encode())[1]] == ["a", "b"]
+    assert [job_id for job_id, _ in parse_jobs(body.encode())[1]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("digits", "value"), [("9" * 5001, float("inf")), ("-" + "9" * 5001, float("-inf")), ("7", 7)])
 def test_a_number_of_thousands_of_digits_is_one_that_no_field_takes(digits: str, value: float) -> None:
-    [job], _ = take_apart(f'{{"id": "a", "input": {{"seed": {digits}}}}}'.encode())
+    [job], _ = parse_jobs(f'{{"id": "a", "input": {{"seed": {digits}}}}}'.encode())
     assert job["input"]["seed"] == value
 
 

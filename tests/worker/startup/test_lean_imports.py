@@ -133,7 +133,7 @@ print("sympy" in sys.modules, torch.nn.init.normal_(torch.empty(2), generator=to
 
 def test_the_index_of_models_is_kept_until_its_source_changes(tmp_path: Path) -> None:
     def index(number: int) -> dict[str, object]:
-        return lean_imports._kept_index(
+        return lean_imports._cached_index(
             tmp_path, lambda _: {"model": {frozenset({"torch"}): {f"modeling_{number}": {"Model"}}}}
         )
 
@@ -154,8 +154,8 @@ def test_the_index_of_models_is_kept_until_its_source_changes(tmp_path: Path) ->
 def test_where_the_index_cannot_be_kept_it_is_made_every_time(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("")
     (tmp_path / "__pycache__").write_text("no folder")
-    assert lean_imports._kept_index(tmp_path, lambda _: {"made": 1}) == {"made": 1}
-    assert lean_imports._kept_index(tmp_path, lambda _: {"made": 2}) == {"made": 2}
+    assert lean_imports._cached_index(tmp_path, lambda _: {"made": 1}) == {"made": 1}
+    assert lean_imports._cached_index(tmp_path, lambda _: {"made": 2}) == {"made": 2}
 
 
 def test_with_other_versions_and_in_a_process_that_has_begun_nothing_is_treated(monkeypatch: pytest.MonkeyPatch) -> None:
