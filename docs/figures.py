@@ -1,4 +1,4 @@
-"""What benchmarks/results/ says, as tables and as a plot, so that no page has a figure that nobody measured."""
+"""Turns benchmarks/results/ into tables and a plot, so that every figure on a page comes from a result or is an estimate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.catalog import BYTES_OF_A_JOB
 from worker.request import Prompt
 
 Table = list[tuple[str, ...]]
-"""Head and rows."""
+"""The head, then the rows."""
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 _CPU = "cpu-x86_64"
@@ -34,11 +34,11 @@ DEFAULT_STEPS = Prompt.model_fields["sample_steps"].default
 
 _WIDTH, _ROW, _BAR, _END = 440, 44, 14, 48
 _INK, _OURS, _GOAL = "#808080", "#3f7fd4", "#d0742b"
-"""Readable on white and on black alike: a page shows the plot as an image, which does not know its theme."""
+"""Colours for light and dark pages: the plot is an image, which does not know the theme of its page."""
 
 
 def ratios() -> list[tuple[str, float, float]]:
-    """(what, goal, measured), each a ratio to plain diffusers use, or to the model's own time."""
+    """Return (what, goal, measured). Each is a ratio to plain use of diffusers, or to the model's own time."""
     start, warm, backlog = _rows("start")[-1], _rows("warm"), _rows("backlog")[0]
     switch = _rows("switch-tiny-2-blocks")
     return [
@@ -56,27 +56,23 @@ def ratio_table() -> Table:
 
 
 def memory_table() -> Table:
-    """GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
-    rows = [{name: value for name, value in row.items() if not name.startswith("host")} for row in _rows("memory")]
+    """Return GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
+    rows = _rows("memory")
     head = tuple(name.replace("x", "×") if name.startswith("job ") else name.removeprefix("weights ") for name in rows[0])
     return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
 
 
 def gpu_table() -> Table:
-    """GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
-    modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "swap", "group")
-    head = ("model id", "on the Hub", "as bf16", *(f"`{mode}` from" for mode in modes))
-    return [
-        head,
-        *(
-            (
-                f"`{row['model']}`",
-                f"{sizes.on_disk(row['model']) / 1e9:.1f}",
-                f"{row['weights none']:.1f}",
-                *(_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes),
-            )
-            for row in _rows("memory")
-        ),
+    """Return GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
+    job = BYTES_OF_A_JOB / 1e9
+    head = ("model id", "weights on disk", "`none` from", "`text_encoder` from", "`group` needs")
+    rows = [
+        (
+            f"`{row['model']}`",
+            f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+            *(f"{row[f'weights {mode}'] + job:.1f}" for mode in ("none", "text_encoder", "group")),
+        )
+        for row in _rows("memory")
     ]
 
 
@@ -95,7 +91,7 @@ def host_table() -> Table:
 
 
 def gpu_choice_table() -> Table:
-    """By model: the GPUs to choose, in GB as they are sold, and the size of a network volume with the weights and LoRAs."""
+    """Return by model the GPUs to choose, in GB as they are sold, and the size of a network volume for weights and LoRAs."""
 
     def smallest(gb: float) -> str:
         return f"{next(size for size in GPUS if size >= gb + (BYTES_OF_A_JOB + BYTES_OF_LORAS) / 1e9)} GB"
@@ -114,7 +110,7 @@ def gpu_choice_table() -> Table:
 
 
 def video_table() -> Table:
-    """Estimated seconds and dollars per video on an H100."""
+    """Return estimated seconds and dollars per video on an H100."""
     head = ("model", "size", "frames", "seconds", "dollars")
     rows = []
     for row in _rows("cost"):
@@ -127,7 +123,7 @@ def video_table() -> Table:
 
 
 def quantized_table() -> Table:
-    """GB by model that must be free on the GPU for a worker with QUANTIZE and a job."""
+    """Return GB by model that must be free on the GPU for a worker with QUANTIZE and a job."""
     rows = _rows("memory-quantized")
     places = [name for name in rows[0] if name != "model"]
     modes: dict[str, OffloadMode] = {name: "none" if name.endswith(" none") else "text_encoder" for name in places}
@@ -137,7 +133,7 @@ def quantized_table() -> Table:
 
 
 def cost_table() -> Table:
-    """PFLOP by model and size."""
+    """Return PFLOP by model and size."""
     head = ("model", "size", "frames", "a step", "of it attention", "the decode")
     names = ("model", "size", "num_frames", "step", "attention", "decode")
     texts = [{"size": f"{row['width']}×{row['height']}", "attention": f"{row['attention_part']:.0%}"} for row in _rows("cost")]
@@ -145,7 +141,7 @@ def cost_table() -> Table:
 
 
 def plot() -> str:
-    """The ratios as bars with their goals, as an SVG. Words stand above the bars, so that it can be read on a phone."""
+    """Return an SVG with the ratios as bars, and their goals. The words are above the bars, so that a phone can show them."""
     rows = ratios()
     scale = (_WIDTH - _END) / max(max(goal, ratio) for _, goal, ratio in rows)
     bars = "".join(_bar(what, goal, ratio, number * _ROW, scale) for number, (what, goal, ratio) in enumerate(rows))

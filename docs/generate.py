@@ -1,4 +1,4 @@
-"""Write what the documentation says about fields, errors, models and the environment from the code that decides it.
+"""Write the tables of the documentation (fields, errors, models, environment, figures) from the code and the benchmarks.
 
     python -m docs.generate           rewrites docs/request.schema.json and the generated parts of the Markdown files
     python -m docs.generate --check   exits with 1 when one of them is not current
@@ -47,13 +47,13 @@ def main() -> int:
 
 
 def schema() -> str:
-    """The JSON Schema of a job's `input`."""
+    """Return the JSON Schema of a job's `input`."""
     document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Request.model_json_schema()}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def filled(path: Path) -> str:
-    """The file's text with its generated parts current."""
+    """Return the file's text with its generated parts updated."""
     parts: dict[str, Callable[[], str]] = {
         "models": partial(models, path.parent),
         "fields": fields,
@@ -81,7 +81,7 @@ def table(*rows: tuple[str, ...]) -> str:
 
 
 def models(folder: Path) -> str:
-    """`folder`: of the page, where its links start."""
+    """Return the table of models. `folder`: that of the page, where relative links start."""
     pages = posixpath.relpath((ROOT / "docs/models").as_posix(), folder.as_posix())
     rows = [
         (

@@ -1,4 +1,4 @@
-"""What MkDocs needs to know of this project: links that leave docs/. It writes no text."""
+"""A hook for MkDocs: it changes links that lead out of docs/, and no text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_page_markdown(markdown: str, page: Any, config: MutableMapping[str, Any], **_: Any) -> str:
-    """Links in pages lead through the repository, as on GitHub; those that leave docs/ get another target on the site."""
+    """Return the page with new targets for links that leave docs/. In the repository they lead to files, as on GitHub."""
 
     def link(match: re.Match[str]) -> str:
         text, target = match[1], match[2]
