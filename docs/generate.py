@@ -76,8 +76,13 @@ def filled(path: Path) -> str:
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    head, *body = rows
+    head, *body = (tuple(re.sub(r"`([^`]*\|[^`]*)`", _code_with_bars, cell) for cell in row) for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *body))
+
+
+def _code_with_bars(code: re.Match[str]) -> str:
+    """Return code that contains `|` as HTML: GitHub takes the bar for the end of a cell, even within backticks."""
+    return f"<code>{code[1].replace('|', '&#124;')}</code>"
 
 
 def models(folder: Path) -> str:
