@@ -39,7 +39,7 @@ def main() -> None:
     one_local_run = not in_cloud and "--rp_serve_api" not in sys.argv
     # The SDK's default level logs whole results, presigned URLs included. A single local run prints its result, as it should.
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO" if one_local_run else "WARN")
-    # Read when torch is imported: pinned memory is not rounded up to powers of two, and jobs of changing sizes leave no holes.
+    # torch reads this when it is imported. It stops rounding pinned memory up to powers of two, and fragments memory less.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
     try:
         settings = load_settings()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import sizes
-from pipelines.catalog import BYTES_OF_A_JOB
+from pipelines.catalog import MODELS, OffloadMode
 from worker.request import Prompt
 
 Table = list[tuple[str, ...]]
@@ -22,9 +22,6 @@ GPUS = (24, 32, 48, 80, 96, 141)
 
 H100_DOLLARS_PER_SECOND = 0.00116
 """A flex worker, as RunPod's documentation listed it in November 2026."""
-
-BYTES_OF_LORAS = 2.5e9
-"""About a pair of LoRAs of rank 128 for Wan 2.2 14B."""
 
 PFLOP_PER_SECOND = 0.34
 """An estimate for an H100 with plain diffusers, not measured here: the authors of LightX2V published 9.77 s per step for Wan
@@ -57,32 +54,35 @@ def ratio_table() -> Table:
 
 def memory_table() -> Table:
     """Return GB by model: the weights on the device in each mode, and what jobs of some sizes take beside them."""
-    rows = _rows("memory")
+    rows = [{name: value for name, value in row.items() if not name.startswith("host")} for row in _rows("memory")]
     head = tuple(name.replace("x", "×") if name.startswith("job ") else name.removeprefix("weights ") for name in rows[0])
     return [head, *(tuple("" if value is None else str(value) for value in row.values()) for row in rows)]
 
 
 def gpu_table() -> Table:
     """Return GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
-    job = BYTES_OF_A_JOB / 1e9
-    head = ("model id", "weights on disk", "`none` from", "`text_encoder` from", "`group` needs")
-    rows = [
-        (
-            f"`{row['model']}`",
-            f"{sizes.on_disk(row['model']) / 1e9:.1f}",
-            *(f"{row[f'weights {mode}'] + job:.1f}" for mode in ("none", "text_encoder", "group")),
-        )
-        for row in _rows("memory")
+    modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "swap", "group")
+    head = ("model id", "weights on disk", *(f"`{mode}` from" for mode in modes))
+    return [
+        head,
+        *(
+            (
+                f"`{row['model']}`",
+                f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+                *(_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes),
+            )
+            for row in _rows("memory")
+        ),
     ]
 
 
 def _needed(model_id: str, mode: OffloadMode, weights: float | None) -> str:
-    """GB of the weights and of a job."""
+    """Return GB of the weights and of a job; "" for a mode that the model does not have."""
     return "" if weights is None else f"{weights + MODELS[model_id].bytes_of_a_job(mode) / 1e9:.1f}"
 
 
 def host_table() -> Table:
-    """GB of weights by model that wait in main memory."""
+    """Return GB of weights by model that stay in main memory."""
     modes: tuple[OffloadMode, ...] = ("text_encoder", "swap", "group")
     rows = _rows("memory")
     head = ("model id", *(f"`{mode}`" for mode in modes))
@@ -91,22 +91,17 @@ def host_table() -> Table:
 
 
 def gpu_choice_table() -> Table:
-    """Return by model the GPUs to choose, in GB as they are sold, and the size of a network volume for weights and LoRAs."""
+    """Return by model the smallest GPUs for some modes, in GB as they are sold, and a network volume for weights and LoRAs."""
+    modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "swap")
+    head = ("model id", "GPU for everything (`none`)", "`text_encoder`", "`swap`", "network volume")
 
-    def smallest(gb: float) -> str:
-        return f"{next(size for size in GPUS if size >= gb + (BYTES_OF_A_JOB + BYTES_OF_LORAS) / 1e9)} GB"
+    def row_of(row: dict[str, Any]) -> tuple[str, ...]:
+        needed = (_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes)
+        gpus = (f"{next(size for size in GPUS if size >= float(gb))} GB" if gb else "" for gb in needed)
+        volume = math.ceil((sizes.on_disk(row["model"]) / 1e9 + 10) / 10) * 10
+        return (f"`{row['model']}`", *gpus, f"{volume} GB")
 
-    head = ("model id", "GPU for everything", "GPU with the text encoder in main memory", "network volume")
-    rows = [
-        (
-            f"`{row['model']}`",
-            smallest(row["weights none"]),
-            smallest(row["weights text_encoder"]),
-            f"{math.ceil((sizes.on_disk(row['model']) / 1e9 + 10) / 10) * 10} GB",
-        )
-        for row in _rows("memory")
-    ]
-    return [head, *rows]
+    return [head, *(row_of(row) for row in _rows("memory"))]
 
 
 def video_table() -> Table:

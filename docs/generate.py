@@ -63,6 +63,7 @@ def filled(path: Path) -> str:
         "memory": lambda: table(*figures.memory_table()),
         "cost": lambda: table(*figures.cost_table()),
         "gpus": lambda: table(*figures.gpu_table()),
+        "host": lambda: table(*figures.host_table()),
         "choose a gpu": lambda: table(*figures.gpu_choice_table()),
         "price of a video": lambda: table(*figures.video_table()),
         "quantized": lambda: table(*figures.quantized_table()),

@@ -91,9 +91,10 @@ class Settings(BaseSettings):
     )
     offload_mode: OffloadMode = Field(
         default="auto",
-        description="What stays in main memory: nothing (`none`), the `text_encoder`, also the transformers, streamed block by "
-        "block (`group`), all but one component (`model`), all but one layer (`sequential`). `auto`: the first of `none`, "
-        "`text_encoder` and `group` that leaves room for a job.",
+        description="What stays in main memory: nothing (`none`), the `text_encoder`, also the idle one of the two "
+        "transformers of Wan 2.2 14B (`swap`), also all transformers, streamed block by block (`group`), all but one component "
+        "(`model`), all but one layer (`sequential`). `auto`: the first of `none`, `text_encoder`, `swap` and `group` that "
+        "leaves room for a job.",
     )
     quantize: Quantize = Field(
         default="none",

@@ -18,9 +18,6 @@ _READERS = 4
 """Files to read at a time: a network volume serves several streams faster than one."""
 _BYTES_PER_CALL = 64 * 1024**2
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-
 
 def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
     """Read the model's weights into the system's page cache, in the background and in the order in which they are loaded.
@@ -54,15 +51,3 @@ def _read(files: SimpleQueue[Path]) -> None:
                 position = 0
                 while sent := os.sendfile(nowhere.fileno(), file.fileno(), position, _BYTES_PER_CALL):
                     position += sent
-
-
-def _memory() -> int:
-    """Return the bytes that this process can have: the free memory of the machine, or the limit of its container."""
-    sizes = []
-    with suppress(OSError):
-        free = re.findall(r"^MemAvailable:\s*(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
-        sizes += [int(kilobytes) * 1024 for kilobytes in free]
-    for file in _CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # "max": no limit
-            sizes.append(int(file.read_text()))
-    return min(sizes, default=0)

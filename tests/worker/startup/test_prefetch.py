@@ -66,11 +66,11 @@ def test_the_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatc
     machine.write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
     limit.write_text("1000000\n")
     no_limit.write_text("max\n")
-    monkeypatch.setattr(prefetch, "_MEMINFO", machine)
-    monkeypatch.setattr(prefetch, "_CGROUP_LIMITS", [no_limit, tmp_path / "nowhere"])
-    assert prefetch._memory() == 4000 * 1024
-    monkeypatch.setattr(prefetch, "_CGROUP_LIMITS", [limit])
-    assert prefetch._memory() == 1000000
-    monkeypatch.setattr(prefetch, "_MEMINFO", tmp_path / "nowhere")
-    monkeypatch.setattr(prefetch, "_CGROUP_LIMITS", [])
-    assert prefetch._memory() == 0
+    monkeypatch.setattr(host_memory, "_MACHINE", machine)
+    monkeypatch.setattr(host_memory, "_CONTAINER", [no_limit, tmp_path / "nowhere"])
+    assert host_memory.available() == 4000 * 1024
+    monkeypatch.setattr(host_memory, "_CONTAINER", [limit])
+    assert host_memory.available() == 1000000
+    monkeypatch.setattr(host_memory, "_MACHINE", tmp_path / "nowhere")
+    monkeypatch.setattr(host_memory, "_CONTAINER", [])
+    assert host_memory.available() == 0
