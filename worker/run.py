@@ -98,7 +98,7 @@ class Run:
         return min(time.monotonic() + self.upload_timeout, self.delivery_limit().ends)
 
     def delivery_limit(self, seconds: float = float("inf")) -> Limit:
-        """Return the limit for delivering finished work: `seconds`, within the job's time, or some seconds when that is over."""
+        """Return the limit for delivering finished work: `seconds` within the job's time, or some seconds when that is over."""
         left = self.deadline.left()
         return Limit.of(min(seconds, float("inf") if left is None else max(left, _SECONDS_TO_UPLOAD)), self.stop_delivery)
 
