@@ -62,13 +62,14 @@ def memory_table() -> Table:
 def gpu_table() -> Table:
     """Return GB by model: the weights on disk, and what must be free on the GPU for `auto` to take a mode."""
     modes: tuple[OffloadMode, ...] = ("none", "text_encoder", "swap", "group")
-    head = ("model id", "weights on disk", *(f"`{mode}` from" for mode in modes))
+    head = ("model id", "on the Hub", "as bf16", *(f"`{mode}` from" for mode in modes))
     return [
         head,
         *(
             (
                 f"`{row['model']}`",
                 f"{sizes.on_disk(row['model']) / 1e9:.1f}",
+                f"{row['weights none']:.1f}",
                 *(_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes),
             )
             for row in _rows("memory")
