@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 
 from client.errors import InvalidRequest
 from client.request import is_file
-from pipelines.catalog import MODELS, Match, Sampler
+from pipelines.catalog import MODELS, ImageFit, Match, Sampler
 from worker.errors import Code, Problem
 from worker.request import OutputFormat, Prompt, Request
 
@@ -19,12 +19,16 @@ _NUMBERS: dict[str, type] = {
     "height": int,
     "sample_steps": int,
     "guidance_scale": float,
+    "guidance_scale_2": float,
+    "shift": float,
     "seed": int,
+    "num_videos": int,
     "num_frames": int,
     "fps": int,
 }
 _REQUEST_FIELDS = ("model", "trigger_word", "match", "trained_with", "output_format", "contact_sheet")
-_PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", "ctrl_img")
+_IMAGES = {"ctrl_img": "--image", "last_img": "--last-image"}
+_PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", *_IMAGES, "image_fit")
 """Fields of a prompt. An option sets them in every prompt of the request."""
 
 
@@ -40,11 +44,20 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         metavar="[SIDE=]PATH[@SCALE]",
         help="file below the worker's LORA_DIR, or a URL; high=… and low=… for Wan 2.2 14B",
     )
+    group.add_argument(
+        "--extra-lora",
+        dest="extra_loras",
+        action="append",
+        metavar="[SIDE=]PATH[@SCALE]",
+        help="one more LoRA on top; high=…, low=… or both=… for Wan 2.2 14B",
+    )
     group.add_argument("--trigger-word", metavar="WORD")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeat it for several videos")
     group.add_argument(
         "--image", dest="ctrl_img", metavar="FILE_OR_URL", help="control image; a file is sent inside the request"
     )
+    group.add_argument("--last-image", dest="last_img", metavar="FILE_OR_URL", help="frame to end on, for wan22_14b_i2v")
+    group.add_argument("--image-fit", choices=get_args(ImageFit), help=Prompt.model_fields["image_fit"].description)
     group.add_argument("--neg", metavar="TEXT", help=Prompt.model_fields["neg"].description)
     for name, kind in _NUMBERS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=Prompt.model_fields[name].description)
@@ -77,6 +90,8 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
     request |= {name: given[name] for name in _REQUEST_FIELDS if name in given}
     if options.lora:
         request["loras"] = [lora_of(text) for text in options.lora]
+    if options.extra_loras:
+        request["extra_loras"] = [lora_of(text) for text in options.extra_loras]
     if options.send_hf_token:
         request["hf_token"] = os.environ.get("HF_TOKEN") or _reject("hf_token", "HF_TOKEN is not set in the environment")
     prompts = request.get("prompts")
@@ -87,19 +102,20 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
     changes = {name: given[name] for name in _PROMPT_FIELDS if name in given}
     if "ctrl_img" in changes:
         changes["ctrl_img_1"] = None  # another name of the same field
-        if not changes["ctrl_img"].lower().startswith(("http://", "https://", "data:")):
-            image = Path(changes["ctrl_img"]).absolute()  # relative to the current folder, not to the file's
-            changes["ctrl_img"] = str(image) if is_file(image) else _reject("--image", f"there is no file {image}")
+    for name in [name for name in _IMAGES if name in changes]:
+        if not changes[name].lower().startswith(("http://", "https://", "data:")):
+            image = Path(changes[name]).absolute()  # relative to the current folder, not to the file's
+            changes[name] = str(image) if is_file(image) else _reject(_IMAGES[name], f"there is no file {image}")
     if changes or options.prompt:
         request["prompts"] = [prompt | changes if isinstance(prompt, dict) else prompt for prompt in prompts]
     return ({**job, "input": request} if "input" in job else request), folder
 
 
 def lora_of(text: str) -> dict[str, Any]:
-    """An item of `loras` from text such as `high=job/name.safetensors@0.8`."""
+    """An item of `loras` or `extra_loras` from text such as `high=job/name.safetensors@0.8`."""
     lora: dict[str, Any] = {}
     side, _, rest = text.partition("=")
-    if side in ("high", "low"):
+    if side in ("high", "low", "both"):
         lora["transformer"], text = side, rest
     path, at, scale = text.rpartition("@")
     try:

@@ -77,13 +77,17 @@ def _schema_problems(request: Any) -> list[Problem]:
     return []
 
 
+_IMAGES = ("ctrl_img", "ctrl_img_1", "last_img")
+"""Fields of a prompt that may be files of this computer."""
+
+
 def _with_images(request: Any, folder: Path, problems: list[Problem]) -> Any:
     """The request with each control image that is a file of this computer as a data URL."""
     if not isinstance(request, dict) or not isinstance(request.get("prompts"), list):
         return request
     prompts = [dict(prompt) if isinstance(prompt, dict) else prompt for prompt in request["prompts"]]
     for index, prompt in enumerate(prompts):
-        for name in ("ctrl_img", "ctrl_img_1"):
+        for name in _IMAGES:
             source = prompt.get(name) if isinstance(prompt, dict) else None
             if isinstance(source, str) and _may_be_path(source):
                 try:
@@ -114,14 +118,15 @@ def _may_be_path(text: str) -> bool:
 
 def _lora_problems(request: Any, is_local: bool) -> Iterator[Problem]:
     """LoRA paths that are files of this computer. A remote worker cannot read them, and a local one reads only its LORA_DIR."""
-    loras = request.get("loras") if isinstance(request, dict) else None
-    for index, lora in enumerate(loras if isinstance(loras, list) else []):
-        path = lora.get("path") if isinstance(lora, dict) else None
-        if not isinstance(path, str) or not _may_be_path(path) or not is_file(path):
-            continue
-        is_relative = not path.startswith(("/", "~", "./", "../")) and not Path(path).is_absolute()
-        if not (is_relative and is_local):
-            yield Problem(Code.INVALID_INPUT, f"loras[{index}].path", _OUTSIDE_LORA_DIR if is_local else _LOCAL_LORA)
+    for field in ("loras", "extra_loras"):
+        loras = request.get(field) if isinstance(request, dict) else None
+        for index, lora in enumerate(loras if isinstance(loras, list) else []):
+            path = lora.get("path") if isinstance(lora, dict) else None
+            if not isinstance(path, str) or not _may_be_path(path) or not is_file(path):
+                continue
+            is_relative = not path.startswith(("/", "~", "./", "../")) and not Path(path).is_absolute()
+            if not (is_relative and is_local):
+                yield Problem(Code.INVALID_INPUT, f"{field}[{index}].path", _OUTSIDE_LORA_DIR if is_local else _LOCAL_LORA)
 
 
 def is_file(path: str | Path) -> bool:
@@ -139,7 +144,7 @@ def _size_problems(job: dict[str, Any]) -> Iterator[Problem]:
     text = f"the request has {size / 1e6:.1f} MB, and RunPod accepts {MAX_PAYLOAD / 1e6:.0f} MB; "
     yield Problem(Code.INVALID_INPUT, "", text + "send large images as URLs, or shrink them")
     for index, prompt in enumerate(job["input"]["prompts"]):
-        for name in ("ctrl_img", "ctrl_img_1"):
+        for name in _IMAGES:
             image = prompt.get(name) or ""
             if len(image) > MAX_PAYLOAD // 20:
                 text = f"{len(image) / 1e6:.1f} MB as base64; a JPEG of the video's size is far smaller"

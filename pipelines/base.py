@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines import diffusers_privates as privates
 from pipelines.catalog import OFFLOAD, LoraMode, ModelSpec, OffloadMode
@@ -34,13 +34,14 @@ from pipelines.clock import timed
 from pipelines.compiled import compile_blocks, compiler_settings
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
-from pipelines.errors import DeviceLost, DeviceUnavailable, LoraIncompatible, LoraInvalid, OutOfMemory, blamed_on
+from pipelines.errors import DeviceLost, DeviceUnavailable, LoraError, LoraIncompatible, LoraInvalid, OutOfMemory, blamed_on
 from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora import fit
 from pipelines.lora.adapters import Adapters
 from pipelines.lora.beside import Beside
 from pipelines.lora.file import Adapter, LoraFile
-from pipelines.lora.layers import Layers, read
+from pipelines.lora.fit import Stack
+from pipelines.lora.layers import read
 from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import Swap, place, refresh
@@ -74,6 +75,22 @@ UNIPC = {
     "use_dynamic_shifting": False,
 }
 """UniPC as the model pages and the trainer's older versions set it by hand; the flow_shift is the model's."""
+
+
+_NOT_ARGUMENTS = {"seed", "guidance_scale_2", "image_fit", "control_image", "last_image"}
+"""Fields of Sampling that not every pipeline takes as they are."""
+_MOST_SCHEDULERS = 64
+"""A request may ask for any shift, and each has a scheduler of some kB."""
+
+
+def fit_image(image: Image.Image, sampling: Sampling) -> Image.Image:
+    """The image as RGB, resized with LANCZOS to exactly the size of `sampling`, by its `image_fit`."""
+    image, size = image.convert("RGB"), (sampling.width, sampling.height)
+    if sampling.image_fit == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if sampling.image_fit == "pad":
+        return ImageOps.pad(image, size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 class WanModel(ABC):
@@ -142,6 +159,7 @@ class WanModel(ABC):
         Raises LoraInvalid, LoraIncompatible.
         """
         reading = fit.check(adapter.file, self.spec, self._shapes)
+        fit.check_side(adapter, reading)
         warnings = fit.hints(adapter, self.spec, reading)
         zeros = zero_keys(adapter.file)
         _, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
@@ -169,6 +187,14 @@ class WanModel(ABC):
         """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
         return fit.mode_for(read(adapter.file), self._possible(mode), self._shapes, zero_keys(adapter.file))[0]
 
+    def plan(self, adapters: Sequence[Adapter], mode: LoraMode) -> dict[str, tuple[LoraMode, Stack]]:
+        """How each transformer carries its LoRAs, and which, in order. Where one must be merged, all of its transformer are."""
+        plan: dict[str, tuple[LoraMode, Stack]] = {}
+        for name, stack in fit.by_transformer(adapters).items():
+            modes = {self.mode_of(adapter, mode) for adapter, _ in stack}
+            plan[name] = ("merge" if "merge" in modes else modes.pop(), stack)
+        return plan
+
     def _possible(self, mode: LoraMode) -> LoraMode:
         """Nothing is merged into codes: LoRAs lie beside them, as in the trainer."""
         return "beside" if mode == "merge" and self.quantization else mode
@@ -182,6 +208,8 @@ class WanModel(ABC):
     ) -> None:
         """Make the model carry exactly these LoRAs at these scales; what is applied already stays.
 
+        A transformer takes one LoRA that is not extra, and any number of extra ones on top, in their order.
+
         `quantization`: how the weights are rounded, as in a quantized training; `recovery`: the accuracy recovery adapter that
         lies beneath the LoRAs there. With them, LoRAs are carried `beside`. A model whose weights are kept as codes has both as
         they are.
@@ -194,10 +222,11 @@ class WanModel(ABC):
         try:
             with self._device_errors():
                 self._quantize(quantization, recovery)
-                wanted = fit.by_transformer(adapters)
+                plan = self.plan(adapters, mode)
                 for name in self.spec.transformers:
-                    with blamed_on(adapters.index(wanted[name][0]) if name in wanted else 0):
-                        self._carry(name, wanted.get(name), mode)
+                    how, stack = plan.get(name, ("adapter", ()))
+                    with _blamed_on_its_place(stack, adapters):
+                        self._carry(name, stack, how)
         except BaseException:
             with self._device_errors():  # a dead device must not hide behind the error of this clean-up
                 self._adapters.drop_all()
@@ -209,17 +238,17 @@ class WanModel(ABC):
         """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this."""
         if self.quantization:
             return  # the codes are what they are
-        layers = fit.by_transformer([recovery]) if recovery else {}
+        beneath = fit.by_transformer([recovery]) if recovery else {}
         if recovery and not read(recovery.file).has_both_sides:
-            layers = dict.fromkeys(self.spec.transformers, layers["transformer"])
+            beneath = dict.fromkeys(self.spec.transformers, beneath["transformer"])
         format = wanted.transformer if wanted else None
         if format:
             for name in self.spec.transformers:
-                self._adapters.apply(name, None)
-                self._merges.apply(name, None)
+                self._adapters.apply(name, ())
+                self._merges.apply(name, ())
             if self._kept_in_float32.cast(self._pipe.transformer.dtype):
                 refresh(self._pipe, self.spec.transformers)
-        changed = [name for name, part in self._quantized.items() if self._round(name, part, wanted, layers.get(name))]
+        changed = [name for name, part in self._quantized.items() if self._round(name, part, wanted, beneath.get(name, ()))]
         if self._text_encoder.apply(wanted.text_encoder if wanted else None):
             changed.append("text_encoder")
         if not format and self._kept_in_float32.restore():
@@ -227,9 +256,9 @@ class WanModel(ABC):
         if changed:
             refresh(self._pipe, tuple(changed))
 
-    def _round(self, name: str, part: Quantized, wanted: Quantization | None, recovery: tuple[Adapter, Layers] | None) -> bool:
+    def _round(self, name: str, part: Quantized, wanted: Quantization | None, recovery: Stack) -> bool:
         """Round one transformer. With a recovery adapter, only the layers that it has are rounded."""
-        only = frozenset(recovery[1]) if recovery else None
+        only = frozenset(recovery[0][1]) if recovery else None
         changed = part.apply(wanted.transformer if wanted else None, wanted.excluded if wanted and not only else (), only)
         if changed:
             self._beside[name].drop()  # the hooks of the recovery adapter and of the biases come first
@@ -237,28 +266,28 @@ class WanModel(ABC):
         self._recovery[name].apply(recovery)
         return changed
 
-    def _carry(self, name: str, wanted: tuple[Adapter, Layers] | None, mode: LoraMode) -> None:
-        """Make one transformer carry exactly this LoRA, or none."""
-        how = self.mode_of(wanted[0], mode) if wanted else "adapter"
+    def _carry(self, name: str, wanted: Stack, how: LoraMode) -> None:
+        """Make one transformer carry exactly these LoRAs."""
         if how != "beside":
             self._beside[name].drop()
         if how == "merge":
             if self._quantized[name].active:
-                raise LoraIncompatible(
-                    "its differences of weights or biases are merged, which the trainer never does on quantized weights; "
-                    "send it with `match` documented, or without `trained_with`"
-                )
-            self._adapters.apply(name, None)
+                modes = [self.mode_of(adapter, "beside") for adapter, _ in wanted]
+                with blamed_on(modes.index("merge") if "merge" in modes else 0):
+                    raise LoraIncompatible(
+                        "its differences of weights or biases are merged, which the trainer never does on quantized weights; "
+                        "send it with `match` documented, or without `trained_with`"
+                    )
+            self._adapters.apply(name, ())
             self._merges.apply(name, wanted)
         elif how == "beside":
-            self._adapters.apply(name, None)  # first: it puts the layers back that it had wrapped
-            self._merges.apply(name, None)
+            self._adapters.apply(name, ())  # first: it puts the layers back that it had wrapped
+            self._merges.apply(name, ())
             self._beside[name].apply(wanted)
         else:
-            self._merges.apply(name, None)
+            self._merges.apply(name, ())
             # What is not a product of factors is zero here.
-            plain = wanted and (wanted[0], {path: layer for path, layer in wanted[1].items() if layer.kind == "lora"})
-            self._adapters.apply(name, plain)
+            self._adapters.apply(name, fit.products_of(wanted))
 
     def generate(
         self, sampling: Sampling, recipe: Recipe | None = None, on_step: OnStep | None = None
@@ -332,6 +361,8 @@ class WanModel(ABC):
         """A scheduler that was never run; a video gets a copy, so that no solver state outlives it."""
         key = (recipe.solver, recipe.shift)
         if key not in self._fresh_schedulers:
+            if len(self._fresh_schedulers) >= _MOST_SCHEDULERS:
+                self._fresh_schedulers.clear()
             self._fresh_schedulers[key] = self._make_scheduler(recipe)
         return self._fresh_schedulers[key]
 
@@ -340,7 +371,9 @@ class WanModel(ABC):
             return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
         if recipe.solver == "unipc":
             return diffusers.UniPCMultistepScheduler(**UNIPC, flow_shift=recipe.shift)
-        return self._checkpoint_scheduler.from_config(self._checkpoint_scheduler.config)
+        config = self._checkpoint_scheduler.config
+        name = "flow_shift" if "flow_shift" in config else "shift"
+        return self._checkpoint_scheduler.from_config(config, **({} if recipe.shift is None else {name: recipe.shift}))
 
     def numbers_of(self, recipe: Recipe) -> dict[str, Any]:
         """What a recipe comes to on this model: scheduler class, its shift, boundary_ratio."""
@@ -375,21 +408,24 @@ class WanModel(ABC):
     def _fit(self, sampling: Sampling, recipe: Recipe) -> Sampling:
         """`sampling` as the model makes it. Raises ValueError when the control image is missing or not taken."""
         sampling = recipe.fit(sampling)
-        image = sampling.control_image
-        if image is None and self.spec.control_image == "required":
+        if sampling.control_image is None and self.spec.control_image == "required":
             raise ValueError(f"{self.spec.id} needs a control image")
-        if image is None:
-            return sampling
-        if self.spec.control_image == "none":
+        if sampling.control_image is not None and self.spec.control_image == "none":
             raise ValueError(f"{self.spec.id} takes no control image")
-        size = (sampling.width, sampling.height)
-        return replace(sampling, control_image=image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+        if sampling.last_image is not None and not self.spec.takes_last_image:
+            raise ValueError(f"{self.spec.id} takes no last image")
+        control_image, last_image = (
+            image and fit_image(image, sampling) for image in (sampling.control_image, sampling.last_image)
+        )
+        return replace(sampling, control_image=control_image, last_image=last_image)
 
     def _call_arguments(self, sampling: Sampling, generator: torch.Generator, on_step_end: Any) -> dict[str, Any]:
         """What every Wan pipeline's `__call__` takes, with the latents as the result."""
-        names = (field.name for field in fields(sampling) if field.name not in ("seed", "control_image"))
+        names = {field.name for field in fields(sampling)} - _NOT_ARGUMENTS
+        guidance_2 = {} if sampling.guidance_scale_2 is None else {"guidance_scale_2": sampling.guidance_scale_2}
         return {
             **{name: getattr(sampling, name) for name in names},
+            **guidance_2,
             "generator": generator,
             "callback_on_step_end": on_step_end,
             "output_type": "latent",
@@ -507,6 +543,18 @@ class WanModel(ABC):
         if self.device.type == "cuda":
             with contextlib.suppress(RuntimeError):  # a dead device
                 torch.cuda.empty_cache()
+
+
+@contextmanager
+def _blamed_on_its_place(stack: Stack, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Turn the place in `stack` of a LoRA at fault into its place in `adapters`."""
+    try:
+        yield
+    except LoraError as error:
+        if stack:
+            at_fault = stack[error.position or 0][0]
+            error.position = next(number for number, adapter in enumerate(adapters) if adapter is at_fault)
+        raise
 
 
 class KeptInFloat32:

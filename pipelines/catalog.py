@@ -18,6 +18,8 @@ Attention = Literal["auto", "native", "cudnn", "flash", "flash3"]
 Sampler = Literal["unipc", "flowmatch"]
 Match = Literal["documented", "preview"]
 """What a video is made to match: the model page, or the samples of the trainer."""
+ImageFit = Literal["stretch", "crop", "pad"]
+"""How an image is brought to the video's size: `crop` cuts off what is too wide or too high, `pad` adds black."""
 Quantize = Literal["none", "auto", "qfloat8", "float8", "int8", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7"]
 """How a worker keeps its weights; see `load_pipeline`."""
 LoraMode = Literal["adapter", "merge", "beside"]
@@ -124,6 +126,9 @@ class ModelSpec:
     expand_timesteps: bool = False
     drops_incomplete_frames: bool = False
     """How a frame count becomes 4n+1: see `Recipe.effective_frames`."""
+    takes_last_image: bool = False
+    """Whether the transformer takes a last frame among what conditions it, as the first one. Wan 2.2 I2V A14B does; Wan 2.1's
+    I2V was trained with a first frame alone, and its authors have another model (FLF2V) for both."""
 
     @property
     def needs_toolkit(self) -> bool:
@@ -199,6 +204,7 @@ _WAN22_I2V_14B = ModelSpec(
     flow_shift=3.0,
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
+    takes_last_image=True,
 )
 
 _WAN22_T2V_14B = ModelSpec(

@@ -18,6 +18,7 @@ from pipelines.catalog import (
     DEFAULT_SEED,
     DEFAULT_SIZE,
     DEFAULT_STEPS,
+    ImageFit,
     Match,
     ModelSpec,
     Sampler,
@@ -40,7 +41,7 @@ TORCH_RESIZE_SINCE = (0, 9, 1)
 class Sampling:
     """One video as the user wants it, under the names of diffusers' pipelines. Sizes are in pixels.
 
-    Every field but `seed` and `control_image` is an argument of the pipelines' `__call__`.
+    Every field down to `guidance_scale` is an argument of the pipelines' `__call__`.
     """
 
     prompt: str
@@ -51,7 +52,12 @@ class Sampling:
     num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE
     seed: int = DEFAULT_SEED
+    guidance_scale_2: float | None = None
+    """On the low-noise transformer of a MoE model; None: as `guidance_scale`."""
+    image_fit: ImageFit = "stretch"
     control_image: Image.Image | None = None
+    last_image: Image.Image | None = None
+    """The frame to end on; see `ModelSpec.takes_last_image`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Recipe:
     solver: Literal["checkpoint", "unipc", "flowmatch"]
     """`checkpoint`: the scheduler that the checkpoint brings along."""
     shift: float | None
-    """flow_shift of UniPC, shift of FlowMatch Euler; None with the checkpoint's own scheduler."""
+    """flow_shift of UniPC, shift of FlowMatch Euler; None: as the checkpoint's own scheduler says."""
     boundary_ratio: float | None
     """None: as the checkpoint says, or there is one transformer."""
     size_divisor: int
@@ -79,6 +85,10 @@ class Recipe:
     era: Era | None = None
     """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
     era_why: str | None = None
+
+    def with_shift(self, shift: float | None) -> Recipe:
+        """The recipe with another shift of the noise schedule; None: its own."""
+        return self if shift is None else replace(self, shift=shift)
 
     def fit(self, sampling: Sampling) -> Sampling:
         """`sampling` with the size and the frame count that are made; the control image is left as it is."""

@@ -73,7 +73,10 @@ class Wan22ImageToVideo(ToolkitModel):
 
     def _conditioning(self, sampling: Sampling, generator: torch.Generator) -> dict[str, Any]:
         latents, first_frame = self._noise_and_first_frame(sampling, generator)
-        return {"latents": self._toolkit.add_first_frame_conditioning(latents, first_frame, self._pipe.vae)}
+        if sampling.last_image is None:
+            return {"latents": self._toolkit.add_first_frame_conditioning(latents, first_frame, self._pipe.vae)}
+        last_frame = _image_to_tensor(sampling.last_image, self.device, latents.dtype)
+        return {"latents": add_frames_conditioning(latents, first_frame, last_frame, self._pipe.vae)}
 
 
 class Wan22TextImageToVideo(ToolkitModel):
@@ -85,6 +88,29 @@ class Wan22TextImageToVideo(ToolkitModel):
         latents, first_frame = self._noise_and_first_frame(sampling, generator)
         latents, noise_mask = self._toolkit.add_first_frame_conditioning_v22(latents, first_frame, self._pipe.vae)
         return {"latents": latents, "noise_mask": noise_mask}
+
+
+def add_frames_conditioning(
+    latents: torch.Tensor, first_frame: torch.Tensor, last_frame: torch.Tensor | None, vae: Any
+) -> torch.Tensor:
+    """Noise [1, 16, T, h, w] and frames [1, 3, H, W] in -1..1 → conditioned latents [1, 36, T, h, w].
+
+    What the toolkit's `add_first_frame_conditioning` makes, with a last frame too: behind the noise lie a mask of 4 channels,
+    one for each of the frames that a latent frame packs, and the encoded video whose unknown frames are 0. The mask is that of
+    diffusers' WanImageToVideoPipeline with a `last_image`.
+    """
+    packed = vae.config.scale_factor_temporal
+    count = packed * (latents.shape[2] - 1) + 1
+    video = first_frame.new_zeros(1, 3, count, *first_frame.shape[2:])
+    mask = latents.new_zeros(1, packed, *latents.shape[2:])
+    video[:, :, 0], mask[:, :, 0] = first_frame, 1
+    if last_frame is not None:
+        video[:, :, -1], mask[:, -1, -1] = last_frame, 1
+    encoded = vae.encode(video.to(latents)).latent_dist.sample().to(latents)
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return torch.cat([latents, mask, (encoded - mean) * (1.0 / std)], dim=1)
 
 
 def _image_to_tensor(image: Image.Image, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -91,9 +91,9 @@ class Job:
             self.status = "cancelled" if error.code == "CANCELLED" else "failed"
 
     def _with_files(self, result: Result) -> dict[str, Any]:
-        outputs = {output.prompt_index: output for output in result.outputs}
+        outputs = {output.key: output for output in result.outputs}
         for item in [item for group in result.raw["outputs"].values() for item in group]:
-            output = outputs[item["prompt_index"]]
+            output = outputs[item["key"]]
             item["file"] = self._path_of(output)
             item["play"] = f"{item['file']}.mp4" if output.suffix == ".zip" else item["file"]
             for picture in output.pictures(posters=True):

@@ -128,7 +128,7 @@ class Playground:
             raise NoFile(f"{place[:40]!r} is not an output; write JOB/FILE")
         job = self.jobs.get(int(number))
         output = job.output(int(file))
-        settings = settings_in(job.result, output.prompt_index)
+        settings = settings_in(job.result, output.prompt_index, output.seed)
         return read_clip(self.jobs.file(job.number, int(file))), settings, f"Run {job.number}, seed {output.seed}"
 
     def temporary(self, name: str) -> Path:

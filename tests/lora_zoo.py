@@ -120,6 +120,7 @@ def merged() -> dict[str, File]:
         "bias": (plain() | {f"{q}.lora_B.bias": some(WIDTH)}, {}),
         "dora": (plain() | {f"{q}.magnitude": 1 + some(WIDTH).abs()}, {}),
         "modulation": ({f"{block}.modulation.diff": some(1, 6, WIDTH)}, {}),
+        "modulation, lightx2v": ({f"{block}.diff_m": some(1, 6, WIDTH)}, {}),
         "outside the blocks": (
             plain()
             | {

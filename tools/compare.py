@@ -135,8 +135,8 @@ def _settings_in_file(path: Path, prompt: int) -> dict[str, Any]:
         raise BadInput(f"{path} {error}") from error
 
 
-def settings_in(result: Any, prompt: int) -> dict[str, Any]:
-    """Return the settings of one prompt in a job's result, flat as in the comment of an MP4.
+def settings_in(result: Any, prompt: int, seed: int | None = None) -> dict[str, Any]:
+    """Return the settings of one prompt in a job's result, flat as in the comment of an MP4. `seed` tells its videos apart.
 
     `result`: the result itself, RunPod's answer with it under `output`, or the settings alone. Raises BadInput.
     """
@@ -149,15 +149,17 @@ def settings_in(result: Any, prompt: int) -> dict[str, Any]:
     prompts = result.get("prompts")
     if not isinstance(prompts, list):
         return settings
-    if not 0 <= prompt < len(prompts):
-        raise BadInput(f"has the prompts 0 to {len(prompts) - 1}, and not --prompt {prompt}")
-    return {**settings, **prompts[prompt]}
+    rows = [row for number, row in enumerate(prompts) if row.get("prompt_index", number) == prompt]
+    if not rows:
+        last = max((row.get("prompt_index", number) for number, row in enumerate(prompts)), default=0)
+        raise BadInput(f"has the prompts 0 to {last}, and not --prompt {prompt}")
+    return {**settings, **next((row for row in rows if row.get("seed") == seed), rows[0])}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the two values of each setting that differs, by its path. A missing setting counts as None."""
     flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
-    paths = [path for path in (flat_a | flat_b) if path != "prompt_index"]
+    paths = [path for path in (flat_a | flat_b) if path not in ("prompt_index", "video_index")]
     return {path: (flat_a.get(path), flat_b.get(path)) for path in paths if flat_a.get(path) != flat_b.get(path)}
 
 

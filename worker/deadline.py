@@ -60,7 +60,7 @@ class Deadline:
         fitting = " or ".join(_fitting(shot, _SAFE_PART * budget / (seconds * steps)))
         proposal = f"{fitting} would fit; ask for that" if fitting else "ask for fewer steps, frames and pixels"
         return (
-            f"prompts[{shot.index}]: at {seconds:.3g} s a step its {steps} steps take {seconds * steps:.3g} s, and it had "
+            f"{shot.field}: at {seconds:.3g} s a step its {steps} steps take {seconds * steps:.3g} s, and it had "
             f"{budget:.3g} s left of the {self.limit:g} s of JOB_TIMEOUT; {proposal}, or raise JOB_TIMEOUT and the endpoint's "
             "execution timeout"
         )

@@ -53,9 +53,9 @@ def worker_error(error: Exception) -> WorkerError | None:
     return WorkerError(code, str(error)) if code else None
 
 
-def lora_error(error: LoraError, index: int) -> WorkerError:
-    """Return the error of `loras[index]`."""
-    return WorkerError.of([Problem(_CODE_OF[type(error)], f"loras[{index}].path", str(error))])
+def lora_error(error: LoraError, field: str) -> WorkerError:
+    """Return the error of the LoRA that `field` names, such as `extra_loras[1]`."""
+    return WorkerError.of([Problem(_CODE_OF[type(error)], f"{field}.path", str(error))])
 
 
 def _search_log(job_id: str) -> str:

@@ -24,6 +24,9 @@ _ALIASES = {
     "image": "ctrl_img",
     "image_url": "ctrl_img",
     "control_image": "ctrl_img",
+    "last_image": "last_img",
+    "end_image": "last_img",
+    "flow_shift": "shift",
     "length": "num_frames",
     "frames": "num_frames",
     "frame_rate": "fps",
@@ -38,7 +41,7 @@ _ALIASES = {
 }
 """What other servers call these fields."""
 
-_SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1"}
+_SECRET_FIELDS = {"hf_token", "path", "ctrl_img", "ctrl_img_1", "last_img"}
 """Values that are not repeated in an error, since they can be secrets, signed URLs or paths."""
 
 _LONG_NUMBER = 10**40
@@ -91,7 +94,7 @@ def _object_of(location: Location) -> str:
 def _unknown_field(location: Location, models: Models) -> str:
     name, here = str(location[-1])[:100].lower(), _object_of(location)
     fields = models[here].model_fields
-    prefix_of = {known: prefix for prefix, model in models.items() for known in model.model_fields}
+    prefix_of = {known: prefix for prefix, model in reversed([*models.items()]) for known in model.model_fields}
     prefix_of |= dict.fromkeys(fields, "")
     meant = _ALIASES.get(name, name)
     if meant not in prefix_of:
@@ -117,8 +120,9 @@ def _rule(location: Location, models: Models) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(f'"{value}"' for value in schema["enum"])
     if schema["type"] == "array":
-        most = f" and {schema['maxItems']} at most" if "maxItems" in schema else ""
-        return f"a list with at least one item{most}"
+        if "minItems" not in schema:
+            return f"a list of at most {schema['maxItems']} items"
+        return "a list with at least one item" + (f" and {schema['maxItems']} at most" if "maxItems" in schema else "")
     if schema["type"] == "boolean":
         return "true or false"
     kind = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]

@@ -72,7 +72,7 @@ class Gpu:
         try:
             self.model.apply_loras(adapters, run.mode, run.quantization, run.recovery)
         except LoraError as error:
-            raise lora_error(error, error.position or 0) from error
+            raise lora_error(error, run.request.lora_fields[error.position or 0]) from error
 
     def _generate(self, run: Run, shot: Shot, frames: FrameQueue) -> None:
         check_speed = run.deadline.watch(shot)
@@ -84,7 +84,7 @@ class Gpu:
 
         on_step(0)
         with (
-            stage("generate", run.timings, job=run.id, prompt_index=shot.index),
+            stage("generate", run.timings, job=run.id, prompt_index=shot.prompt_index),
             closing(self.model.generate(shot.sampling, shot.recipe, on_step)) as chunks,
         ):
             colour = None
@@ -95,7 +95,7 @@ class Gpu:
                 frames.put(chunk, run.stop)
         if colour:
             said = "every pixel of the video has the same colour; the LoRA may be too strong, or its training may have failed"
-            run.warnings.append(f"prompts[{shot.index}]: {said}")
+            run.warnings.append(f"{shot.field}: {said}")
 
 
 def _has_one_colour(frames: Frames) -> bool:

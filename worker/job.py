@@ -26,8 +26,17 @@ from worker.image_decode import Allowance
 from worker.images import load_control_image
 from worker.logs import stage
 from worker.loras import fetch_lora, fetch_recovery_adapter
-from worker.report import Output, length_warnings, prompt_settings, result_of, settings_of, sum_of_pixels, teaching_warnings
-from worker.request import shots_of
+from worker.report import (
+    Output,
+    extra_warnings,
+    length_warnings,
+    prompt_settings,
+    result_of,
+    settings_of,
+    sum_of_pixels,
+    teaching_warnings,
+)
+from worker.request import ExtraLora, Lora, shots_of
 from worker.run import Run, in_thread
 from worker.settings import Settings
 from worker.shot import ShotFiles
@@ -85,12 +94,15 @@ class Job:
         await run.in_thread(self._read_training)
         fields_of: dict[str, list[str]] = {}
         for index, prompt in enumerate(run.request.prompts):
-            if prompt.control_image:
-                name, source = prompt.control_image
+            for name, source in filter(None, (prompt.control_image, prompt.last_image)):
                 fields_of.setdefault(source, []).append(f"prompts[{index}].{name}")
         allowance = Allowance()
         with stage("fetch", run.timings, job=run.id), _fetchers() as pool:
-            loras = [in_thread(run.stop, self._fetch_lora, index, executor=pool) for index in range(len(run.request.loras))]
+            asked = [*run.request.loras, *run.request.extra_loras]
+            loras = [
+                in_thread(run.stop, self._fetch_lora, lora, field, executor=pool)
+                for lora, field in zip(asked, run.request.lora_fields, strict=True)
+            ]
             images = [
                 in_thread(run.stop, self._fetch_image, source, fields, allowance, executor=pool)
                 for source, fields in fields_of.items()
@@ -129,14 +141,15 @@ class Job:
             raise WorkerError.of([Problem(Code.LORA_INCOMPATIBLE, where, text)]) from error
         return Adapter(file, 1.0)
 
-    def _fetch_lora(self, index: int) -> Adapter:
-        run, lora = self._run, self._run.request.loras[index]
-        file = fetch_lora(lora.path, f"loras[{index}].path", run.request.hf_token, self._settings, run.stop, run.held)
-        adapter = Adapter(file, lora.network_multiplier, lora.transformer, PurePosixPath(urlsplit(lora.path).path).name)
+    def _fetch_lora(self, lora: Lora | ExtraLora, field: str) -> Adapter:
+        run = self._run
+        file = fetch_lora(lora.path, f"{field}.path", run.request.hf_token, self._settings, run.stop, run.held)
+        name = PurePosixPath(urlsplit(lora.path).path).name
+        adapter = Adapter(file, lora.network_multiplier, lora.transformer, name, is_extra=isinstance(lora, ExtraLora))
         try:
-            run.lora_warnings[index] = self._gpu.model.check_lora(adapter, run.mode)
+            run.lora_warnings[field] = self._gpu.model.check_lora(adapter, run.mode)
         except LoraError as error:
-            raise lora_error(error, index) from error
+            raise lora_error(error, field) from error
         return adapter
 
     def _fetch_image(self, source: str, fields: list[str], allowance: Allowance) -> Image.Image:
@@ -150,7 +163,7 @@ class Job:
     def _decide(self, adapters: list[Adapter], images: Images) -> None:
         """Decide how each prompt is made: by `match`, the LoRAs' metadata and the prompt's sampler. Note it for the result."""
         run, model = self._run, self._gpu.model
-        files = [adapter.file for adapter in adapters]
+        files = [adapter.file for adapter in adapters if not adapter.is_extra]
         era, why = era_of(files)
         version = max(filter(None, map(version_of, files)), default=None)
         trained = run.training.trained
@@ -165,14 +178,15 @@ class Job:
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
         run.warnings = [
             *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"], model.quantization),
+            *extra_warnings(run, adapters, plan := model.plan(adapters, run.mode), model.mode_of),
             *length_warnings(run.shots, model.tokens_of),
         ]
-        run.settings = settings_of(model.facts, adapters, run.match, lambda adapter: model.mode_of(adapter, run.mode))
+        run.settings = settings_of(model.facts, adapters, run.match, plan)
         run.settings |= {"trained_with": run.training.trained.as_words() or None, "trained_with_because": run.training.why}
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:
-            image_sum = sums.get(id(shot.sampling.control_image))
-            run.prompt_settings.append(prompt_settings(run, shot, model.numbers_of(shot.recipe), image_sum))
+            numbers = model.numbers_of(shot.recipe)
+            run.prompt_settings.append(prompt_settings(run, shot, numbers, lambda image: sums.get(id(image))))
 
     # Make
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -41,9 +41,9 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
     """Return the documented result. `outcomes`: the file or the error of every shot, in order."""
     outputs: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
     errors = []
-    for index, outcome in enumerate(outcomes):
+    for shot, outcome in zip(run.shots, outcomes, strict=True):
         if isinstance(outcome, WorkerError):
-            errors.append({"prompt_index": index, "code": outcome.code.value, "message": outcome.message})
+            errors.append({**shot.identity(), "code": outcome.code.value, "message": outcome.message})
         else:
             still = outcome.shot.sampling.num_frames == 1
             if still:
@@ -51,7 +51,7 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
             else:
                 pictures = {kind: outcome.pictures.get(kind) for kind in get_args(Kind)}
                 outputs["videos"].append(_item(outcome, run.request.output_format) | pictures)
-    warnings = [f"loras[{index}]: {text}" for index, texts in sorted(run.lora_warnings.items()) for text in texts]
+    warnings = [f"{field}: {text}" for field in run.request.lora_fields for text in run.lora_warnings.get(field, ())]
     warnings += run.warnings
     warnings += [warning for shot in run.shots for warning in shot.warnings]
     return {
@@ -67,7 +67,7 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
 def _item(output: Output, format: str) -> dict[str, Any]:
     shot, stored = output.shot, output.stored
     return {
-        "prompt_index": shot.index,
+        **shot.identity(),
         "url": stored.url,
         "expires_at": stored.expires_at,
         "key": stored.key,
@@ -94,22 +94,60 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
     }
 
 
-def settings_of(
-    facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, mode_of: Callable[[Adapter], LoraMode]
-) -> dict[str, Any]:
-    """Return what decides the frames of all prompts of a job alike. `facts`: those of the loaded model."""
-    loras = [
-        {
+Plan = Mapping[str, tuple[LoraMode, Sequence[tuple[Adapter, Any]]]]
+"""How each transformer carries its LoRAs, and which; see `WanModel.plan`."""
+
+
+def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, plan: Plan) -> dict[str, Any]:
+    """Return what decides the frames of all prompts of a job alike. `facts`: those of the loaded model.
+
+    An extra LoRA has an item for each transformer that it is applied to.
+    """
+    modes_of = [
+        {name: how for name, (how, stack) in plan.items() if any(each is adapter for each, _ in stack)} for adapter in adapters
+    ]
+    loras: list[dict[str, Any]] = []
+    extra: list[dict[str, Any]] = []
+    for adapter, modes in zip(adapters, modes_of, strict=True):
+        applied = {
             "transformer": adapter.side,
             "network_multiplier": adapter.scale,
-            "applied_by": mode_of(adapter),
+            "applied_by": modes.get("transformer_2" if adapter.side == "low" else "transformer"),
             "sha256": adapter.file.sha256,
             "trainer_version": adapter.file.trainer_version or None,
             "step": adapter.file.training_step,
         }
-        for adapter in adapters
-    ]
-    return {**facts, "match": match, "loras": loras}
+        if adapter.is_extra:
+            number = len({each["extra_lora"] for each in extra})
+            for name, how in modes.items():
+                side = None if adapter.side is None else "low" if name == "transformer_2" else "high"
+                extra.append({"extra_lora": number, **applied, "transformer": side, "applied_by": how})
+        else:
+            loras.append(applied)
+    return {**facts, "match": match, "loras": loras} | ({"extra_loras": extra} if extra else {})
+
+
+def extra_warnings(
+    run: Run, adapters: Sequence[Adapter], plan: Plan, mode_of: Callable[[Adapter, LoraMode], LoraMode]
+) -> Iterator[str]:
+    """What extra LoRAs change for the others, and what they mean in `preview`."""
+    extra = [adapter for adapter in adapters if adapter.is_extra]
+    if not extra:
+        return
+    if run.match == "preview":
+        yield (
+            "match preview: the trainer made its samples without `extra_loras`, so that these frames are not those samples; "
+            "all else is as in the preview"
+        )
+    for how, stack in plan.values():
+        also = [adapter for adapter, _ in stack if how == "merge" != mode_of(adapter, run.mode)]
+        fields = dict(zip(map(id, adapters), run.request.lora_fields, strict=True))
+        if also:
+            yield (
+                f"{', '.join(fields[id(adapter)] for adapter in also)}: merged into the weights too, since another LoRA of the "
+                "same transformer has to be"
+            )
+    yield from _trigger_warnings([adapter.file for adapter in extra], run.shots)
 
 
 _LONGEST_TEXT = 4000
@@ -118,8 +156,16 @@ _ALL_TEXTS = 1_000_000
 """Characters of all prompts of a result, and of all negative prompts."""
 
 
-def prompt_settings(run: Run, shot: Shot, numbers: dict[str, Any], control_image_sum: str | None) -> dict[str, Any]:
+_ONLY_WHERE_SET = {"guidance_scale_2": None, "image_fit": "stretch"}
+"""Fields that the settings name only where they differ from these defaults."""
+
+
+def prompt_settings(
+    run: Run, shot: Shot, numbers: dict[str, Any], sum_of: Callable[[Image.Image | None], str | None]
+) -> dict[str, Any]:
     """Return the effective settings that decide the frames of one prompt. `numbers`: those of its recipe on the loaded model.
+
+    `sum_of` returns the `sum_of_pixels` of an image.
 
     Very long texts are shortened, so that the platform accepts the result.
     """
@@ -129,10 +175,15 @@ def prompt_settings(run: Run, shot: Shot, numbers: dict[str, Any], control_image
         return f"{value[:longest]}…" if isinstance(value, str) and len(value) > longest else value
 
     return {
-        "prompt_index": shot.index,
-        **{name: shown(getattr(shot.sampling, term)) for term, name in FIELD_OF.items()},
+        **shot.identity(),
+        **{
+            name: shown(value)
+            for term, name in FIELD_OF.items()
+            if (value := getattr(shot.sampling, term)) != _ONLY_WHERE_SET.get(name, ...)
+        },
         "fps": shot.fps,
-        "control_image_sha256": control_image_sum,
+        "control_image_sha256": sum_of(shot.sampling.control_image),
+        **({"last_image_sha256": sum_of(shot.sampling.last_image)} if shot.sampling.last_image else {}),
         **numbers,
         "scheduler_because": shot.recipe.why,
         "era": shot.recipe.era,
@@ -161,11 +212,11 @@ def teaching_warnings(
 
 def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
     """Yield a warning for each text that is longer than the text encoder reads."""
-    for shot in shots:
+    for shot in (shot for shot in shots if not shot.video_index):
         for name, text in (("prompt", shot.sampling.prompt), ("neg", shot.sampling.negative_prompt)):
             if len(text) > MAX_TOKENS // 4 and (tokens := tokens_of(text)) > MAX_TOKENS:
                 said = f"the {name} has {tokens} tokens, and only the first {MAX_TOKENS} are read; shorten it"
-                yield f"prompts[{shot.index}]: {said}"
+                yield f"prompts[{shot.prompt_index}]: {said}"
 
 
 _SIXTEEN_BITS = {"F16", "BF16"}
@@ -229,7 +280,7 @@ def _differences(run: Run, shot: Shot, theirs: Recipe, numbers_of: NumbersOf) ->
     for name in others:
         if others[name] != ours[name]:
             yield f"{name} {others[name]} instead of {ours[name]}"
-    prompt = run.request.prompts[shot.index]
+    prompt = run.request.prompts[shot.prompt_index]
     width, height = theirs.effective_size(prompt.width, prompt.height)
     if (width, height) != (shot.sampling.width, shot.sampling.height):
         yield f"size {width}x{height} instead of {shot.sampling.width}x{shot.sampling.height}"
@@ -239,7 +290,11 @@ def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[
     """Warn when a LoRA's trigger word is not in the prompt: without it, the LoRA does little."""
     warnings = []
     for word in sorted({file.trigger_word for file in files if file.trigger_word}):
-        without = [f"prompts[{shot.index}]" for shot in shots if word.lower() not in shot.sampling.prompt.lower()]
+        without = [
+            f"prompts[{shot.prompt_index}]"
+            for shot in shots
+            if not shot.video_index and word.lower() not in shot.sampling.prompt.lower()
+        ]
         if without:
             warnings.append(
                 f"{', '.join(without)}: the LoRA's trigger word `{word}` is not in the prompt; write it, or [trigger] and set "

@@ -23,6 +23,7 @@ from pipelines.catalog import (
     DEFAULT_SIZE,
     DEFAULT_STEPS,
     MODELS,
+    ImageFit,
     Match,
     ModelSpec,
     Sampler,
@@ -57,6 +58,11 @@ MAX_VALUES = 20_000
 
 MAX_PROBLEMS = 100
 """How many problems an error lists; an answer of megabytes would not arrive."""
+
+MAX_EXTRA_LORAS = 8
+
+MAX_VIDEOS = 16
+"""Of one prompt."""
 
 MAX_GIF_PIXELS = 1_000_000_000
 """Width times height times frames: Pillow holds a byte for each until it writes a GIF. 953 frames of 1024x1024."""
@@ -103,6 +109,16 @@ class Lora(_Strict):
     network_multiplier: float = Field(default=1.0, ge=-2, le=2, description="LoRA scale.", examples=[1.0])
 
 
+class ExtraLora(_Strict):
+    """One more LoRA, beside those of `loras`."""
+
+    path: str = Lora.model_fields["path"]  # type: ignore[assignment]
+    transformer: Literal["high", "low", "both"] | None = Field(
+        default=None, description="Which side of a Wan 2.2 14B model it is for; only these models take it.", examples=["both"]
+    )
+    network_multiplier: float = Lora.model_fields["network_multiplier"]  # type: ignore[assignment]
+
+
 class Prompt(_Strict):
     """One video to make."""
 
@@ -131,12 +147,33 @@ class Prompt(_Strict):
     guidance_scale: float = Field(
         default=DEFAULT_GUIDANCE_SCALE, ge=0, le=20, description="Above 1: classifier-free guidance.", examples=[4.0]
     )
+    guidance_scale_2: float | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Wan 2.2 14B: the guidance of the low-noise transformer. Default: `guidance_scale`.",
+        examples=[3.0],
+    )
+    shift: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=100,
+        description="Shift of the noise schedule; more of it gives more steps to high noise. Default: the scheduler's own.",
+        examples=[5.0],
+    )
     seed: int | None = Field(
         default=None,
         ge=-1,
         le=MAX_SEED,
         description=f"-1: random, the drawn seed is in the result. Default: {DEFAULT_SEED} plus the prompt's index.",
         examples=[42],
+    )
+    num_videos: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_VIDEOS,
+        description="How many videos of this prompt, with the seeds `seed`, `seed` + 1, …",
+        examples=[4],
     )
     num_frames: int = Field(
         default=DEFAULT_NUM_FRAMES, ge=1, le=1000, description="Brought to 4n+1; 1 gives a PNG image.", examples=[41]
@@ -150,6 +187,19 @@ class Prompt(_Strict):
     )
     ctrl_img_1: str | None = Field(
         default=None, repr=False, description="The same as `ctrl_img`.", examples=["https://example.com/first_frame.png"]
+    )
+    last_img: str | None = Field(
+        default=None,
+        repr=False,
+        description="The frame to end on, as `ctrl_img` is the one to start with; for "
+        f"{' and '.join(f'`{spec.id}`' for spec in MODELS.values() if spec.takes_last_image)} alone.",
+        examples=["https://example.com/last_frame.png"],
+    )
+    image_fit: ImageFit = Field(
+        default="stretch",
+        description="How `ctrl_img` and `last_img` are brought to the video's size: `stretch` as the model page says, `crop` "
+        "to the middle, `pad` with black.",
+        examples=["crop"],
     )
     sampler: Sampler | None = Field(
         default=None,
@@ -165,6 +215,11 @@ class Prompt(_Strict):
             if source and not source.isspace():
                 return name, source.strip()
         return None
+
+    @property
+    def last_image(self) -> tuple[str, str] | None:
+        """(field, source) of the last image; a blank text counts as none."""
+        return ("last_img", self.last_img.strip()) if self.last_img and not self.last_img.isspace() else None
 
 
 class Training(_Strict):
@@ -203,6 +258,12 @@ class Request(_Strict):
         json_schema_extra={"minItems": 1},
         description="One item without `transformer`; for Wan 2.2 14B one or two with `transformer` high or low.",
     )
+    extra_loras: list[ExtraLora] = Field(
+        default=[],
+        max_length=MAX_EXTRA_LORAS,
+        description="More LoRAs on top of `loras`, applied in their order.",
+        examples=[[{"path": "style/style.safetensors", "network_multiplier": 0.5}]],
+    )
     trigger_word: str | None = Field(
         default=None, max_length=MAX_WORD, description="Replaces `[trigger]` in every prompt.", examples=["sks"]
     )
@@ -230,11 +291,19 @@ class Request(_Strict):
         default=False, description="Also a JPEG for each video with up to 16 of its frames.", examples=[True]
     )
 
+    @property
+    def lora_fields(self) -> list[str]:
+        """The field of each LoRA, those of `loras` first."""
+        return [f"loras[{index}]" for index in range(len(self.loras))] + [
+            f"extra_loras[{index}]" for index in range(len(self.extra_loras))
+        ]
+
 
 OBJECTS: Mapping[str, type[BaseModel]] = {
     "": Request,
     "prompts[].": Prompt,
     "loras[].": Lora,
+    "extra_loras[].": ExtraLora,
     "trained_with.": Training,
 }
 """The objects of a request, by the prefix of their fields."""
@@ -245,14 +314,30 @@ class Shot:
     """A prompt with everything decided: the video that will be made, and how."""
 
     index: int
+    """Among all videos of the job."""
     recipe: Recipe
     sampling: Sampling
     """Fitted to the recipe: its size and frame count are those of the video."""
     fps: int
     warnings: tuple[str, ...]
+    prompt_index: int
+    """The prompt's place in the request."""
+    video_index: int | None = None
+    """Among the videos of its prompt; None where it is the only one."""
+
+    @property
+    def field(self) -> str:
+        """What a message calls it."""
+        seed = "" if self.video_index is None else f" (seed {self.sampling.seed})"
+        return f"prompts[{self.prompt_index}]{seed}"
+
+    def identity(self) -> dict[str, int]:
+        """What names the video in the result."""
+        number = {} if self.video_index is None else {"video_index": self.video_index}
+        return {"prompt_index": self.prompt_index, **number}
 
 
-FIELD_OF = {field.name: field.name for field in fields(Sampling) if field.name != "control_image"} | {
+FIELD_OF = {field.name: field.name for field in fields(Sampling) if not field.name.endswith("_image")} | {
     "negative_prompt": "neg",
     "num_inference_steps": "sample_steps",
 }
@@ -269,18 +354,30 @@ def shots_of(
 
     `draw_seed` gives the random seed of a prompt by its index. `images`: the control images by their source.
     """
-    sources = [prompt.control_image[1] if prompt.control_image else "" for prompt in request.prompts]
-    return [
-        _shot(request, index, recipe_for(prompt.sampler), draw_seed, images.get(sources[index]))
-        for index, prompt in enumerate(request.prompts)
-    ]
+    shots: list[Shot] = []
+    for index, prompt in enumerate(request.prompts):
+        first = _shot(request, index, recipe_for(prompt.sampler).with_shift(prompt.shift), draw_seed, images)
+        shots += [
+            replace(
+                first,
+                index=len(shots) + number,
+                sampling=replace(first.sampling, seed=first.sampling.seed + number),
+                warnings=() if number else first.warnings,
+                video_index=number if prompt.num_videos > 1 else None,
+            )
+            for number in range(prompt.num_videos)
+        ]
+    return shots
 
 
 def _shot(
-    request: Request, index: int, recipe: Recipe, draw_seed: Callable[[int], int], control_image: Image.Image | None
+    request: Request, index: int, recipe: Recipe, draw_seed: Callable[[int], int], images: Mapping[str, Image.Image]
 ) -> Shot:
     prompt = request.prompts[index]
-    asked = Sampling(**{term: getattr(prompt, name) for term, name in FIELD_OF.items()}, control_image=control_image)
+    control_image, last_image = (images.get(image[1]) if image else None for image in (prompt.control_image, prompt.last_image))
+    asked = Sampling(
+        **{term: getattr(prompt, name) for term, name in FIELD_OF.items()}, control_image=control_image, last_image=last_image
+    )
     made = recipe.fit(asked)
     warnings = []
     if (made.width, made.height) != (asked.width, asked.height):
@@ -293,17 +390,19 @@ def _shot(
     trigger_word = (prompt.trigger_word or request.trigger_word or "").strip()
     text = prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt
     warnings += [f"prompts[{index}]: {warning}" for warning in _text_warnings(text, prompt.neg, trigger_word)]
-    if control_image and (warning := _aspect_warning(control_image.size, (made.width, made.height))):
-        warnings.append(f"prompts[{index}]: {warning}")
+    for name, image in (("control image", control_image), ("last image", last_image)):
+        if image and prompt.image_fit == "stretch" and _is_stretched(image.size, (made.width, made.height)):
+            sizes = "the {} has {}x{} pixels and is stretched to {}x{}".format(name, *image.size, made.width, made.height)
+            warnings.append(f"prompts[{index}]: {sizes}; crop it, set `image_fit`, or ask for a video of its aspect")
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
     made = replace(made, prompt=text, seed=draw_seed(index) if seed == -1 else seed)
-    return Shot(index, recipe, made, prompt.fps, tuple(warnings))
+    return Shot(index, recipe, made, prompt.fps, tuple(warnings), index)
 
 
 _FLAG = re.compile(r"(?:^|\s)--(n|w|h|d|seed|l|cfg|s|steps|m|network_multiplier|frames|num_frames|fps|ctrl_img)\s")
 """The flags that ai-toolkit reads in a sample's prompt."""
 _PLACEHOLDER = re.compile(r"\[(trigger|name)\]", re.IGNORECASE)
-_STRETCHED = 1.25
+_STRETCHED = 1.02
 """How far the aspects of the control image and the video may be apart without a warning."""
 
 
@@ -319,12 +418,9 @@ def _text_warnings(prompt: str, neg: str, trigger_word: str) -> Iterator[str]:
             yield f"the {name} has the trainer's flag --{flag[1]}, which is read as text; set the fields of the request instead"
 
 
-def _aspect_warning(image: tuple[int, int], video: tuple[int, int]) -> str:
+def _is_stretched(image: tuple[int, int], video: tuple[int, int]) -> bool:
     stretch = (image[0] / image[1]) / (video[0] / video[1])
-    if 1 / _STRETCHED <= stretch <= _STRETCHED:
-        return ""
-    sizes = "the control image has {}x{} pixels and is stretched to {}x{}".format(*image, *video)
-    return f"{sizes}; crop it, or ask for a video of its aspect"
+    return not 1 / _STRETCHED <= stretch <= _STRETCHED
 
 
 def parse(raw: Any, served: ModelSpec) -> Request:
@@ -344,9 +440,10 @@ def parse(raw: Any, served: ModelSpec) -> Request:
         found = problems_of(error, OBJECTS)
     # That there is no `loras` at all has a code of its own, from `_lora_problems`.
     of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
-    _raise_if_any(chain(_model_problems(raw, served), of_schema, _lora_problems(raw, spec), _prompt_problems(raw, spec)))
+    of_loras = chain(_lora_problems(raw, spec), _extra_lora_problems(raw, spec))
+    _raise_if_any(chain(_model_problems(raw, served), of_schema, of_loras, _prompt_problems(raw, spec)))
     assert request
-    _raise_if_any(chain(_gif_problems(request), _training_problems(request)))
+    _raise_if_any(chain(_gif_problems(request), _training_problems(request), _count_problems(request)))
     return request
 
 
@@ -355,6 +452,16 @@ def _training_problems(request: Request) -> Iterator[Problem]:
     if given and given.qtype is not None and given.as_trained_with().format not in QTYPES:
         text = f"must be one of {', '.join(QTYPES)}, as in the training's config; other formats are not rebuilt here"
         yield Problem(Code.INVALID_INPUT, "trained_with.qtype", text)
+
+
+def _count_problems(request: Request) -> Iterator[Problem]:
+    if (videos := sum(prompt.num_videos for prompt in request.prompts)) > MAX_PROMPTS:
+        text = f"the prompts ask for {videos} videos, and a job makes {MAX_PROMPTS} at most; send several jobs"
+        yield Problem(Code.INVALID_INPUT, "prompts", text)
+    for index, prompt in enumerate(request.prompts):
+        if prompt.seed is not None and prompt.seed + prompt.num_videos - 1 > MAX_SEED:
+            text = f"the last of {prompt.num_videos} videos would have a seed above {MAX_SEED}; start lower"
+            yield Problem(Code.INVALID_INPUT, f"prompts[{index}].seed", text)
 
 
 def _gif_problems(request: Request) -> Iterator[Problem]:
@@ -400,7 +507,7 @@ def _lora_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]
         return
     sides = [item.get("transformer") if isinstance(item, dict) else None for item in loras]
     for index, item in enumerate(loras):
-        yield from _path_problems(index, item)
+        yield from _path_problems(f"loras[{index}].path", item)
         if spec.moe and isinstance(item, dict) and sides[index] is None:
             text = f'{spec.id} has two transformers: say which one this LoRA is for, "high" or "low"'
             yield Problem(Code.MOE_FORMAT_REQUIRED, f"loras[{index}].transformer", text)
@@ -415,11 +522,24 @@ def _lora_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]
         yield Problem(Code.SINGLE_MOE_CONFIG_ONLY, "loras", text)
 
 
-def _path_problems(index: int, item: Any) -> Iterator[Problem]:
+def _extra_lora_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    extra = raw.get("extra_loras")
+    for index, item in enumerate(extra[: MAX_EXTRA_LORAS + 1] if isinstance(extra, list) else []):
+        yield from _path_problems(f"extra_loras[{index}].path", item)
+        side = item.get("transformer") if isinstance(item, dict) else None
+        where = f"extra_loras[{index}].transformer"
+        if spec.moe and isinstance(item, dict) and side is None:
+            text = f'{spec.id} has two transformers: say which this LoRA is for, "high", "low" or "both"'
+            yield Problem(Code.MOE_FORMAT_REQUIRED, where, text)
+        if not spec.moe and side is not None:
+            text = f"{spec.id} has one transformer; leave `transformer` out"
+            yield Problem(Code.MOE_FORMAT_NOT_SUPPORTED, where, text)
+
+
+def _path_problems(where: str, item: Any) -> Iterator[Problem]:
     path = item.get("path") if isinstance(item, dict) else None
     if not isinstance(path, str):
         return
-    where = f"loras[{index}].path"
     if not path.strip():
         yield Problem(Code.LORA_FILE_REQUIRED, where, "the path is empty; name a file such as job/name.safetensors")
     elif is_url(path):
@@ -462,6 +582,33 @@ def _prompt_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Proble
             takers = ", ".join(other.id for other in MODELS.values() if other.control_image != "none")
             text = f"{spec.id} takes no control image; leave it out, or use one of {takers}"
             yield Problem(Code.INVALID_INPUT, where, text)
+        yield from _last_image_problems(index, prompt, spec)
+        yield from _guidance_problems(index, prompt, spec)
+
+
+def _last_image_problems(index: int, prompt: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    last, where = prompt.get("last_img"), f"prompts[{index}].last_img"
+    if not isinstance(last, str) or not last or last.isspace():
+        return
+    if not spec.takes_last_image:
+        takers = " or ".join(other.id for other in MODELS.values() if other.takes_last_image)
+        text = f"{spec.id} was not made to end on a given frame; leave it out, or use {takers}"
+        yield Problem(Code.INVALID_INPUT, where, text)
+    elif prompt.get("num_frames") in (1, 2, 3, 4):
+        yield Problem(Code.INVALID_INPUT, where, "a video with a first and a last frame has 5 frames or more; ask for them")
+
+
+def _guidance_problems(index: int, prompt: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    second, where = prompt.get("guidance_scale_2"), f"prompts[{index}].guidance_scale_2"
+    if not isinstance(second, int | float) or isinstance(second, bool):
+        return
+    first = prompt.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
+    if not spec.moe:
+        text = f"{spec.id} has one transformer; leave it out, and set `guidance_scale`"
+        yield Problem(Code.INVALID_INPUT, where, text)
+    elif second > 1 and isinstance(first, int | float) and first <= 1:
+        text = "above 1 it needs a `guidance_scale` above 1, by which the pipeline decides whether there is guidance at all"
+        yield Problem(Code.INVALID_INPUT, where, text)
 
 
 def _raw_problems(raw: Any) -> Iterator[Problem]:

@@ -67,8 +67,8 @@ class Run:
     prompt_settings: list[dict[str, Any]] = field(default_factory=list)
     """The effective settings that decide the frames of each prompt."""
     warnings: list[str] = field(default_factory=list)
-    lora_warnings: dict[int, list[str]] = field(default_factory=dict)
-    """Warnings by the LoRA's index in the request."""
+    lora_warnings: dict[str, list[str]] = field(default_factory=dict)
+    """By the LoRA's field in the request, such as `loras[0]`."""
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -86,7 +86,7 @@ class Run:
 
     def warn_of_picture(self, shot: Shot, picture: Picture, why: str) -> None:
         """Add a warning that says why a picture is `null`."""
-        self.warnings.append(f"prompts[{shot.index}]: no {picture.kind}: {why}")
+        self.warnings.append(f"{shot.field}: no {picture.kind}: {why}")
 
     def check(self) -> None:
         """Raise Stopped if the job must not go on."""

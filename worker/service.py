@@ -97,7 +97,7 @@ class Service:
                 mode="merge" if match == "preview" else settings.lora_mode,
                 delivery=Delivery(storage, not s3_config, self._recovery, job_id, identity),
                 folder=Path(folder),
-                progress=Progress([prompt.sample_steps for prompt in request.prompts]),
+                progress=Progress([prompt.sample_steps for prompt in request.prompts for _ in range(prompt.num_videos)]),
                 deadline=Deadline(settings.seconds_per_job),
                 upload_timeout=settings.upload_timeout,
             )

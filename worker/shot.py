@@ -128,7 +128,7 @@ class ShotFiles:
 
     async def _upload(self, file: Path, pictures: dict[Picture, Path]) -> Output:
         """Upload the video, and its pictures at the same time."""
-        run, index = self._run, self.shot.index
+        run, index = self._run, self.shot.prompt_index
         arguments = (file, self._encoding.content_type, run.give_up_at(), run.delivery_limit())
         with stage("upload", run.timings, job=run.id, prompt_index=index, bytes=file.stat().st_size):
             video = asyncio.create_task(in_thread(run.stop_delivery, run.delivery.put, *arguments))

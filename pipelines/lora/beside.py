@@ -14,47 +14,51 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
+from pipelines.errors import blamed_on
 from pipelines.lora.arithmetic import Tensors, alpha_scale, load_tensors, part
-from pipelines.lora.file import Adapter
+from pipelines.lora.file import LoraFile
+from pipelines.lora.fit import Stack
 from pipelines.lora.layers import Layer, Layers
 
 Hook = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
 
 
 class Beside:
-    """What one transformer carries beside its layers; at most one LoRA."""
+    """What one transformer carries beside its layers: each LoRA adds to the output in its turn."""
 
     def __init__(self, transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """`dtype`: of a LoRA's factors and its arithmetic."""
         self._transformer = transformer
         self._device = device
         self._dtype = dtype
-        self._carried: Adapter | None = None
+        self._carried: list[tuple[LoraFile, float, Layers]] = []
         self._hooks: list[RemovableHandle] = []
 
     @property
     def is_active(self) -> bool:
         return bool(self._hooks)
 
-    def apply(self, wanted: tuple[Adapter, Layers] | None) -> None:
-        """Carry exactly this LoRA, or none; what is carried already stays."""
-        adapter = wanted[0] if wanted else None
-        if adapter is not None and self._carried is not None and _same(adapter, self._carried):
+    def apply(self, wanted: Stack) -> None:
+        """Carry exactly these LoRAs, in their order; what is carried already stays."""
+        identity = [(adapter.file, adapter.scale, layers) for adapter, layers in wanted]
+        if self._carried and self._carried == identity:
             return
         self.drop()
-        if wanted is None or wanted[0].scale == 0:  # the trainer skips it
-            return
-        tensors = load_tensors(wanted[0].file)
-        for path, layer in wanted[1].items():
-            hook = self._hook(layer, tensors, wanted[0].scale)
-            self._hooks.append(self._transformer.get_submodule(path).register_forward_hook(hook))
-        self._carried = adapter
+        for position, (adapter, layers) in enumerate(wanted):
+            if adapter.scale == 0:  # the trainer skips it
+                continue
+            with blamed_on(position):
+                tensors = load_tensors(adapter.file)
+            for path, layer in layers.items():
+                hook = self._hook(layer, tensors, adapter.scale)
+                self._hooks.append(self._transformer.get_submodule(path).register_forward_hook(hook))
+        self._carried = identity
 
     def drop(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._carried = None
+        self._carried = []
 
     def _hook(self, layer: Layer, tensors: Tensors, multiplier: float) -> Hook:
         scale = torch.tensor(alpha_scale(layer, tensors), device=self._device)
@@ -69,10 +73,6 @@ class Beside:
             return output + change.to(output.dtype)
 
         return hook
-
-
-def _same(one: Adapter, other: Adapter) -> bool:
-    return (one.file, one.scale) == (other.file, other.scale)
 
 
 def _lokr(layer: Layer, tensors: Tensors, scale: torch.Tensor, multiplier: float, device: torch.device) -> Hook:

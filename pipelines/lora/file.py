@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -140,9 +140,12 @@ class Adapter:
 
     file: LoraFile
     scale: float = 1.0
-    side: Side | None = None
+    side: Side | Literal["both"] | None = None
+    """`both`: for an extra LoRA alone."""
     source: str = field(default="", compare=False)
     """The name that the user gave the file, such as the end of its URL; "" for the file's own."""
+    is_extra: bool = False
+    """Whether it lies on top of the LoRAs that the model page knows."""
 
     @property
     def name(self) -> str:

@@ -21,6 +21,11 @@ from pipelines.lora.origin import fitting_models, looks_trained_for
 Shapes = Mapping[str, tuple[int, ...]]
 """The parameters of a transformer, by name."""
 
+Carried = tuple[Adapter, Layers]
+"""A LoRA, and what of it is for one transformer."""
+Stack = tuple[Carried, ...]
+"""What one transformer carries, in the order in which it is applied; () for nothing."""
+
 _SIDE_IN_NAME = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
 
@@ -94,6 +99,13 @@ def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSe
     return mode, ""
 
 
+def check_side(adapter: Adapter, reading: Reading) -> None:
+    """An extra LoRA goes to the sides that it is sent for alone. Raises LoraIncompatible where it has nothing for them."""
+    if adapter.is_extra and not _sides_of_extra(adapter, reading):
+        theirs = next(iter(reading.sides))
+        raise LoraIncompatible(f'its keys name the {theirs} side alone; send it with "transformer": "{theirs}" or "both"')
+
+
 def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
     """What a careful operator would tell the user about a file that fits."""
     file, texts = adapter.file, []
@@ -105,13 +117,16 @@ def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
         texts.append("the LoRA has no image keys, so it looks trained for a text-to-video model; it was applied")
     if reading.has_both_sides:
         both = len(reading.sides) == 2
-        texts.append(
-            "the file holds the high and the low side; each was applied to its own"
-            if both
-            else f"the keys of the file name the {next(iter(reading.sides))} side, so it was applied to that side alone"
-        )
+        if both and adapter.is_extra and adapter.side != "both":
+            said = f"of the file's two sides the {adapter.side} one alone was applied; send it as both for both"
+        elif both:
+            said = "the file holds the high and the low side; each was applied to its own"
+        else:
+            said = f"the keys of the file name the {next(iter(reading.sides))} side, so it was applied to that side alone"
+        texts.append(said)
     elif adapter.side and (named := side_in_name(adapter.name)) and named != adapter.side:
-        texts.append(f"the file is named `{adapter.name}`, but was sent as the {adapter.side} side")
+        sent = "for both sides" if adapter.side == "both" else f"as the {adapter.side} side"
+        texts.append(f"the file is named `{adapter.name}`, but was sent {sent}")
     return texts
 
 
@@ -121,20 +136,47 @@ def side_in_name(name: str) -> Side | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
-def by_transformer(adapters: Sequence[Adapter]) -> dict[str, tuple[Adapter, Layers]]:
-    """What each transformer is to carry. A file that holds both sides is applied to both, but where the other has its own.
+def by_transformer(adapters: Sequence[Adapter]) -> dict[str, Stack]:
+    """What each transformer is to carry: its LoRA of `loras`, then the extra ones in their order.
 
-    Raises what `read` raises.
+    A file of `loras` that holds both sides is applied to both, but where the other has its own. An extra one goes to the sides
+    that it was sent for. Raises what `read` raises.
     """
-    sent = {adapter.side for adapter in adapters}
-    wanted: dict[str, tuple[Adapter, Layers]] = {}
-    for adapter in adapters:
-        reading, sides = read(adapter.file), [adapter.side]
+    sent = {adapter.side for adapter in adapters if not adapter.is_extra}
+    wanted: dict[str, Stack] = {}
+    for adapter in sorted(adapters, key=lambda adapter: adapter.is_extra):
+        reading = read(adapter.file)
+        if adapter.is_extra:
+            for name, layers in _sides_of_extra(adapter, reading).items():
+                wanted[name] = (*wanted.get(name, ()), (adapter, layers))
+            continue
+        sides = [adapter.side]
         if reading.has_both_sides:
             sides += [side for side in reading.sides if side not in sent]
         for side in sides:
-            wanted["transformer_2" if side == "low" else "transformer"] = (adapter, reading.layers(side))
+            wanted[_transformer_of(side)] = ((adapter, reading.layers(_one_side(side))),)
     return wanted
+
+
+def products_of(stack: Stack) -> Stack:
+    """The layers that are products of factors, which an adapter carries."""
+    kept = [(adapter, {path: layer for path, layer in layers.items() if layer.kind == "lora"}) for adapter, layers in stack]
+    return tuple((adapter, layers) for adapter, layers in kept if layers)
+
+
+def _sides_of_extra(adapter: Adapter, reading: Reading) -> dict[str, Layers]:
+    """What of an extra LoRA is for which transformer."""
+    sides: list[Side | None] = ["high", "low"] if adapter.side == "both" else [_one_side(adapter.side)]
+    return {_transformer_of(side): layers for side in sides if (layers := reading.layers(side))}
+
+
+def _transformer_of(side: str | None) -> str:
+    return "transformer_2" if side == "low" else "transformer"
+
+
+def _one_side(side: str | None) -> Side | None:
+    assert side != "both"
+    return side  # type: ignore[return-value]
 
 
 def _shape_of(layer: str, shapes: Shapes) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from typing import Literal
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import LoraFile
 from pipelines.lora.header_config import HeaderConfig
-from pipelines.lora.names import Side, is_of_text_encoder, parse
+from pipelines.lora.names import Side, is_of_first_transformer, is_of_text_encoder, parse
 
 BIAS_PARTS = ("diff_b", "B.bias")
 """What changes a layer's bias."""
@@ -130,6 +130,10 @@ def read(file: LoraFile) -> Reading:
         keys[name.part] = key
     if not parts:
         raise LoraIncompatible(f"it has no lora_A and lora_B keys, but such as `{next(iter(file.shapes))}`; export a LoRA")
+    if parts.keys() == {None, "low"}:
+        unnamed = [key for keys in parts[None].values() for key in keys.values()]
+        if all(map(is_of_first_transformer, unnamed)):  # diffusers' names for the two
+            parts = {"high": parts[None], "low": parts["low"]}
     if None in parts and len(parts) > 1:
         raise LoraInvalid("some of its keys name a side (transformer_1, transformer_2) and others do not; export it again")
     config = HeaderConfig(file.metadata)

@@ -2,50 +2,54 @@
 
 The product of a LoRA's factors is computed in float32, added to the float32 value of the weight, and stored in the weight's
 own dtype. Subtracting it again would leave rounding behind, so a weight is restored from the checkpoint's file, and every merge
-starts from it.
+starts from it. Of several LoRAs, each is added to the float32 sum of those before it, which is rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from pipelines.lora.arithmetic import change_bias, change_weight, load_tensors
-from pipelines.lora.file import Adapter
-from pipelines.lora.fit import target
-from pipelines.lora.layers import Layers
+from pipelines.errors import blamed_on
+from pipelines.lora.arithmetic import Tensors, change_bias, change_weight, load_tensors
+from pipelines.lora.file import LoraFile
+from pipelines.lora.fit import Stack, target
+from pipelines.lora.layers import Layer, Layers
 from pipelines.pristine import CheckpointFile
+
+_Change = Callable[[Layer, Tensors, torch.Tensor, float, torch.device], torch.Tensor]
 
 
 class Merges:
-    """The merged LoRAs of one pipeline, by transformer; at most one each."""
+    """The merged LoRAs of one pipeline, by transformer."""
 
     def __init__(self, pipe: Any, files: Mapping[str, CheckpointFile], device: torch.device) -> None:
         """`files`: the weights of each transformer. `device` computes the merges, wherever the weights wait."""
         self._pipe = pipe
         self._device = device
         self._files = files
-        self._merged: dict[str, Adapter] = {}
+        self._merged: dict[str, list[tuple[LoraFile, float, Layers]]] = {}
         self._changed: dict[str, set[str]] = {name: set() for name in self._files}
         """Parameters whose values are not, or may not be, what the file says."""
 
     @torch.no_grad()
-    def apply(self, name: str, wanted: tuple[Adapter, Layers] | None) -> None:
-        """Make the weights of the transformer `name` carry exactly this LoRA, or none; what is merged already stays.
+    def apply(self, name: str, wanted: Stack) -> None:
+        """Make the weights of the transformer `name` carry exactly these LoRAs, in their order; what is merged already stays.
 
-        After an exception weights may be half merged: call `take_out` then.
+        After an exception weights may be half merged: call `take_out_all` then.
         """
-        before = self._merged.get(name)
-        if wanted and before and (before.file, before.scale) == (wanted[0].file, wanted[0].scale):
+        # One file can have a part for each side, so that file and scale alone do not say what is merged.
+        identity = [(adapter.file, adapter.scale, layers) for adapter, layers in wanted]
+        if wanted and self._merged.get(name) == identity:
             return
         self._merged.pop(name, None)
-        if wanted is None:
+        if not wanted:
             self._restore(name, self._changed[name])
         else:
-            self._merge(name, *wanted)
-            self._merged[name] = wanted[0]
+            self._merge(name, wanted)
+            self._merged[name] = identity
 
     @property
     def are_active(self) -> bool:
@@ -58,20 +62,26 @@ class Merges:
         for name, changed in self._changed.items():
             self._restore(name, changed)
 
-    def _merge(self, name: str, adapter: Adapter, layers: Layers) -> None:
-        tensors, parameters = load_tensors(adapter.file), dict(getattr(self._pipe, name).named_parameters())
-        changes = {}
-        for path, layer in layers.items():
-            if layer.changes_weight:
-                changes[target(path, parameters) or path] = (layer, change_weight)
-            if layer.changes_bias:
-                changes[f"{path}.bias"] = (layer, change_bias)
+    def _merge(self, name: str, stack: Stack) -> None:
+        parameters = dict(getattr(self._pipe, name).named_parameters())
+        changes: dict[str, list[tuple[_Change, Layer, Tensors, float]]] = {}
+        for position, (adapter, layers) in enumerate(stack):
+            with blamed_on(position):
+                tensors = load_tensors(adapter.file)
+            for path, layer in layers.items():
+                if layer.changes_weight:
+                    changed = target(path, parameters) or path
+                    changes.setdefault(changed, []).append((change_weight, layer, tensors, adapter.scale))
+                if layer.changes_bias:
+                    changes.setdefault(f"{path}.bias", []).append((change_bias, layer, tensors, adapter.scale))
         self._restore(name, self._changed[name] - changes.keys())
         self._changed[name] = set(changes)
-        for parameter, (layer, change) in changes.items():
+        for parameter, each in changes.items():
             value = parameters[parameter]
-            pristine = self._files[name].read(parameter).to(self._device, value.dtype)
-            value.copy_(change(layer, tensors, pristine, adapter.scale, self._device))
+            merged = self._files[name].read(parameter).to(self._device, value.dtype)
+            for change, layer, tensors, scale in each:
+                merged = change(layer, tensors, merged, scale, self._device)
+            value.copy_(merged)
 
     def _restore(self, name: str, changed: set[str]) -> None:
         self._files[name].restore(getattr(self._pipe, name), changed)

@@ -2,7 +2,8 @@
 
 Sources: keys written by ai-toolkit 0.12.26 and older (`diffusion_model.`, `lycoris_`, `lora_transformer_`), kohya and musubi
 (`lora_unet_`), diffusers and PEFT (`transformer.`, `base_model.model.`), DiffSynth (`pipe.dit.`, `.default`), OneTrainer, and
-ComfyUI (`model.diffusion_model.`). The names of the layers are those of Wan's own code and of diffusers.
+ComfyUI (`model.diffusion_model.`). A block's `diff_m` is the difference of its modulation, in lightx2v's distilled files
+(Comfy-Org/ComfyUI, issue 8922). The names of the layers are those of Wan's own code and of diffusers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SIDES: dict[str, Side] = {"transformer_1.": "high", "transformer_2.": "low"}
 _TEXT_ENCODER = ("text_encoder", "lora_te", "te1.", "te2.")
 
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?P<part>lora_(?:A|B|down|up)|lora\.(?:down|up)|lokr_\w+|hada_\w+|oft_\w+|alpha|diff_b|diff|magnitude"
+    r"(?P<layer>.+?)\.(?P<part>lora_(?:A|B|down|up)|lora\.(?:down|up)|lokr_\w+|hada_\w+|oft_\w+|alpha|diff_[bm]|diff|magnitude"
     r"|dora_scale|lora_magnitude_vector)(?P<adapter>\.(?!weight|bias|scale)[\w-]+)?(?P<tensor>\.weight|\.bias|\.scale_weight"
     r"|\.weight_scale|\.scale)?"
 )
@@ -89,6 +90,11 @@ def is_of_text_encoder(key: str) -> bool:
     return key.startswith(_TEXT_ENCODER)
 
 
+def is_of_first_transformer(key: str) -> bool:
+    """Whether a key names `transformer`, which beside `transformer_2` is the high side."""
+    return re.match(r"((base_)?model\.)*transformer\.", key) is not None
+
+
 def parse(key: str) -> Name | None:
     """The layer and the part that a key names. None for a key that belongs to no layer, and for one of a text encoder."""
     if is_of_text_encoder(key):
@@ -103,6 +109,8 @@ def parse(key: str) -> Name | None:
         part += ".scale"
     layer, side = match["layer"], None
     underscored = next((prefix for prefix in _UNDERSCORED if layer.startswith(prefix)), None)
+    if part == "diff_m":
+        layer, part = f"{layer}{'_' if underscored else '.'}modulation", "diff"
     if underscored:
         return Name(_layer_of_underscored(layer.removeprefix(underscored)), part)
     while prefix := next((prefix for prefix in (*_PREFIXES, *SIDES) if layer.startswith(prefix)), None):

@@ -235,7 +235,7 @@ function promptsOf(job) {
 function factsOf(job, item) {
   const { result } = job;
   const settings = result.settings ?? {};
-  const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index) ?? {};
+  const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index && other.seed === item.seed) ?? {};
   const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] failed: ${error.message}`);
   return [
     h("h2", {}, `Run ${job.number}`, result.outputs.videos.length > 1 ? h("span", { class: "soft" }, ` prompt ${item.prompt_index + 1}`) : ""),

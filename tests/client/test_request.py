@@ -60,10 +60,13 @@ def test_a_lora_is_a_path_with_a_side_and_a_scale(text: str, lora: dict[str, Any
 def test_options_make_a_whole_request() -> None:
     words = ["--model", "wan22_14b_t2v", "--lora", "high=a.safetensors", "--lora", "low=b.safetensors@0.5"]
     words += ["--prompt", "one", "--prompt", "two", "--width", "832", "--seed", "-1", "--guidance-scale", "3.5"]
+    words += ["--extra-lora", "both=c.safetensors@0.3", "--shift", "7", "--num-videos", "2", "--guidance-scale-2", "3"]
     request = given(*words, "--trigger-word", "sks", "--match", "preview", "--output-format", "gif")
     parsed = parse(request, MODELS["wan22_14b_t2v"])
     assert [lora.transformer for lora in parsed.loras] == ["high", "low"]
     assert [(prompt.prompt, prompt.width, prompt.seed) for prompt in parsed.prompts] == [("one", 832, -1), ("two", 832, -1)]
+    assert [(lora.transformer, lora.network_multiplier) for lora in parsed.extra_loras] == [("both", 0.3)]
+    assert [(prompt.shift, prompt.num_videos, prompt.guidance_scale_2) for prompt in parsed.prompts] == [(7.0, 2, 3.0)] * 2
     assert (parsed.trigger_word, parsed.match, parsed.output_format) == ("sks", "preview", "gif")
 
 

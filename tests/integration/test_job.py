@@ -21,7 +21,8 @@ from PIL import Image
 
 from pipelines import WanModel
 from pipelines.errors import LoraInvalid, OutOfMemory
-from tests.integration.test_local_api import file_of, frames_of, request_for
+from tests.conftest import STAND_IN
+from tests.integration.test_local_api import as_base64, file_of, frames_of, request_for
 from worker import frame_queue, logs
 from worker.files import scratch
 from worker.recovery import Recovery
@@ -603,3 +604,85 @@ def test_a_job_whose_worker_died_before_the_result_has_the_pictures_that_were_st
     told = "prompts[0]: no poster: an earlier worker made the video, and the picture was not found beside it"
     assert (told in result["warnings"]) == (lost != "nothing")
     assert video == before | ({} if lost == "nothing" else {"poster": None})
+
+
+# More LoRAs than one
+
+
+def with_extra(tiny: Path, *extra: dict[str, Any], **request: Any) -> dict[str, Any]:
+    made = job(tiny, {})
+    made["input"] |= {"extra_loras": list(extra)} | request
+    return made
+
+
+def test_the_result_says_which_extra_loras_were_applied_and_how(runner: Runner, tiny: Path) -> None:
+    plain = run(runner(), with_extra(tiny))
+    assert "extra_loras" not in plain["settings"]
+    extra = [{"path": "wan21_1b/rank16.safetensors", "network_multiplier": 0.5}, {"path": "wan21_1b/rank64.safetensors"}]
+    made = run(runner(), with_extra(tiny, *extra))
+    assert [item["applied_by"] for item in made["settings"]["loras"]] == ["adapter"]
+    assert [
+        (item["extra_lora"], item["network_multiplier"], item["applied_by"]) for item in made["settings"]["extra_loras"]
+    ] == [
+        (0, 0.5, "adapter"),
+        (1, 1.0, "adapter"),
+    ]
+    (with_them,), (without,) = (output["outputs"]["videos"] for output in (made, plain))
+    assert not np.array_equal(frames_of(with_them), frames_of(without))
+    assert np.array_equal(frames_of(run(runner(), with_extra(tiny))["outputs"]["videos"][0]), frames_of(without))
+    preview = run(runner(), with_extra(tiny, *extra, match="preview"))
+    assert any("the trainer made its samples without `extra_loras`" in warning for warning in preview["warnings"])
+
+
+def test_a_bad_extra_lora_is_named_by_its_field(runner: Runner, tiny: Path) -> None:
+    other = {"path": "wan22_5b/rank8.safetensors"}
+    answer = run(runner(), with_extra(tiny, {"path": "wan21_1b/rank64.safetensors"}, other, {"path": "none.safetensors"}))
+    assert "LORA_INCOMPATIBLE: `extra_loras[1].path`" in answer["error"]
+    assert "`extra_loras[2].path`: the worker's LoRA folder has no `none.safetensors`" in answer["error"]
+
+
+# What a prompt can choose beside the model page
+
+
+def test_the_settings_say_what_a_prompt_chose(tiny: Path, tmp_path: Path) -> None:
+    model = "wan22_14b_i2v"
+    places = {"checkpoint_dir": tiny, "lora_dir": tiny / "loras", "output_dir": tmp_path, "ai_toolkit_path": STAND_IN}
+    worker = cold_start(Settings(model_id=model, device="cpu", **places))
+    plain = request_for(model, tiny)
+    (prompt,) = plain["prompts"]
+    last = as_base64(Image.new("RGB", (64, 128), "red"))
+    choices = {"shift": 7.0, "guidance_scale_2": 2.0, "last_img": last, "image_fit": "pad"}
+    request = plain | {"prompts": [prompt, prompt | {"seed": 42} | choices, prompt | {"seed": 42}]}
+    result = run(worker, {"id": "choices", "input": request})
+    usual, chosen, again = result["settings"]["prompts"]
+    assert {name: chosen[name] for name in ("shift", "guidance_scale_2", "image_fit")} == {
+        "shift": 7.0,
+        "guidance_scale_2": 2.0,
+        "image_fit": "pad",
+    }
+    assert chosen.keys() - usual.keys() == {"guidance_scale_2", "image_fit", "last_image_sha256"}
+    assert usual["shift"] == again["shift"] == 3.0
+    videos = [frames_of(video) for video in result["outputs"]["videos"]]
+    assert not np.array_equal(videos[0], videos[1])
+    assert np.array_equal(videos[0], videos[2])
+    assert [warning for warning in result["warnings"] if "prompts[1]" in warning and "stretched" in warning] == []
+    broken = prompt | {"last_img": "aGk="}
+    answer = run(worker, {"id": "broken", "input": plain | {"prompts": [broken]}})
+    assert answer["error"].startswith("CONTROL_IMAGE_INVALID: `prompts[0].last_img`")
+
+
+def test_several_videos_of_a_prompt_are_each_that_of_its_seed(runner: Runner, tiny: Path) -> None:
+    apart = run(runner(), job(tiny, {"seed": 5}, {"seed": 6}, {"prompt": "a car"}))
+    at_once = run(runner(), job(tiny, {"seed": 5, "num_videos": 2}, {"prompt": "a car", "seed": 44}))
+    videos = at_once["outputs"]["videos"]
+    assert [(video["prompt_index"], video.get("video_index"), video["seed"]) for video in videos] == [
+        (0, 0, 5),
+        (0, 1, 6),
+        (1, None, 44),
+    ]
+    assert [row.get("video_index") for row in at_once["settings"]["prompts"]] == [0, 1, None]
+    assert len({video["key"] for video in videos}) == 3
+    for one, other in zip(videos, apart["outputs"]["videos"], strict=True):
+        assert np.array_equal(frames_of(one), frames_of(other))
+    failed = run(runner(FussyStorage({1})), job(tiny, {"seed": 5, "num_videos": 2}))
+    assert [(error["prompt_index"], error["video_index"]) for error in failed["errors"]] == [(0, 1)]

@@ -15,6 +15,7 @@ SHOT = Shot(
     sampling=Sampling("a", width=832, height=480, num_frames=41, num_inference_steps=20),
     fps=16,
     warnings=(),
+    prompt_index=1,
 )
 
 

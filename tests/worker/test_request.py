@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.catalog import MODELS
+from pipelines.catalog import MODELS, ModelSpec
 from pipelines.recipes import documented, preview
 from worker.delivery import Identity
 from worker.errors import Code, WorkerError
@@ -14,6 +14,7 @@ from worker.request import MAX_SEED, Prompt, Request, Shot, parse, shots_of
 
 SINGLE = MODELS["wan21_1b"]
 MOE = MODELS["wan22_14b_t2v"]
+I2V_14B = MODELS["wan22_14b_i2v"]
 IMAGE = MODELS["wan21_i2v_14b"]
 EITHER = MODELS["wan22_5b"]
 
@@ -481,7 +482,7 @@ def test_an_unknown_field_of_a_lora_names_the_nearest_one(name, hint):
 
 
 def test_a_field_like_no_other_is_answered_with_the_list_of_fields():
-    assert "the fields here are model, loras, trigger_word" in str(error_of(an_input(zzzzzz=1)))
+    assert "the fields here are model, loras, extra_loras" in str(error_of(an_input(zzzzzz=1)))
 
 
 # Secrets
@@ -682,12 +683,13 @@ def test_a_text_that_only_looks_like_it_is_no_warning(prompt):
 
 
 @pytest.mark.parametrize(
-    ("size", "told"), [((64, 64), False), ((80, 64), False), ((96, 64), True), ((64, 96), True), ((1280, 720), True)]
+    ("size", "told"), [((64, 64), False), ((650, 640), False), ((660, 640), True), ((640, 660), True), ((1280, 720), True)]
 )
 def test_a_control_image_that_would_be_stretched_visibly_is_told(size, told):
     warnings = warnings_of({"ctrl_img": "https://example.com/i.png", "width": 64, "height": 64}, size)
-    stretched = f"prompts[0]: the control image has {size[0]}x{size[1]} pixels and is stretched to 64x64; crop it, or ask"
+    stretched = f"prompts[0]: the control image has {size[0]}x{size[1]} pixels and is stretched to 64x64; crop it, set"
     assert [warning.startswith(stretched) for warning in warnings] == [True] * told
+    assert not warnings_of({"ctrl_img": "https://example.com/i.png", "width": 64, "height": 64, "image_fit": "crop"}, size)
 
 
 def test_shots_come_in_the_order_of_the_prompts():
@@ -718,8 +720,9 @@ def test_more_values_than_any_request_has_are_one_problem_found_before_a_value_i
 
 
 def test_a_thousand_whole_prompts_are_not_too_many() -> None:
-    prompt = {name: info.examples[0] for name, info in Prompt.model_fields.items() if info.examples and "ctrl" not in name}
-    assert len(parse(an_input(prompts=[prompt] * 1000), SINGLE).prompts) == 1000
+    prompt = {name: info.examples[0] for name, info in Prompt.model_fields.items() if info.examples} | {"num_videos": 1}
+    prompt["ctrl_img_1"] = prompt["ctrl_img"]
+    assert len(parse(an_input(I2V_14B, prompts=[prompt] * 1000), I2V_14B).prompts) == 1000
 
 
 def test_a_number_of_thousands_of_digits_is_refused_as_any_other() -> None:
@@ -781,3 +784,63 @@ def test_a_gif_that_would_fill_the_memory_is_refused_and_another_format_of_it_is
     assert found(an_input(first=large, output_format="gif")) == [("INVALID_INPUT", "prompts[0].num_frames")]
     assert parse(an_input(first=large, output_format="webp"), SINGLE)
     assert parse(an_input(first=large | {"num_frames": 201}, output_format="gif"), SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "problems"),
+    [
+        (SINGLE, [{"path": "a", "transformer": "both"}], [("MOE_FORMAT_NOT_SUPPORTED", "extra_loras[0].transformer")]),
+        (MOE, [{"path": "a", "transformer": "both"}, {"path": "b"}], [("MOE_FORMAT_REQUIRED", "extra_loras[1].transformer")]),
+        (SINGLE, [{"path": "../a"}], [("INVALID_INPUT", "extra_loras[0].path")]),
+        (SINGLE, [{"path": "a", "network_multiplier": 2.5}], [("INVALID_INPUT", "extra_loras[0].network_multiplier")]),
+        (SINGLE, [{"path": "a"}] * 9, [("INVALID_INPUT", "extra_loras")]),
+    ],
+)
+def test_extra_loras_are_checked_as_loras_are(model: ModelSpec, extra: list[Any], problems: list[tuple[str, str]]) -> None:
+    loras = [{"path": "a", "transformer": "high"}] if model == MOE else [{"path": "a"}]
+    with pytest.raises(WorkerError) as caught:
+        parse(an_input(model=model.id, loras=loras, extra_loras=extra), model)
+    assert [(problem.code.value, problem.field) for problem in caught.value.problems] == problems
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "says"),
+    [
+        (SINGLE, {"guidance_scale_2": 3.0}, "`prompts[0].guidance_scale_2`: wan21_1b has one transformer"),
+        (I2V_14B, {"guidance_scale": 1, "guidance_scale_2": 3.0}, "`prompts[0].guidance_scale_2`: above 1 it needs"),
+        (MODELS["wan21_i2v_14b"], {"last_img": "aGk="}, "`prompts[0].last_img`: wan21_i2v_14b was not made to end on a given"),
+        (I2V_14B, {"last_img": "aGk=", "num_frames": 4}, "`prompts[0].last_img`: a video with a first and a last frame has 5"),
+        (SINGLE, {"shift": 0}, "`prompts[0].shift`: must be a number from 0.1 to 100, such as 5.0; got 0"),
+        (SINGLE, {"image_fit": "cover"}, '`prompts[0].image_fit`: must be one of "stretch", "crop", "pad"; got '),
+        (SINGLE, {"flow_shift": 5}, "did you mean `shift`?"),
+    ],
+)
+def test_a_field_that_this_model_cannot_honour_is_refused(model: ModelSpec, prompt: dict[str, Any], says: str) -> None:
+    loras = [{"path": "a", "transformer": "high"}] if model.moe else [{"path": "a"}]
+    image = {} if model.control_image == "none" else {"ctrl_img": "aGk="}
+    with pytest.raises(WorkerError) as caught:
+        parse(an_input(model, {"prompt": "a boat", **image, **prompt}, loras=loras), model)
+    assert says in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_several_videos_of_a_prompt_have_the_seeds_that_follow() -> None:
+    raw = an_input(SINGLE, {"num_videos": 3, "seed": 7, "width": 70}, output_format="png")
+    raw["prompts"] += [{"prompt": "b"}, {"prompt": "c", "seed": -1, "num_videos": 2}]
+    shots = shots_of(parse(raw, SINGLE), partial(documented, SINGLE), lambda index: 1000 + index)
+    assert [shot.sampling.seed for shot in shots] == [7, 8, 9, 43, 1002, 1003]
+    assert [shot.index for shot in shots] == list(range(6))
+    assert [(shot.prompt_index, shot.video_index) for shot in shots] == [(0, 0), (0, 1), (0, 2), (1, None), (2, 0), (2, 1)]
+    assert [bool(shot.warnings) for shot in shots] == [True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "field"),
+    [
+        ([{"prompt": "a", "num_videos": 17}], "prompts[0].num_videos"),
+        ([{"prompt": "a", "num_videos": 2, "seed": MAX_SEED}], "prompts[0].seed"),
+        ([{"prompt": "a", "num_videos": 16}] * 63, "prompts"),
+    ],
+)
+def test_more_videos_than_can_be_made_are_refused(prompts: list[dict[str, Any]], field: str) -> None:
+    assert [problem.field for problem in error_of(an_input(prompts=prompts)).problems] == [field]

@@ -82,6 +82,7 @@ def test_what_an_adapter_cannot_carry_is_merged_as_its_definition_says(model: Wa
 
 def expected(parameter: str, pristine: torch.Tensor, tensors: lora_zoo.Tensors, scale: float) -> torch.Tensor:
     """The parameter with a file of `merged` at `scale`, from the formats' definitions."""
+    tensors = {key.replace(".diff_m", ".modulation.diff"): value for key, value in tensors.items()}
     layer, _, kind = parameter.rpartition(".")
     if parameter.endswith("scale_shift_table"):
         layer, kind = parameter, "weight"

@@ -36,6 +36,7 @@ class Wan22Pipeline(WanPipeline):
         num_frames=81,
         num_inference_steps=50,
         guidance_scale=5.0,
+        guidance_scale_2=None,
         generator=None,
         latents=None,
         output_type="np",
@@ -45,6 +46,7 @@ class Wan22Pipeline(WanPipeline):
         flush()
         device, dtype = self._exec_device, self.transformer.dtype
         self._guidance_scale = guidance_scale
+        self._guidance_scale_2 = guidance_scale if guidance_scale_2 is None else guidance_scale_2
         with torch.no_grad():
             embeds = self.encode_prompt(
                 prompt, negative_prompt, guidance_scale > 1, max_sequence_length=512, device=device, dtype=dtype
@@ -75,6 +77,6 @@ class Wan22Pipeline(WanPipeline):
             timestep = (mask[0][0][:, ::2, ::2] * t).flatten().unsqueeze(0)
         positive, negative = (None if e is None else model(model_input, timestep, e, return_dict=False)[0] for e in embeds)
         if negative is not None:
-            positive = negative + self._guidance_scale * (positive - negative)
+            positive = negative + (self._guidance_scale if high else self._guidance_scale_2) * (positive - negative)
         after = self.scheduler.step(positive, t, latents, return_dict=False)[0]
         return before * (1 - mask) + after * mask
