@@ -275,7 +275,7 @@ def test_the_documentation_has_every_command_every_option_and_every_status() -> 
 
 def test_the_documentation_has_the_patience() -> None:
     of_endpoint, of_local = (inspect.signature(make).parameters["patience"].default for make in (Client.endpoint, Client.local))
-    assert f"(default {of_endpoint:.0f}; of a local API {of_local:.0f}," in (ROOT / "docs/client.md").read_text()
+    assert f"{of_endpoint:.0f} by default, {of_local:.0f} for a local API" in (ROOT / "docs/client.md").read_text()
 
 
 def test_the_documentation_has_every_exception() -> None:
