@@ -66,7 +66,7 @@ def main() -> None:
         signal.signal(
             signal.SIGTERM, shut_down
         )  # the queue's loop replaces this; the local API raises the signal again when done
-    queue.serve(service.run, service.wants_a_job)
+    queue.serve(service.run, service.wants_a_job, settings.model_id)
     shut_down()
 
 

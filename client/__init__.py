@@ -23,13 +23,14 @@ from client.errors import (
     SubmissionUnknown,
     Unreachable,
 )
-from client.result import FailedPrompt, Output, Picture, Progress, Result
+from client.result import FailedPrompt, Health, Output, Picture, Progress, Result
 
 __all__ = [
     "Client",
     "ClientError",
     "DownloadFailed",
     "FailedPrompt",
+    "Health",
     "InvalidRequest",
     "JobFailed",
     "JobNotFound",

@@ -96,8 +96,9 @@ class Api:
         retry: Retry,
         body: bytes | None = None,
         may_repeat: bool = True,
+        kind: type = str,
     ) -> dict[str, Any]:
-        """Return the JSON object at `path`. It must have a text under `field`, such as `status`.
+        """Return the JSON object at `path`. It must have a text under `field`, such as `status`, or another `kind`.
 
         `may_repeat`: a second identical call does no harm. Otherwise a call whose answer is lost is not repeated.
         Raises NotAuthorized, JobNotFound, Refused, Unreachable, and SubmissionUnknown without `may_repeat`.
@@ -124,7 +125,7 @@ class Api:
             else:
                 answer = self._json(response)
                 self._raise_for_refusal(response, answer)
-                if response.status_code < 300 and isinstance(answer, dict) and isinstance(answer.get(field), str):
+                if response.status_code < 300 and isinstance(answer, dict) and isinstance(answer.get(field), kind):
                     retry.succeeded()
                     return answer
                 failure, at_least = _words_for_status(response.status_code), _retry_after(response)

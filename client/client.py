@@ -18,7 +18,7 @@ from client.api import Api, Retry, Say
 from client.download import download
 from client.errors import ClientError, JobNotFound, NotAuthorized, Refused, SubmissionUnknown, Unreachable
 from client.request import body_of, job_of
-from client.result import RUNNING, File, Progress, Result, has_ended, result_of
+from client.result import RUNNING, File, Health, Progress, Result, has_ended, result_of
 from worker.net.addresses import is_public
 from worker.request import is_url
 
@@ -154,6 +154,10 @@ class Client:
     def cancel(self, job_id: str) -> str:
         """Cancel the job. Returns its status: CANCELLED, or the one that it ended with before."""
         return str(self._call_for_job("POST", "cancel", job_id, self._new_retry())["status"])
+
+    def health(self) -> Health:
+        """What works there. Raises JobNotFound for an endpoint that does not exist, NotAuthorized, Refused and Unreachable."""
+        return Health.of(self._api.call("GET", "/health", "workers", self._new_retry(), kind=dict))
 
     def download(self, result: Result, folder: Path, posters: bool = False) -> list[Path]:
         """Download the files of a result into `folder`, and name them after prompt and seed. Raises DownloadFailed.

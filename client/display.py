@@ -44,7 +44,7 @@ class Display:
         if self._bar is not None:
             self._bar.set_description_str(printable(stage), refresh=False)
             self._bar.set_postfix_str(_left(progress), refresh=False)
-            self._bar.n = progress.percent or 0
+            self._bar.n = _percent(progress) or 0
             self._bar.refresh()
         elif stage != self._shown or time.monotonic() - self._shown_at > _SECONDS_BETWEEN_LINES:
             self._shown, self._shown_at = stage, time.monotonic()
@@ -65,7 +65,7 @@ def printable(text: str) -> str:
 def line_of(progress: Progress) -> str:
     """One line, such as `denoise, step 4 of 10, 40%, 1 min 24 s left`."""
     step = f", step {progress.step} of {progress.steps}" if progress.stage == "denoise" else ""
-    percent = "" if progress.percent is None else f", {progress.percent}%"
+    percent = "" if progress.percent is None else f", {_percent(progress)}%"
     left = _left(progress)
     return f"{_stage(progress)}{step}{percent}{', ' if left else ''}{left}"
 
@@ -76,6 +76,11 @@ def _stage(progress: Progress) -> str:
     return (
         progress.stage if progress.prompts == 1 else f"{progress.stage} {(progress.prompt_index or 0) + 1}/{progress.prompts}"
     )
+
+
+def _percent(progress: Progress) -> int | None:
+    """At most 99: after the last step of the denoising, which the worker's percentage counts, the file is still to be made."""
+    return None if progress.percent is None else min(progress.percent, 99)
 
 
 def _left(progress: Progress) -> str:

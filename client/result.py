@@ -47,6 +47,41 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Health:
+    """The workers of an endpoint, or the one of a local API, and the jobs that they have."""
+
+    running: int
+    """Workers that have a job."""
+    idle: int
+    """Workers that wait for one."""
+    starting: int
+    unusable: int
+    """Workers that RunPod holds back, or found unhealthy."""
+    jobs_waiting: int
+    model: str | None
+    """The model id that is served. None for an endpoint: RunPod does not tell."""
+
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> Health:
+        """The answer to /health; what is missing in it counts as 0."""
+
+        def count(group: str, *names: str) -> int:
+            values = answer.get(group)
+            values = [values.get(name) for name in names] if isinstance(values, dict) else []
+            return sum(value for value in values if type(value) is int)
+
+        model = answer.get("model")
+        return cls(
+            running=count("workers", "running"),
+            idle=count("workers", "idle"),
+            starting=count("workers", "initializing"),
+            unusable=count("workers", "throttled", "unhealthy"),
+            jobs_waiting=count("jobs", "inQueue"),
+            model=model if isinstance(model, str) else None,
+        )
+
+
+@dataclass(frozen=True)
 class File:
     """A file that can be downloaded. Its `url` is a secret until it expires."""
 

@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from client import Client, JobFailed, JobStopped, Output, Progress, Result
-from client.client import LOOPBACK
+from client import (
+    Client,
+    ClientError,
+    JobFailed,
+    JobNotFound,
+    JobStopped,
+    NotAuthorized,
+    Output,
+    Progress,
+    Refused,
+    Result,
+    Unreachable,
+)
+from client.client import LOCAL_PATIENCE, LOOPBACK, PATIENCE
 from client.result import RUNNING, File, has_ended, result_of
 from playground.check import served_model
 from tools.frames import read_clip
@@ -31,6 +43,9 @@ CONTENT_TYPES = {
 
 _SECONDS_UNKNOWN = 60.0
 """After so long with a status that RunPod does not have, a job counts as failed."""
+
+
+_FORGOTTEN = "the worker was started again while this ran, and has forgotten it; run it again"
 
 
 class NoFile(Exception):
@@ -59,7 +74,10 @@ class Job:
     """The model that the worker serves, if the request named another one."""
     files: list[File] = field(default_factory=list)
     """Those of the result, by their number in /files."""
+    trouble: str = ""
+    """Why there was no answer when the job was last asked for; empty when there was one."""
     _unknown_since: float | None = None
+    _silent_since: float | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -69,6 +87,7 @@ class Job:
         """Take over an answer to /status."""
         if self.has_ended:
             return
+        self.trouble, self._silent_since = "", None
         self.seconds = round(time.time() - self.started_at, 1)
         if Progress.of(self.id, answer).stage:
             self.progress = answer["output"]
@@ -89,6 +108,19 @@ class Job:
             self.code, self.error, self.problems = error.code, str(error), error.problems
             self.served_model = served_model(error.problems, self.request.get("model"))
             self.status = "cancelled" if error.code == "CANCELLED" else "failed"
+
+    def unanswered(self, error: Unreachable, patience: float) -> None:
+        """Nobody answered for the job. After `patience` seconds of that it counts as failed."""
+        self._silent_since = self._silent_since or time.time()
+        self.trouble = str(error)
+        if time.time() - self._silent_since > patience:
+            self.fail(error)
+
+    def fail(self, error: ClientError, text: str = "") -> None:
+        """The job's end is not known and will not be: it counts as failed."""
+        if not self.has_ended:
+            self.code, self.error, self.trouble = error.code, text or str(error), ""
+            self.status = "failed"
 
     def _with_files(self, result: Result) -> dict[str, Any]:
         outputs = {output.key: output for output in result.outputs}
@@ -112,8 +144,11 @@ class Job:
 
     def public(self) -> dict[str, Any]:
         """The job for the page, as JSON."""
-        shown = {name: value for name, value in vars(self).items() if name not in ("files", "started_at", "_unknown_since")}
+        shown = {name: value for name, value in vars(self).items() if name not in _NOT_SHOWN}
         return shown | {"problems": [vars(problem) for problem in self.problems]}
+
+
+_NOT_SHOWN = ("files", "started_at", "_unknown_since", "_silent_since")
 
 
 class Jobs:
@@ -146,13 +181,31 @@ class Jobs:
         return self._jobs[number]
 
     def refresh(self, number: int) -> Job:
-        """The job with its present status. Raises NoFile, ClientError."""
+        """The job with its present status. Raises NoFile."""
         job = self.get(number)
-        if not job.has_ended:
+        if job.has_ended:
+            return job
+        try:
             answer = self._client.poll(job.id)
+        except Unreachable as error:
+            with self._lock:
+                job.unanswered(error, LOCAL_PATIENCE if self._client.is_local else PATIENCE)
+        except JobNotFound as error:
+            with self._lock:
+                job.fail(error, _FORGOTTEN if self._client.is_local else "")
+        except (NotAuthorized, Refused) as error:
+            with self._lock:
+                job.fail(error, f"{error}. The job may still run; the endpoint's requests in RunPod's console tell")
+        else:
             with self._lock:
                 job.update(answer)
         return job
+
+    @property
+    def served_model(self) -> str | None:
+        """The model id that the latest answer of the worker named, as the one that it serves."""
+        named = [job.result["model"] if job.result else job.served_model for job in self.all()]
+        return next((name for name in reversed(named) if name), None)
 
     def cancel(self, number: int) -> Job:
         """Cancel the job. Raises NoFile, ClientError."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from client import Client, ClientError, DownloadFailed, InvalidRequest, Unreachable
+from client import Client, ClientError, DownloadFailed, Health, InvalidRequest, JobNotFound, Unreachable
 from pipelines.catalog import DEFAULT_SEED, MODELS
 from playground.check import check, recipe_of
 from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile
@@ -99,6 +99,18 @@ class Playground:
             else [],
         }
 
+    def worker(self) -> dict[str, Any]:
+        """The worker's `state` (ready, busy, cold or gone), the same as `text`, and the `model` that it serves, if known."""
+        try:
+            health = self._client.health()
+        except JobNotFound as error:  # a local API without /health answers, so its worker runs
+            state, text = ("ready", "") if self._client.is_local else ("gone", str(error))
+            return {"state": state, "text": text, "model": self.jobs.served_model}
+        except ClientError as error:
+            return {"state": "gone", "text": str(error), "model": self.jobs.served_model}
+        state, text = _state_of(health)
+        return {"state": state, "text": text, "model": health.model or self.jobs.served_model}
+
     def check(self, request: Any) -> dict[str, Any]:
         return check(request, self._client.is_local)
 
@@ -133,6 +145,20 @@ class Playground:
 
     def temporary(self, name: str) -> Path:
         return self._folder / name
+
+
+def _state_of(health: Health) -> tuple[str, str]:
+    """(ready, busy or cold; what that means for the next run)."""
+    if health.idle:
+        return "ready", "a run starts at once"
+    if health.running:
+        waiting = f", {health.jobs_waiting} waiting" if health.jobs_waiting else ""
+        return "busy", f"{health.running} running{waiting}; a run waits for its turn"
+    if health.starting:
+        return "cold", "a worker is starting; a run waits for it"
+    if health.unusable:
+        return "gone", "RunPod holds this endpoint's workers back, or found them unhealthy; its console says why"
+    return "cold", "no worker is up; a run starts one, which takes its cold start"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -208,6 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _config(self) -> None:
         self._send_json(self._playground.config())
+
+    def _worker(self) -> None:
+        self._send_json(self._playground.worker())
 
     def _check(self) -> None:
         self._send_json(self._playground.check(self._json()))
@@ -339,6 +368,7 @@ _ROUTES: list[tuple[str, str, _Act]] = [
     ("GET", r"/", _Handler._page),
     ("GET", r"/static/([a-z_-]+\.(?:js|css|svg))", _Handler._static),
     ("GET", r"/api/config", _Handler._config),
+    ("GET", r"/api/worker", _Handler._worker),
     ("POST", r"/api/check", _Handler._check),
     ("GET", r"/api/jobs", _Handler._jobs),
     ("POST", r"/api/jobs", _Handler._start),

@@ -10,6 +10,7 @@ export class ApiError extends Error {
 const GONE = "the playground's process does not answer; restart it, then try again";
 
 export const getConfig = () => ask("GET", "/api/config");
+export const askWorker = () => ask("GET", "/api/worker");
 export const check = (request) => ask("POST", "/api/check", json(request));
 export const allJobs = () => ask("GET", "/api/jobs");
 export const startJob = (request) => ask("POST", "/api/jobs", json(request));

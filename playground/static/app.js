@@ -3,10 +3,11 @@
 import { ApiError, allJobs, cancelJob, check, getConfig, refreshJob, startJob } from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
-import { h, s, say } from "./dom.js";
+import { h, prose, s, say, sentence } from "./dom.js";
 import { Form } from "./form.js";
 import { Stage, spoken } from "./stage.js";
 import { Strip } from "./strip.js";
+import { WorkerLine } from "./worker.js";
 
 const byId = (id) => document.getElementById(id);
 const SECONDS_BETWEEN_POLLS = { local: 0.4, endpoint: 1.5 };
@@ -28,6 +29,10 @@ class App {
       compare: (a, b) => this.#compare(a, b),
     });
     this.form = new Form(config, byId("fields"));
+    this.worker = new WorkerLine(byId("target"), config, {
+      model: (id) => this.form.serve(id),
+      answers: () => byId("not-sent").replaceChildren(),
+    });
     byId("request").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#run();
@@ -54,7 +59,8 @@ class App {
   async #run() {
     if (this.starting) return;
     this.starting = true;
-    byId("run").setAttribute("aria-disabled", "true");
+    this.#sending(true);
+    byId("not-sent").replaceChildren(); // so that the same words are announced, and seen, as new
     try {
       const { request } = this.form.read();
       const { problems } = await check(request);
@@ -69,11 +75,18 @@ class App {
       this.#toStage();
       this.#watch(job.number);
     } catch (error) {
-      this.#showTrouble(error, () => this.#run());
+      if (!(error instanceof ApiError)) throw error;
+      byId("not-sent").replaceChildren(h("p", {}, h("b", {}, "Not sent. "), prose(sentence(error.message))));
+      this.worker.look();
     } finally {
-      this.starting = false;
-      byId("run").removeAttribute("aria-disabled");
+      this.#sending(false);
     }
+  }
+
+  #sending(on) {
+    this.starting = on;
+    byId("run").ariaDisabled = on ? "true" : null;
+    byId("run-text").textContent = on ? "Sending" : "Run";
   }
 
   /** Poll a job until it ends. Failures are shown; those that can pass are retried. */
@@ -103,14 +116,15 @@ class App {
     }
   }
 
-  #ended(job) {
+  async #ended(job) {
+    await this.worker.look(); // what it serves may be known only now; the form then takes that model
     say({ done: `Run ${job.number} is ready`, failed: `Run ${job.number} failed`, cancelled: "Cancelled" }[job.status]);
     if (job.status === "failed" && this.shown === job.number) this.#correct(job);
   }
 
   /** Show the worker's problems at the fields of the form. */
   #correct(job) {
-    this.form.showProblems(job.problems, { served: job.served_model });
+    this.form.showProblems(job.problems);
   }
 
   #show(job, item) {
@@ -212,9 +226,8 @@ async function start() {
   byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   try {
     const config = await getConfig();
-    byId("target").replaceChildren(config.target.is_local ? "Worker at " : "RunPod ", h("code", {}, config.target.name));
     const app = new App(config);
-    await app.restore();
+    await Promise.all([app.worker.follow(), app.restore()]);
     document.body.dataset.ready = "";
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;

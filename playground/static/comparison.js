@@ -4,6 +4,7 @@ import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
 import { calm, capital, h, prose, refill, say, sentence } from "./dom.js";
 import { list } from "./stage.js";
+import { titleOf, twoValues } from "./words.js";
 
 export class Comparison {
   constructor(screen, facts, back) {
@@ -70,7 +71,7 @@ export class Comparison {
     const { found } = this;
     const [head, ...rest] = found.verdict.text.split(": ");
     const differ = Object.entries(found.settings ?? {});
-    const rows = differ.map(([name, { a, b }]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, shown(a)), h("td", {}, shown(b))));
+    const rows = differ.map(([name, { a, b }]) => h("li", {}, h("h4", {}, titleOf(name)), twoValues(a, b)));
     this.facts.replaceChildren(
       h("h2", {}, capital(head)),
       h("p", { class: "said" }, sentence(rest.join(": "))),
@@ -86,7 +87,7 @@ export class Comparison {
       found.settings === null
         ? h("p", { class: "soft" }, "Only one of the two has settings; a sample of the trainer has none.")
         : differ.length
-          ? h("table", {}, h("thead", {}, h("tr", {}, h("td"), h("th", { scope: "col" }, "A"), h("th", { scope: "col" }, "B"))), h("tbody", {}, rows))
+          ? h("ul", { class: "differing" }, rows)
           : h("p", { class: "soft" }, "None."),
     );
   }
@@ -125,5 +126,3 @@ export class Comparison {
     this.toggle.textContent = this.video.paused ? "Play" : "Pause";
   }
 }
-
-const shown = (value) => (value === null ? "–" : typeof value === "string" ? value : JSON.stringify(value));

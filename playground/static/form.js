@@ -43,7 +43,10 @@ export class Form {
     [...this.modelField.control.options].forEach((option, index) => {
       option.textContent = this.models[index].title;
     });
-    this.modelField.control.addEventListener("input", () => this.#applyModel());
+    this.modelField.control.addEventListener("input", () => {
+      this.#applyModel();
+      this.showProblems([], { focus: false }); // they were those of the model before
+    });
     this.needs = h("p", { class: "readout" });
     this.loraList = h("div");
     this.suggestions = h("datalist", { id: "lora-files" }, loras.map((path) => h("option", { value: path })));
@@ -71,6 +74,14 @@ export class Form {
     this.needs.replaceChildren(
       ...prose(`\`${model.id}\`, ${image[model.control_image]}${model.needs_toolkit ? ", needs ai\u2011toolkit" : ""}`),
     );
+    // Locked while it is the worker's model. A request that was pasted can name another one, and can be changed then.
+    const served = this.models.find(({ id }) => id === this.served);
+    this.modelField.control.disabled = served === model;
+    if (served === model) this.needs.append(". The worker serves this model alone.");
+    else if (served) {
+      const use = h("button", { type: "button", class: "link", onclick: () => this.serve(served.id) }, `Use ${served.id}`);
+      this.needs.append(". The worker serves another: ", use);
+    }
     const sides = model.moe ? ["high", "low"] : [null];
     const kept = this.loras.length === sides.length ? this.loras.map((row) => row.path.value) : [];
     if (this.loras.map((row) => row.side).join() !== sides.join() || !this.loras.length) {
@@ -79,6 +90,15 @@ export class Form {
       this.loraList.replaceChildren(...this.loras.map((row) => row.node));
     }
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
+  }
+
+  /** The worker serves the model with this id, and no other: choose it. */
+  serve(id) {
+    this.served = id;
+    this.modelField.value = id;
+    this.#applyModel();
+    this.showProblems([], { focus: false });
+    this.#changed();
   }
 
   #loraRow(side) {
@@ -205,8 +225,8 @@ export class Form {
     this.#changed();
   }
 
-  /** Show each problem at its field and in a summary. `served`: the id of the model that the worker serves instead. */
-  showProblems(problems, { served, focus = true } = {}) {
+  /** Show each problem at its field and in a summary. */
+  showProblems(problems, { focus = true } = {}) {
     const { places } = this.read();
     const all = new Set([...places.values(), ...this.loras.flatMap((row) => [row.path, row.scale])]);
     for (const field of all) field.showError([]);
@@ -216,14 +236,14 @@ export class Form {
       if (field) at.set(field, [...(at.get(field) ?? []), problem.text]);
     }
     for (const [field, texts] of at) field.showError(texts);
-    this.#summarise(problems, places, served);
+    this.#summarise(problems, places);
     const first = [...places.values()].sort(inOrder).find((field) => at.has(field));
     if (!focus || !problems.length) return;
     if (first) first.focus();
     else this.summary.scrollIntoView({ block: "nearest" });
   }
 
-  #summarise(problems, places, served) {
+  #summarise(problems, places) {
     this.summary.hidden = !problems.length;
     const count = problems.length === 1 ? "One problem" : `${problems.length} problems`;
     const item = (problem) => {
@@ -231,18 +251,7 @@ export class Form {
       const go = field && h("button", { type: "button", class: "link", onclick: () => field.focus() }, problem.field);
       return h("li", {}, go ?? (problem.field ? h("code", {}, problem.field) : ""), problem.field ? " " : "", prose(problem.text));
     };
-    const use = () => {
-      this.modelField.value = served;
-      this.#applyModel();
-      this.showProblems([], { focus: false });
-      this.modelField.focus();
-      this.#changed();
-    };
-    this.summary.replaceChildren(
-      h("h2", {}, `${count} to correct`),
-      h("ul", {}, problems.map(item)),
-      served ? h("button", { type: "button", onclick: use }, `Use ${served}`) : "",
-    );
+    this.summary.replaceChildren(h("h2", {}, `${count} to correct`), h("ul", {}, problems.map(item)));
   }
 
   // The effective size and frame count

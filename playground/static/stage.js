@@ -34,8 +34,20 @@ export const placeOf = (item) => item.file.replace("/files/", "");
 const stageOf = (progress) =>
   progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
 
+/** The worker's percentage is that of the denoising steps. Until the file is there, the job is not done. */
+const shownPercent = (progress) => Math.min(progress.percent, 99);
+
+/** A running job's progress in one word: the percentage while it is denoised, or else the stage. */
+export function inAWord(job) {
+  if (job.trouble) return "No answer";
+  if (job.status === "queued" || !job.progress) return "…";
+  const stage = stageOf(job.progress);
+  return stage === "denoise" ? `${shownPercent(job.progress)}%` : STAGES[stage] ?? stage;
+}
+
 /** A running job's progress for screen readers: it changes every 25 percent, not every step. */
 export function spoken(job) {
+  if (job.trouble) return `No answer for run ${job.number}`;
   if (job.status === "queued" || !job.progress) return `Run ${job.number} is waiting for a worker`;
   const stage = stageOf(job.progress);
   const quarter = Math.floor(job.progress.percent / 25) * 25;
@@ -112,10 +124,10 @@ export class Stage {
         "div",
         { class: "making" },
         h("h2", {}, `Run ${job.number}`),
-        promptsOf(job),
         this.percent,
         this.bar,
         h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel),
+        promptsOf(job),
       ),
     );
   }
@@ -123,10 +135,16 @@ export class Stage {
   #progress(job) {
     const { progress } = job;
     const name = stageOf(progress);
+    if (job.trouble) {
+      this.percent.textContent = "No answer";
+      this.doing.replaceChildren(...prose(sentence(job.trouble)));
+      this.left.textContent = "Asking again.";
+      return;
+    }
     // The percentage is that of the denoising; the stages before and after it have none.
-    if (name === "denoise") this.percent.replaceChildren(String(progress.percent), h("span", {}, "%"));
+    if (name === "denoise") this.percent.replaceChildren(String(shownPercent(progress)), h("span", {}, "%"));
     else this.percent.textContent = name ? STAGES[name] ?? name : "Queued";
-    this.bar.value = progress?.percent ?? 0;
+    this.bar.value = progress ? shownPercent(progress) : 0;
     const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "waiting for a worker"];
     if (progress?.prompts > 1) parts.push(`video ${progress.prompt_index + 1} of ${progress.prompts}`);
     this.doing.textContent = parts.filter(Boolean).join(", ");
@@ -178,8 +196,10 @@ export class Stage {
         { class: "lead" },
         h("p", { class: "code" }, job.code),
         h("p", { class: "big" }, `Run ${job.number} failed.`),
-        job.problems.length ? h("ul", { class: "problems" }, job.problems.map(item)) : h("p", {}, prose(job.error)),
-        h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.correct(job)) }, "Correct the request"),
+        job.problems.length ? h("ul", { class: "problems" }, job.problems.map(item)) : h("p", {}, prose(sentence(job.error))),
+        job.problems.length
+          ? h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.correct(job)) }, "Correct the request")
+          : h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings"),
       ),
     );
   }

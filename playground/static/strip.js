@@ -1,7 +1,7 @@
 // The strip of earlier runs: open one again, or choose two to compare.
 
 import { h } from "./dom.js";
-import { itemsOf, placeOf } from "./stage.js";
+import { inAWord, itemsOf, placeOf } from "./stage.js";
 
 const HINT = "Tick two to compare them.";
 
@@ -20,7 +20,7 @@ export class Strip {
     this.root.hidden = false;
     const before = this.groups.get(job.number);
     if (before?.status === job.status) {
-      before.percent?.replaceChildren(job.progress ? `${job.progress.percent}%` : "…");
+      before.percent?.replaceChildren(inAWord(job));
       return;
     }
     const items = itemsOf(job);

@@ -20,7 +20,7 @@ import pytest
 
 from client import Client
 from client.cli import _STATUS_OF, DONE, INTERRUPTED, _parser, main
-from client.display import Display
+from client.display import Display, line_of
 from client.result import Progress
 from pipelines.catalog import MODELS
 from tests.client.conftest import BODY, REQUEST, picture, result, update
@@ -251,6 +251,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(ours)
     assert "waiting for a worker" in shown
     assert "denoise 2/2" in shown and " 64% " in shown and "1 min 24 s left" in shown
+    assert line_of(Progress("job-1", "IN_PROGRESS", "encode", 0, 1, 25, 25, 100, None)) == "encode, 99%", "it is not done yet"
     assert "a word between\r\n" in shown
     assert re.search(r"\r *\r(\x1b\[A)?a patha word at the end", shown), "the bar is gone, and not drawn again"
 

@@ -279,6 +279,13 @@ def test_a_cancelled_job_stops_and_the_next_one_runs(api: LocalApi, tiny: Path, 
     assert frames_of(output_of(api, good)["outputs"]["videos"][0]).any()
 
 
+def test_its_health_is_that_of_an_endpoint_with_one_worker_and_names_the_model(api: LocalApi) -> None:
+    answer = requests.get(f"{api.url}/health", timeout=30).json()
+    assert answer["model"] == "wan21_1b"
+    assert answer["workers"] == {"idle": 1, "initializing": 0, "ready": 1, "running": 0, "throttled": 0, "unhealthy": 0}
+    assert set(answer["jobs"]) == {"completed", "failed", "inProgress", "inQueue", "retried"}
+
+
 def test_a_failed_job_has_the_error_of_runsync(api: LocalApi, good: dict[str, Any]) -> None:
     job_id = call(api, "POST", "run", {"input": good | {"loras": []}})["id"]
     answer = call(api, "POST", f"status/{job_id}")

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from client import Client
+from tests.playground.conftest import FakeCloud, serving
 from tests.playground.conftest import Page as Server
-from tests.playground.conftest import serving
 from tests.worker_process import LocalApi, free_port
 from tools.compare import as_json, compare
 from tools.frames import read_clip
@@ -94,6 +94,13 @@ def open_page(browser: Browser, playground: Server) -> Iterator[Open]:
 @pytest.fixture
 def page(open_page: Open) -> Page:
     return open_page()
+
+
+@pytest.fixture
+def free(open_page: Open, tmp_path: Path) -> Iterator[Page]:
+    """A page without a worker: its model is not known, and every one can be chosen."""
+    with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path / "free", example=EXAMPLE) as server:
+        yield open_page(server)
 
 
 def field(page: Page, name: str) -> Locator:
@@ -182,7 +189,7 @@ def test_two_runs_play_in_step_with_the_numbers_of_the_compare_command(page: Pag
     assert page.locator(".frame").inner_text().startswith("Frame 3 of 5")
     pictures = "() => [...document.querySelectorAll('.panes canvas')].map(canvas => canvas.toDataURL())"
     assert len(set(page.evaluate(pictures))) == 3
-    assert "seed" in page.locator("#facts table").inner_text()
+    assert page.locator("#facts .differing").inner_text().split() == ["Seed", "A", "1", "B", "2"]
     page.get_by_role("button", name="Play").click()
     page.wait_for_function("() => !document.querySelector('.frame').textContent.startsWith('Frame 3')")
     page.get_by_role("button", name="Back to the video").click()
@@ -259,16 +266,83 @@ def test_a_problem_in_a_fold_opens_it(page: Page) -> None:
     page.wait_for_selector(".prompt [name=trigger_word][aria-invalid]:focus")
 
 
-def test_another_model_than_the_workers_is_one_click_to_correct(page: Page) -> None:
-    field(page, "model").select_option("wan21_1b")
-    page.locator("[name=path]").fill("wan21_1b/rank4.safetensors")
-    page.keyboard.press("Control+Enter")
-    page.get_by_role("button", name="Use wan22_14b_t2v").click()
-    assert field(page, "model").input_value() == "wan22_14b_t2v"
-    assert page.locator("[name=path]").count() == 2
+def test_the_form_takes_the_model_of_an_endpoint_when_an_answer_tells_it(
+    open_page: Open, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    cloud.answer = {"workers": {"idle": 1}, "status": "IN_QUEUE"}
+    with serving(Client.endpoint("ep", "key", base_url=cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        field(page, "model").select_option("wan21_1b")
+        page.locator("[name=path]").fill("a.safetensors")
+        error = "MODEL_NOT_SERVED: `model`: this worker serves wan22_14b_t2v, not wan21_1b"
+        cloud.answer = {"workers": {"idle": 1}, "status": "FAILED", "error": error}
+        page.keyboard.press("Control+Enter")
+        page.locator("[name=path]").nth(1).wait_for()
+        assert (field(page, "model").input_value(), field(page, "model").is_disabled()) == ("wan22_14b_t2v", True)
+        page.get_by_role("button", name="Correct the request").click()
+        assert field(page, "model").input_value() == "wan21_1b"
+        page.get_by_role("button", name="Use wan22_14b_t2v").click()
+        assert field(page, "model").input_value() == "wan22_14b_t2v"
 
 
-def test_the_form_takes_the_shape_of_the_model(page: Page, tmp_path: Path) -> None:
+def test_the_model_is_that_of_the_worker_and_cannot_be_changed(page: Page, playground: Server) -> None:
+    assert (field(page, "model").input_value(), field(page, "model").is_disabled()) == ("wan22_14b_t2v", True)
+    line = page.locator("#target")
+    assert line.get_attribute("data-state") == "ready" and "Wan 2.2 T2V A14B at 127.0.0.1" in line.inner_text()
+
+
+def test_a_run_whose_worker_is_gone_says_so_and_ends(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    cloud.answer = {"status": "IN_PROGRESS", "workers": {"running": 1}, "model": "wan22_14b_t2v"}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.keyboard.press("Control+Enter")
+        page.locator(".making .percent").wait_for()
+        cloud.status = 503
+        page.locator(".percent", has_text="No answer").wait_for()
+        assert page.locator("#tiles .poster").inner_text() == "No answer"
+        page.keyboard.press("Control+Enter")
+        page.locator("#not-sent", has_text="Not sent. No job was started").wait_for()
+        page.locator("#target[data-state=gone]").wait_for()
+        cloud.status = 404  # the worker was started again
+        page.get_by_text("was started again while this ran").wait_for()
+        cloud.status = 200
+        page.locator("#not-sent:empty").wait_for(state="attached")
+
+
+def test_a_long_prompt_leaves_the_progress_and_cancel_in_view(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    cloud.answer = {"status": "IN_PROGRESS", "workers": {"running": 1}, "model": "wan22_14b_t2v"}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server, height=700)
+        field(page, "prompt").fill("a boat that sails over a very wide sea " * 100)
+        page.keyboard.press("Control+Enter")
+        cancel = page.get_by_role("button", name="Cancel")
+        cancel.wait_for()
+        for part in (page.locator(".percent"), cancel, page.locator("#run")):
+            box = part.bounding_box() or {}
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 700
+
+
+def test_the_percentage_ends_when_the_file_is_there(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    update = {"stage": "encode", "prompt_index": 0, "prompts": 1, "step": 2, "steps": 2, "percent": 100, "seconds_left": 0.0}
+    cloud.answer = {"status": "IN_PROGRESS", "output": update, "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.keyboard.press("Control+Enter")
+        page.locator("#tiles .poster", has_text="Encoding").wait_for()
+        assert "100" not in page.locator("#stage").inner_text() + page.locator("#strip").inner_text()
+
+
+def test_the_problems_of_a_model_go_when_another_is_chosen(free: Page) -> None:
+    field(free, "model").select_option("wan21_i2v_14b")
+    free.locator("[name=path]").fill("a.safetensors")
+    free.keyboard.press("Control+Enter")
+    free.locator(".summary", has_text="needs a control image").wait_for()
+    field(free, "model").select_option("wan21_14b")
+    assert not free.locator(".summary").is_visible() and free.locator("[aria-invalid]").count() == 0
+
+
+def test_the_form_takes_the_shape_of_the_model(free: Page, tmp_path: Path) -> None:
+    page = free
     zone = page.locator(".field.image")
     assert not zone.is_visible()
     field(page, "model").select_option("wan21_i2v_14b")
@@ -316,7 +390,8 @@ def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> 
     assert page.locator("#notes").inner_text() == Prompt.model_fields["width"].description
 
 
-def test_the_effective_size_and_frames_are_shown_while_typing(page: Page) -> None:
+def test_the_effective_size_and_frames_are_shown_while_typing(free: Page) -> None:
+    page = free
     for model, width, frames, shown in (
         ("wan22_14b_t2v", "1000", "40", ["992 × 64", "41 frames"]),
         ("wan22_14b_i2v", "1000", "40", ["992 × 64", "37 frames"]),
@@ -377,7 +452,7 @@ def test_for_an_endpoint_the_copied_code_names_the_key_and_never_contains_it(ope
     with serving(client, tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         texts = [copied(page, kind) for kind in ("curl", "Python", "JSON")]
-        assert "RunPod endpoint ep" in page.locator("#target").inner_text()
+        assert "RunPod" in page.locator("#target").inner_text() and "endpoint ep" in page.locator("#target").inner_text()
         assert "rpa_SECRET" not in page.content() + "".join(texts)
     assert '-H "Authorization: Bearer $RUNPOD_API_KEY"' in texts[0] and "https://api.runpod.ai/v2/ep/run" in texts[0]
     assert "os.environ['RUNPOD_API_KEY']" in texts[1]
@@ -391,14 +466,13 @@ def test_markup_in_what_comes_back_stays_text(page: Page) -> None:
     assert page.locator("#facts b, #facts img").count() == 0
 
 
-def test_without_a_worker_the_page_says_so_and_offers_a_retry(open_page: Open, tmp_path: Path, worker: LocalApi) -> None:
-    with serving(Client.local(f"http://127.0.0.1:{free_port()}", patience=0), tmp_path, example=EXAMPLE) as server:
-        page = open_page(server)
-        page.keyboard.press("Control+Enter")
-        page.get_by_role("alert").get_by_text("No job was started: no worker answers at").wait_for()
-        with page.expect_response("**/api/jobs") as again:
-            page.get_by_role("button", name="Try again").click()
-        assert again.value.status == 502
+def test_without_a_worker_the_page_says_so_beside_run(free: Page) -> None:
+    assert "No answer" in free.locator("#target").inner_text()
+    free.keyboard.press("Control+Enter")
+    free.locator("#not-sent").get_by_text("No job was started: no worker answers at").wait_for()
+    with free.expect_response("**/api/jobs") as again:
+        free.get_by_role("button", name="Run", exact=True).click()
+    assert again.value.status == 502
 
 
 def test_every_kind_of_result_is_shown(page: Page) -> None:
@@ -479,7 +553,6 @@ def test_everything_can_be_reached_with_the_keyboard(page: Page) -> None:
             page.evaluate("document.activeElement.name || document.activeElement.innerText || document.activeElement.tagName")
         )
     wanted = {
-        "model",
         "path",
         "prompt",
         "seed",

@@ -394,6 +394,66 @@ def test_a_request_that_nests_too_deep_is_an_answer(local: Page) -> None:
     assert local.post("/api/check", data=b"[" * 100_000, **{"Content-Type": "application/json"}).status_code in (400, 500)
 
 
+def test_a_job_whose_worker_was_started_again_has_failed(local: Page, cloud: FakeCloud) -> None:
+    local.post("/api/jobs", REQUEST)
+    cloud.status = 404
+    job = local.get("/api/jobs/1").json()
+    assert (job["status"], job["code"]) == ("failed", "NOT_FOUND")
+    assert "was started again while this ran" in job["error"]
+
+
+def test_a_job_without_an_answer_says_so_and_fails_after_a_while(
+    local: Page, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.post("/api/jobs", REQUEST)
+    cloud.status = 503
+    job = local.get("/api/jobs/1").json()
+    assert job["status"] == "queued" and "no worker answers" in job["trouble"]
+    cloud.status = 200
+    assert local.get("/api/jobs/1").json()["trouble"] == ""
+    cloud.status = 503
+    monkeypatch.setattr("playground.jobs.LOCAL_PATIENCE", -1)
+    job = local.get("/api/jobs/1").json()
+    assert (job["status"], job["code"], job["trouble"]) == ("failed", "UNREACHABLE", "")
+
+
+def test_a_job_of_a_key_that_is_no_longer_valid_has_failed_and_may_run_on(remote: Page, cloud: FakeCloud) -> None:
+    remote.post("/api/jobs", REQUEST)
+    cloud.status = 401
+    job = remote.get("/api/jobs/1").json()
+    assert (job["status"], job["code"]) == ("failed", "NOT_AUTHORIZED")
+    assert "The job may still run" in job["error"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "jobs", "state", "text"),
+    [
+        ({"idle": 1, "running": 2}, {}, "ready", "at once"),
+        ({"running": 1}, {"inQueue": 3}, "busy", "1 running, 3 waiting"),
+        ({"initializing": 1}, {"inQueue": 1}, "cold", "is starting"),
+        ({}, {}, "cold", "no worker is up"),
+        ({"throttled": 2}, {}, "gone", "holds"),
+        ({"idle": "many"}, None, "cold", "no worker is up"),
+    ],
+)
+def test_the_state_of_the_worker_is_what_runpod_tells(
+    remote: Page, cloud: FakeCloud, workers: dict[str, Any], jobs: Any, state: str, text: str
+) -> None:
+    cloud.answer = {"workers": workers, "jobs": jobs}
+    answer = remote.get("/api/worker").json()
+    assert (answer["state"], answer["model"]) == (state, None)
+    assert text in answer["text"]
+
+
+def test_the_model_of_an_endpoint_is_known_from_its_answers(remote: Page, cloud: FakeCloud) -> None:
+    finished(remote, cloud, completed("https://example.com/0.mp4"))
+    cloud.answer = {"workers": {"idle": 1}}
+    assert remote.get("/api/worker").json()["model"] == "wan21_1b"
+    cloud.status = 401
+    answer = remote.get("/api/worker").json()
+    assert (answer["state"], answer["model"]) == ("gone", "wan21_1b") and "RUNPOD_API_KEY" in answer["text"]
+
+
 def test_a_job_with_a_status_that_runpod_does_not_have_fails_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(1, "job-1", REQUEST)
     job.update({"status": "PAUSED"})

@@ -1,4 +1,4 @@
-"""RunPod's API on your own machine (`--rp_serve_api`), with the calls of the cloud: run, status, cancel.
+"""RunPod's API on your own machine (`--rp_serve_api`), with the calls of the cloud: run, status, cancel, health.
 
 The SDK's own local API runs a job when its status is requested, reports no progress, and cannot cancel. Here /run starts the
 job, GET /status reports its progress, as in the cloud, and /cancel stops it. POST /status, which only the SDK's local API has,
@@ -67,6 +67,7 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
             "/status/{job_id}", self._status, methods=["GET"], summary="Returns the progress of a job, or its result."
         )
         self.rp_app.add_api_route("/cancel/{job_id}", self._cancel, methods=["POST"], summary="Stops a job.")
+        self.rp_app.add_api_route("/health", self._health, methods=["GET"], summary="The jobs, the worker, and its model.")
         self.rp_app.middleware("http")(_only_for_this_machine)
 
     async def _sim_run(self, job_request: DefaultRequest) -> Answer:
@@ -98,6 +99,23 @@ class _LocalApi(rp_fastapi.WorkerAPI):  # type: ignore[misc]
         job.task.cancel()
         await asyncio.wait([job.task])
         return job.answer()
+
+    async def _health(self) -> Answer:
+        """As RunPod answers, with one worker; and `model`, which RunPod does not know."""
+        busy = sum(not job.task.done() for job in self._jobs.values())
+        jobs = {"completed": 0, "failed": 0, "inProgress": busy, "inQueue": 0, "retried": 0}
+        for job in self._jobs.values():
+            if job.task.done():
+                jobs["completed" if job.answer()["status"] == "COMPLETED" else "failed"] += 1
+        workers = {
+            "idle": int(not busy),
+            "initializing": 0,
+            "ready": 1,
+            "running": int(busy > 0),
+            "throttled": 0,
+            "unhealthy": 0,
+        }
+        return {"jobs": jobs, "workers": workers, "model": self.config["model_id"]}
 
     def _job(self, job_id: str) -> _Job:
         if job_id not in self._jobs:

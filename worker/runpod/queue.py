@@ -56,14 +56,14 @@ _SECONDS_FOR_THE_LAST_POLL = 1.0
 """How long a worker that shuts down waits for a job that may be on its way."""
 
 
-def serve(handler: Handler, wants_a_job: Callable[[], bool]) -> None:
+def serve(handler: Handler, wants_a_job: Callable[[], bool], model_id: str) -> None:
     """Serve jobs until SIGTERM or SIGINT, or until the platform ends the worker. Without RunPod's queue, run a local mode.
 
     Only the loop below and the local API know the handler. An SDK that bypasses them calls `_refuse` instead: it would run four
     jobs at once, and lose results.
     """
     rp_scale.JobScaler = _Loop
-    config = {"handler": _refuse, "our_handler": handler, "wants_a_job": wants_a_job}
+    config = {"handler": _refuse, "our_handler": handler, "wants_a_job": wants_a_job, "model_id": model_id}
     if "--rp_serve_api" in sys.argv:
         from worker.runpod import local_api  # not needed in the cloud: it imports a web server
 

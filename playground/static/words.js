@@ -1,0 +1,58 @@
+// Says in words what differs between two settings or requests.
+
+import { h } from "./dom.js";
+
+const NAMES = {
+  sample_steps: "Steps",
+  guidance_scale: "Guidance",
+  num_frames: "Frames",
+  fps: "Frames per second",
+  neg: "Negative prompt",
+  network_multiplier: "Scale",
+  sha256: "File",
+  ctrl_img: "Control image",
+  control_image_sha256: "Control image",
+  match: "Match",
+};
+
+/** The path of a setting as a title: `loras[0].network_multiplier` becomes "LoRA 1, scale". */
+export function titleOf(path) {
+  const parts = path.split(".").map((part) => {
+    const [, name, index] = part.match(/^([^[]*)(?:\[(\d+)\])?/);
+    const words = { loras: "LoRA", prompts: "Prompt" }[name] ?? NAMES[name] ?? name.replaceAll("_", " ");
+    return index === undefined ? words : `${words} ${Number(index) + 1}`;
+  });
+  const text = parts.map((part, index) => (index ? part.charAt(0).toLowerCase() + part.slice(1) : part)).join(", ");
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
+const shown = (value) => (value === null || value === undefined ? "none" : typeof value === "string" ? value || "empty" : JSON.stringify(value));
+
+/** Two values one below the other. In texts of several words, those that differ are marked, whole words only. */
+export function twoValues(a, b) {
+  const [left, right] = [shown(a), shown(b)];
+  const [wordsA, wordsB] = [left.split(/\s+/), right.split(/\s+/)];
+  const marked = Math.max(wordsA.length, wordsB.length) > 2 ? marks(wordsA, wordsB) : [[left], [right]];
+  const line = (name, parts) => h("p", {}, h("span", { class: "side" }, name), h("span", { class: "value" }, parts));
+  return [line("A", marked[0]), line("B", marked[1])];
+}
+
+/** Both texts as nodes, with the words outside the longest common subsequence in <mark>. */
+function marks(a, b) {
+  const length = Array.from({ length: a.length + 1 }, () => new Array(b.length + 1).fill(0));
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      length[i][j] = a[i] === b[j] ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+    }
+  }
+  const [left, right] = [[], []];
+  let [i, j] = [0, 0];
+  while (i < a.length || j < b.length) {
+    if (i < a.length && j < b.length && a[i] === b[j]) {
+      left.push(a[i++], " ");
+      right.push(b[j++], " ");
+    } else if (j === b.length || (i < a.length && length[i + 1][j] >= length[i][j + 1])) left.push(h("mark", {}, a[i++]), " ");
+    else right.push(h("mark", {}, b[j++]), " ");
+  }
+  return [left, right];
+}
