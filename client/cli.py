@@ -1,4 +1,4 @@
-"""`python -m client`: run, resume, status, cancel, models.
+"""`python -m client`: run, from-training, resume, status, cancel, models.
 
 stdout has the paths of the files, one per line, or one JSON object with --json. Everything else is on stderr.
 """
@@ -30,7 +30,7 @@ from client.errors import (
     Unreachable,
 )
 from client.models import fields_table, models_table
-from client.options import add_request_options, request_of
+from client.options import TRAINING_EPILOG, add_request_options, add_training_options, request_of
 from client.result import File, Result
 
 DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
@@ -63,12 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except ClientError as error:
-            display.say(f"{error.code}: {error}" if not str(error).startswith(f"{error.code}: ") else str(error))
-            if error.job_id and not isinstance(error, JobFailed | JobStopped | JobNotFound):
-                display.say(_next_commands(options, error.job_id))
-            if options.json:
-                print(json.dumps({"job_id": error.job_id, "error": {"code": error.code, "message": str(error)}}))
-            return _STATUS_OF[type(error)]
+            return _report(error, options, display)
+
+
+def _report(error: ClientError, options: argparse.Namespace, display: Display) -> int:
+    display.say(f"{error.code}: {error}" if not str(error).startswith(f"{error.code}: ") else str(error))
+    if error.job_id and not isinstance(error, JobFailed | JobStopped | JobNotFound):
+        display.say(_next_commands(options, error.job_id))
+    if options.json:
+        print(json.dumps({"job_id": error.job_id, "error": {"code": error.code, "message": str(error)}}))
+    return _STATUS_OF[type(error)]
 
 
 def _client(options: argparse.Namespace, display: Display) -> Client:
@@ -89,20 +93,46 @@ def _run(options: argparse.Namespace, client: Client, display: Display) -> int:
     return _finish(job_id, options, client, display)
 
 
+def _from_training(options: argparse.Namespace, client: Client, display: Display) -> int:
+    from client.from_training import plan  # it needs PyYAML, which no other command does
+
+    lines, jobs = plan(options)
+    for line in lines:
+        display.say(line)
+    if options.dry_run:
+        print(json.dumps([{"input": job.request} for job in jobs], indent=2, ensure_ascii=False))
+        return DONE
+    ids: list[str] = []
+    try:
+        ids += (client.submit(job.request, folder=None) for job in jobs)
+    finally:  # the jobs that were sent are paid for, whatever happened to the others
+        for job_id in ids:
+            display.say(f"job {job_id}")
+    statuses = []
+    for job, job_id in zip(jobs, ids, strict=True):
+        try:
+            statuses.append(_finish(job_id, options, client, display, job.sample))
+        except (JobFailed, JobStopped) as error:  # the other samples are made all the same
+            statuses.append(_report(error, options, display))
+        if statuses[-1] == INTERRUPTED:
+            break
+    return next((status for status in statuses if status != DONE), DONE)
+
+
 def _resume(options: argparse.Namespace, client: Client, display: Display) -> int:
     return _finish(options.job, options, client, display)
 
 
-def _finish(job_id: str, options: argparse.Namespace, client: Client, display: Display) -> int:
-    """Wait for the job and download its files."""
+def _finish(job_id: str, options: argparse.Namespace, client: Client, display: Display, sample: Path | None = None) -> int:
+    """Wait for the job and download its files. `sample`: the trainer's own video of it."""
     try:
-        return _download(client.wait(job_id, display.show), options, client, display)
+        return _download(client.wait(job_id, display.show), options, client, display, sample)
     except KeyboardInterrupt:
         display.say(f"interrupted. {_next_commands(options, job_id)}")
         return INTERRUPTED
 
 
-def _download(result: Result, options: argparse.Namespace, client: Client, display: Display) -> int:
+def _download(result: Result, options: argparse.Namespace, client: Client, display: Display, sample: Path | None = None) -> int:
     for warning in result.warnings:
         display.say(f"warning: {warning}")
     for failed in result.failed:
@@ -131,6 +161,9 @@ def _download(result: Result, options: argparse.Namespace, client: Client, displ
         pictures = output.pictures(options.posters)
         paths: dict[str, str | None] = {picture.kind: download(picture, picture.name_for(Path(video))) for picture in pictures}
         files.append({"prompt_index": output.prompt_index, "seed": output.seed, "path": video, **paths})
+        if sample:
+            files[-1]["sample"] = str(sample)
+            display.say(f"compare: python -m tools.compare {shlex.join([str(sample), video])}")
     if options.json:
         print(json.dumps({"job_id": result.job_id, "files": files, "result": result.raw}))
     return INCOMPLETE if lost or result.failed else DONE
@@ -185,10 +218,13 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     run = command("run", _run, "make videos and download them")
+    training = command("from-training", _from_training, "make the samples of a training's folder again")
+    training.formatter_class, training.epilog = argparse.RawDescriptionHelpFormatter, TRAINING_EPILOG
+    add_training_options(training)
     resume = command("resume", _resume, "wait for a job that was submitted before, and download its files")
     status = command("status", _status, "print the status of a job")
     cancel = command("cancel", _cancel, "cancel a job")
-    for one in (run, resume):
+    for one in (run, training, resume):
         one.add_argument("--output-dir", type=Path, default=_FOLDER, metavar="DIR", help="for the files (default: %(default)s)")
         one.add_argument("--posters", action="store_true", help="also download the first frame of each video, as a JPEG")
     for one in (resume, status, cancel):

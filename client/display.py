@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from types import TracebackType
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -21,8 +22,7 @@ class Display:
     """Prints progress with `show` and lines with `say`. A context manager: at its end the bar is removed."""
 
     def __init__(self) -> None:
-        form = "{desc} {bar} {percentage:3.0f}% {elapsed}{postfix}"
-        self._bar = tqdm(total=100, file=sys.stderr, bar_format=form, leave=False, delay=1e-9) if sys.stderr.isatty() else None
+        self._bar: tqdm[NoReturn] | None = None
         self._shown = ""
         self._shown_at = 0.0
 
@@ -41,6 +41,9 @@ class Display:
             self._close()  # the paths on stdout start on a new line
             return
         stage = _stage(progress)
+        if sys.stderr.isatty() and self._bar is None:
+            form = "{desc} {bar} {percentage:3.0f}% {elapsed}{postfix}"
+            self._bar = tqdm(total=100, file=sys.stderr, bar_format=form, leave=False, delay=1e-9)
         if self._bar is not None:
             self._bar.set_description_str(printable(stage), refresh=False)
             self._bar.set_postfix_str(_left(progress), refresh=False)
@@ -53,6 +56,7 @@ class Display:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 def printable(text: str) -> str:

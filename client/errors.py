@@ -11,6 +11,10 @@ _CODED = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 """The start of a worker's error, as in `OUT_OF_MEMORY: …`."""
 
 
+class BadInput(Exception):
+    """A file of this computer cannot be used; the text says why, and what to do."""
+
+
 class ClientError(Exception):
     """`code` is one word; `str()` says what happened and what to do."""
 

@@ -1,4 +1,6 @@
-"""The options of `run`: the fields of a request, under the same names. They replace what a request file says."""
+"""The options of `run`: the fields of a request, under the same names. They replace what a request file says.
+
+And those of `from-training`."""
 
 from __future__ import annotations
 
@@ -30,6 +32,19 @@ _REQUEST_FIELDS = ("model", "trigger_word", "match", "trained_with", "output_for
 _IMAGES = {"ctrl_img": "--image", "last_img": "--last-image"}
 _PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", *_IMAGES, "image_fit")
 """Fields of a prompt. An option sets them in every prompt of the request."""
+
+TRAINING_EPILOG = """\
+FOLDER is what ai-toolkit wrote: config.yaml, the LoRA files and samples/. With no further option it makes the samples of the
+last step again, with the trainer's own prompts, seeds and sizes ("match": "preview").
+
+The worker must be able to read the LoRA. Copy the folder to the network volume as loras/NAME, or give the folder's address:
+  --lora-folder https://huggingface.co/me/my_lora/resolve/main
+
+examples:
+  python -m client from-training output/my_lora --dry-run
+  python -m client from-training output/my_lora --endpoint ENDPOINT_ID --step 1500 --sample 0
+  python -m client from-training output/my_lora --prompt "[trigger] on the beach" --endpoint ENDPOINT_ID
+"""
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +89,21 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="send the environment's HF_TOKEN, to download private LoRAs from the Hugging Face Hub",
     )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the training's output folder")
+    parser.add_argument("--step", type=int, metavar="N", help="the LoRA that was saved at this step (default: the last)")
+    parser.add_argument("--sample", type=int, action="append", metavar="N", help="only this sample, counted from 0; repeatable")
+    parser.add_argument("--prompt", metavar="TEXT", help="another prompt, with the values of the sample (default: the first)")
+    parser.add_argument(
+        "--lora-folder",
+        metavar="WHERE",
+        help="where the worker finds the LoRA files: a folder below its LORA_DIR, or a URL (default: the training's name)",
+    )
+    parser.add_argument("--model", choices=MODELS, metavar="ID", help="if the config does not say which")
+    parser.add_argument("--output-format", choices=get_args(OutputFormat), help="png: lossless frames (default: mp4)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
 
 
 def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any], Path]:

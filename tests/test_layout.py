@@ -61,6 +61,7 @@ def test_the_client_knows_the_schema_and_nothing_else_of_the_worker(path: Path) 
         "worker.net.addresses",
         "worker.net.privates",
         "pipelines.catalog",
+        "pipelines.trained",
     }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from client.errors import BadInput as BadInput
+
 
 class Main(Protocol):
     """`argv`: arguments without the program's name; None for the process's own. Returns the exit status."""
@@ -18,10 +20,6 @@ class Main(Protocol):
 
 FITS, DIFFERS, BAD_INPUT = 0, 1, 2
 """Exit statuses of every command."""
-
-
-class BadInput(Exception):
-    """The input cannot be used; the text says why, and what to do."""
 
 
 def one_line_errors(main: Main) -> Main:

@@ -267,7 +267,7 @@ def test_the_client_needs_no_torch() -> None:
 def test_the_documentation_has_every_command_every_option_and_every_status() -> None:
     page = (ROOT / "docs/client.md").read_text()
     commands = _parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(re.findall(r"^\| `python -m client (\w+)", page, re.MULTILINE)) == set(commands)
+    assert set(re.findall(r"^\| `python -m client ([\w-]+)", page, re.MULTILINE)) == set(commands)
     known = {option for command in commands.values() for action in command._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w|-])--[a-z][a-z-]*", page)) <= known
     documented = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}

@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from client.training.requests import model_of, requests_of
+from client.training.samples import read_training
 from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.lora.file import LoraFile
@@ -26,8 +28,6 @@ from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.integration.test_local_api import file_of, output_of
 from tests.pipelines.test_models import lora_paths, make
 from tests.worker_process import LocalApi, environment, local_api
-from tools.requests_from_config import model_of, requests_of
-from tools.trainer_samples import read_training
 from worker.image_decode import Allowance
 from worker.images import load_control_image
 from worker.request import parse, shots_of

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from client.request import MAX_PAYLOAD, body_of
+from client.training.requests import model_named_by
+from client.training.samples import resolve
 from pipelines.catalog import MODELS
 from pipelines.trained import NOT_SAID
 from tools.cli import BadInput
-from tools.requests_from_config import main, model_named_by
-from tools.trainer_samples import resolve
+from tools.requests_from_config import main
 from worker.image_decode import decode
 from worker.request import parse
 
@@ -428,8 +429,8 @@ numbers = st.integers(-3, 5000) | st.floats(-3, 300).map(lambda number: round(nu
 )
 def test_the_worker_accepts_every_request_that_is_written(section):
     """`requests_of` checks with `parse`; what it does not raise as bad input has passed."""
-    from tools.requests_from_config import requests_of
-    from tools.trainer_samples import Training
+    from client.training.requests import requests_of
+    from client.training.samples import Training
 
     try:
         samples = tuple(resolve(section, "sks"))

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.training.samples import resolve
 from tests.conftest import REAL_TOOLKIT
 from tools.cli import BadInput
-from tools.trainer_samples import resolve
 
 pytestmark = pytest.mark.toolkit
 

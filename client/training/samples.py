@@ -1,6 +1,6 @@
 """Reads the samples in an ai-toolkit training config, with every value that the trainer would use.
 
-It follows the trainer's rules and does not know the worker; `requests_from_config` makes requests from the samples. Source:
+It follows the trainer's rules and does not know the worker; `client.training.requests` makes requests from the samples. Source:
 ai-toolkit 0.12.26, `toolkit/config.py`, `toolkit/config_modules.py` (SampleConfig, SampleItem, GenerateImageConfig) and
 `BaseSDTrainProcess.sample`.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from client.errors import BadInput
 from pipelines.trained import TrainedWith, trained_with
-from tools.cli import BadInput
 
 RANDOM_SEED = -1
 """The trainer draws a random seed."""
@@ -103,6 +103,9 @@ class Training:
     splits_sides: bool = True
     """Whether a LoRA of Wan 2.2 14B is saved as two files."""
     warnings: tuple[str, ...] = field(default=())
+    trigger_word: str | None = None
+    steps: int | None = None
+    """`train.steps`: the step of the LoRA that is saved at the end."""
 
 
 def read_training(path: Path) -> Training:
@@ -134,7 +137,15 @@ def read_training(path: Path) -> Training:
         trained_with=trained_with(process),
         splits_sides=_splits_sides(process),
         warnings=tuple(warnings),
+        trigger_word=None if trigger_word is None else str(trigger_word),
+        steps=_steps(process),
     )
+
+
+def _steps(process: Mapping[str, Any]) -> int | None:
+    train = process.get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return steps if type(steps) is int else None
 
 
 def _splits_sides(process: Mapping[str, Any]) -> bool:

@@ -1,0 +1,77 @@
+"""`from-training`: a training's folder → the videos of its own samples, from the LoRA of one step.
+
+Each sample is a job of its own, as each can have another scale, and a long one must not take the others past their time limit.
+Only requests leave this computer: the LoRA files must already lie where the worker finds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.errors import BadInput, InvalidRequest
+from client.training.folder import Checkpoint, TrainingFolder, read_folder, steps_in_words
+from client.training.requests import model_of, requests_of
+from pipelines.catalog import MODELS
+from worker.errors import Code, Problem
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job to send, and the trainer's own video to compare it with."""
+
+    request: dict[str, Any]
+    sample: Path | None
+
+
+def plan(options: argparse.Namespace) -> tuple[list[str], list[Planned]]:
+    """(what was found, in lines; the jobs to send). Raises InvalidRequest."""
+    try:
+        folder = read_folder(options.folder)
+        return _plan(folder, options)
+    except BadInput as error:
+        raise InvalidRequest([Problem(Code.INVALID_INPUT, "", str(error))]) from None
+    except OSError as error:
+        raise InvalidRequest([Problem(Code.INVALID_INPUT, "", f"{error.filename}: {error.strerror}")]) from None
+
+
+def _plan(folder: TrainingFolder, options: argparse.Namespace) -> tuple[list[str], list[Planned]]:
+    training, checkpoint = folder.training, folder.checkpoint(options.step)
+    spec = MODELS[options.model or model_of(training.model)]
+    where = (training.name if options.lora_folder is None else options.lora_folder.rstrip("/")) or ""
+    paths = [f"{where}/{name}" if where else name for name in checkpoint.files]
+    requests, warnings = requests_of(training, spec, paths, folder.path, options.output_format)
+    numbers = options.sample or ([0] if options.prompt else range(len(requests)))
+    if missing := [number for number in numbers if not 0 <= number < len(requests)]:
+        raise BadInput(f"there is no sample {missing[0]}; the config has the samples 0 to {len(requests) - 1}")
+    planned = []
+    for number in numbers:
+        request, sample = requests[number]["input"], folder.samples.get((checkpoint.step or -1, number))
+        if options.prompt:
+            text = options.prompt.replace("[trigger]", training.trigger_word or "[trigger]")
+            request["prompts"][0] |= {"prompt": text}
+        planned.append(Planned(request, folder.path / sample if sample and not options.prompt else None))
+    lines = [*_found(folder, checkpoint, spec.title), *(f"LoRA: the worker must find {path}" for path in paths)]
+    return lines + [f"warning: {text}" for text in warnings], planned
+
+
+def _found(folder: TrainingFolder, checkpoint: Checkpoint, title: str) -> Iterator[str]:
+    training = folder.training
+    trigger = f", trigger word {training.trigger_word}" if training.trigger_word else ""
+    yield f"{training.name}: {title}{trigger}, trained {how_trained(folder)}"
+    others = "" if len(folder.checkpoints) == 1 else f"; the folder has {steps_in_words(folder.checkpoints)}"
+    yield f"step: {'the last one' if checkpoint.step is None else checkpoint.step}{others}"
+    count = len(training.samples)
+    yield f"samples: {count} prompt{'s' * (count != 1)} in the config, {len(folder.samples)} videos in the folder"
+
+
+def how_trained(folder: TrainingFolder) -> str:
+    """In the config's words, what of the training decides its samples."""
+    trained = folder.training.trained_with
+    if trained.kinds:
+        of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
+        return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"
+    return f"in {trained.dtype or 'the default dtype'}, not quantized"
