@@ -15,6 +15,7 @@ from typing import Any
 from client.errors import BadInput, InvalidRequest
 from client.training.folder import Checkpoint, TrainingFolder, read_folder, steps_in_words
 from client.training.requests import model_of, requests_of
+from client.training.samples import Training
 from pipelines.catalog import MODELS
 from worker.errors import Code, Problem
 
@@ -61,16 +62,16 @@ def _plan(folder: TrainingFolder, options: argparse.Namespace) -> tuple[list[str
 def _found(folder: TrainingFolder, checkpoint: Checkpoint, title: str) -> Iterator[str]:
     training = folder.training
     trigger = f", trigger word {training.trigger_word}" if training.trigger_word else ""
-    yield f"{training.name}: {title}{trigger}, trained {how_trained(folder)}"
+    yield f"{training.name}: {title}{trigger}, trained {how_trained(training)}"
     others = "" if len(folder.checkpoints) == 1 else f"; the folder has {steps_in_words(folder.checkpoints)}"
     yield f"step: {'the last one' if checkpoint.step is None else checkpoint.step}{others}"
     count = len(training.samples)
     yield f"samples: {count} prompt{'s' * (count != 1)} in the config, {len(folder.samples)} videos in the folder"
 
 
-def how_trained(folder: TrainingFolder) -> str:
+def how_trained(training: Training) -> str:
     """In the config's words, what of the training decides its samples."""
-    trained = folder.training.trained_with
+    trained = training.trained_with
     if trained.kinds:
         of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
         return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"

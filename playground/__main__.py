@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,9 +53,11 @@ def _serve(args: argparse.Namespace) -> None:
         folder = Path(stack.enter_context(temporary_folder()))
         if args.tiny:
             url = stack.enter_context(tiny_worker(args.tiny))
-            playground = Playground(Client.local(url, patience=0), folder, tiny_example(), args.tiny / "loras")
+            runs = _folder_for(args.runs, "tiny")
+            playground = Playground(Client.local(url, patience=0), folder, tiny_example(), args.tiny / "loras", runs)
         else:
-            playground = Playground(_client(args), folder, loras=args.loras)
+            client = _client(args)
+            playground = Playground(client, folder, None, args.loras, _folder_for(args.runs, client.url.partition("://")[2]))
         try:
             web = stack.enter_context(server(playground, args.port))
         except OSError as error:
@@ -76,8 +79,25 @@ def _parser() -> argparse.ArgumentParser:
         "--tiny", metavar="DIR", type=Path, help="start a worker with the checkpoints that builder/tiny_checkpoints.py wrote"
     )
     parser.add_argument("--port", type=int, default=8080, help="port of the page on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        type=Path,
+        default=Path(".playground"),
+        help="keep the runs and their files here, for the next start (default: %(default)s)",
+    )
     parser.add_argument("--loras", metavar="DIR", type=Path, help="the worker's LORA_DIR; the form suggests the files in it")
     return parser
+
+
+def _folder_for(runs: Path, target: str) -> Path:
+    """The folder of one worker's runs: another worker knows nothing of them. Raises _CannotStart."""
+    folder = runs / re.sub(r"[^\w.-]+", "-", target)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _CannotStart(f"{folder}: {error.strerror}; choose another folder with --runs") from error
+    return folder
 
 
 def _client(args: argparse.Namespace) -> Client:

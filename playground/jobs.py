@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import tempfile
 import threading
 import time
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,13 @@ from urllib.parse import unquote, urlsplit
 from client import (
     Client,
     ClientError,
+    DownloadFailed,
     JobFailed,
     JobNotFound,
     JobStopped,
     NotAuthorized,
     Output,
+    Picture,
     Progress,
     Refused,
     Result,
@@ -74,6 +80,8 @@ class Job:
     """The model that the worker serves, if the request named another one."""
     files: list[File] = field(default_factory=list)
     """Those of the result, by their number in /files."""
+    answer: dict[str, Any] | None = None
+    """The last answer to /status, of which the rest is made, once the job has ended by one."""
     trouble: str = ""
     """Why there was no answer when the job was last asked for; empty when there was one."""
     _unknown_since: float | None = None
@@ -101,6 +109,7 @@ class Job:
                 self.code, self.error = "JOB_FAILED", f"the status {answer['status'][:40]!r} is not one of RunPod's"
                 self.status = "failed"
             return
+        self.answer = copy.deepcopy(answer)
         try:
             self.result = self._with_files(result_of(self.id, answer))
             self.status = "done"  # last, since other threads read it
@@ -148,17 +157,20 @@ class Job:
         return shown | {"problems": [vars(problem) for problem in self.problems]}
 
 
-_NOT_SHOWN = ("files", "started_at", "_unknown_since", "_silent_since")
+_NOT_SHOWN = ("files", "started_at", "answer", "_unknown_since", "_silent_since")
+_STORED = ("number", "id", "request", "started_at", "seconds", "code", "error", "answer")
+_INDEX = "runs.json"
 
 
 class Jobs:
-    """All jobs since the process started. Its methods may be called from any thread."""
+    """All jobs that were not deleted. Its methods may be called from any thread."""
 
-    def __init__(self, client: Client, folder: Path) -> None:
-        """`folder`: for downloaded files."""
+    def __init__(self, client: Client, folder: Path, keep: bool = False) -> None:
+        """`folder`: for downloaded files; with `keep` also for the list of jobs, which then outlives the process."""
         self._client = client
         self._folder = folder
-        self._jobs: dict[int, Job] = {}
+        self._keep = keep
+        self._jobs: dict[int, Job] = self._stored() if keep else {}
         self._lock = threading.Lock()
         self._downloading = threading.Lock()
 
@@ -167,9 +179,65 @@ class Jobs:
         job_id = self._client.submit(request, folder=None)
         kept = {name: value for name, value in request.items() if name != "hf_token"}
         with self._lock:
-            job = Job(len(self._jobs) + 1, job_id, kept)
+            job = Job(max(self._jobs, default=0) + 1, job_id, kept)
             self._jobs[job.number] = job
+            self._store()
         return job
+
+    def delete(self, number: int) -> None:
+        """Forget a job that has ended, and delete its files here; those in the bucket stay. Raises NoFile."""
+        if not self.get(number).has_ended:
+            raise NoFile("this run has not ended; cancel it first")
+        with self._lock:
+            del self._jobs[number]
+            self._store()
+        with self._downloading:
+            for path in self._folder.glob(f"{number}-*"):
+                path.unlink()
+
+    def archive(self, target: Path) -> None:
+        """Write a zip with the files of all jobs. A file that can no longer be had is left out."""
+        with zipfile.ZipFile(target, "w") as archive:
+            for job in self.all():
+                for place, file in enumerate(job.files):
+                    with suppress(NoFile, DownloadFailed):
+                        path = self.file(job.number, place)
+                        archive.write(path, f"run-{job.number}-{_name_of(file)}{path.suffix}")
+
+    # What outlives the process: the list of the jobs, and their files, since the URLs of results expire.
+
+    def _stored(self) -> dict[int, Job]:
+        """The jobs of the process before this one; none if their list cannot be read."""
+        jobs = {}
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            for stored in json.loads((self._folder / _INDEX).read_text()):
+                job = Job(**{name: stored[name] for name in _STORED if name not in ("answer", "code", "error")})
+                if stored["answer"]:
+                    job.update(stored["answer"])
+                elif stored["code"]:
+                    job.code, job.error, job.status = stored["code"], stored["error"], "failed"
+                job.seconds = stored["seconds"]
+                jobs[job.number] = job
+        return jobs
+
+    def _store(self) -> None:
+        if not self._keep:
+            return
+        part = self._folder / f"{_INDEX}.part"
+        part.touch(mode=0o600)  # the URLs of results are secrets
+        part.write_text(json.dumps([{name: getattr(job, name) for name in _STORED} for job in self._jobs.values()]))
+        part.replace(self._folder / _INDEX)
+
+    def _ended(self, job: Job) -> None:
+        with self._lock:
+            self._store()
+        if self._keep:
+            threading.Thread(target=self._download_all, args=(job,), daemon=True).start()
+
+    def _download_all(self, job: Job) -> None:
+        for place in range(len(job.files)):
+            with suppress(NoFile, DownloadFailed):  # the page shows why when the file is asked for
+                self.file(job.number, place)
 
     def all(self) -> list[Job]:
         return list(self._jobs.values())
@@ -199,6 +267,8 @@ class Jobs:
         else:
             with self._lock:
                 job.update(answer)
+        if job.has_ended:
+            self._ended(job)
         return job
 
     @property
@@ -239,6 +309,12 @@ class Jobs:
                 encode([frames], part, VIDEO["mp4"], output.fps, len(frames))
                 part.rename(target)
         return target
+
+
+def _name_of(file: File) -> str:
+    """`seed-42` of a video, `seed-42-poster` of its picture."""
+    kind = f"seed-{file.seed}" if isinstance(file, Output) else file.kind if isinstance(file, Picture) else "file"
+    return f"prompt-{file.prompt_index + 1}-{kind}"
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

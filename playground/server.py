@@ -24,6 +24,7 @@ from pipelines.catalog import DEFAULT_SEED, MODELS
 from playground.check import check, recipe_of
 from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile
 from playground.side_by_side import side_by_side
+from playground.training import read_dropped
 from tools.cli import BadInput
 from tools.compare import settings_in
 from tools.frames import Clip, read_clip
@@ -41,6 +42,18 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+
+_480P, _720P = [(832, 480), (480, 832), (640, 640)], [(1280, 720), (720, 1280), (960, 960)]
+SIZES = {
+    "wan22_14b_i2v": _480P + _720P[:2],
+    "wan22_14b_t2v": _480P + _720P[:2],
+    "wan22_5b": [(1280, 704), (704, 1280), (960, 960)],
+    "wan21_i2v_14b": _720P,
+    "wan21_i2v_14b480p": _480P,
+    "wan21_14b": _480P + _720P[:2],
+    "wan21_1b": _480P,
+}
+"""The form's sizes to choose from, width and height in pixels: those of the models' pages on the Hub, and a square."""
 
 _MAX_JSON = 128 * 1024**2
 """Bytes; a request can have several images."""
@@ -61,10 +74,20 @@ class HttpError(Exception):
 class Playground:
     """The page's operations. Its methods may be called from any thread."""
 
-    def __init__(self, client: Client, folder: Path, example: dict[str, Any] | None = None, loras: Path | None = None) -> None:
-        """`folder`: for temporary files. `example`: the form's first request. `loras`: LORA_DIR, for suggestions."""
+    def __init__(
+        self,
+        client: Client,
+        folder: Path,
+        example: dict[str, Any] | None = None,
+        loras: Path | None = None,
+        runs: Path | None = None,
+    ) -> None:
+        """`folder`: for temporary files. `example`: the form's first request. `loras`: LORA_DIR, for suggestions.
+
+        `runs`: a folder where the runs and their files outlive the process; None: they end with it.
+        """
         self._client = client
-        self.jobs = Jobs(client, folder)
+        self.jobs = Jobs(client, runs or folder, keep=runs is not None)
         self._folder = folder
         self._example = example
         self._loras = loras
@@ -84,6 +107,7 @@ class Playground:
                 "control_image": spec.control_image,
                 "moe": spec.moe,
                 "needs_toolkit": spec.needs_toolkit,
+                "sizes": SIZES[spec.id],
                 "size_divisor": {match: recipe_of(spec, match).size_divisor for match in ("documented", "preview")},
             }
             for spec in MODELS.values()
@@ -110,6 +134,10 @@ class Playground:
             return {"state": "gone", "text": str(error), "model": self.jobs.served_model}
         state, text = _state_of(health)
         return {"state": state, "text": text, "model": health.model or self.jobs.served_model}
+
+    def training(self, body: Any) -> dict[str, Any]:
+        """What a dropped training folder says, for the form. Raises BadInput."""
+        return read_dropped(body, self.worker()["model"], self._loras)
 
     def check(self, request: Any) -> dict[str, Any]:
         return check(request, self._client.is_local)
@@ -238,6 +266,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _worker(self) -> None:
         self._send_json(self._playground.worker())
 
+    def _training(self) -> None:
+        self._send_json(self._playground.training(self._json()))
+
     def _check(self) -> None:
         self._send_json(self._playground.check(self._json()))
 
@@ -255,6 +286,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _cancel(self, number: str) -> None:
         self._send_job(self._playground.jobs.cancel(int(number)))
+
+    def _delete(self, number: str) -> None:
+        self._playground.jobs.delete(int(number))
+        self._send_json({})
+
+    def _archive(self) -> None:
+        target = self._playground.temporary(f"runs-{secrets.token_hex(8)}.zip")
+        try:
+            self._playground.jobs.archive(target)
+            self._send_file(target)
+        finally:
+            target.unlink(missing_ok=True)
 
     def _send_job(self, job: Job) -> None:
         self._send_json(job.public())
@@ -369,11 +412,14 @@ _ROUTES: list[tuple[str, str, _Act]] = [
     ("GET", r"/static/([a-z_-]+\.(?:js|css|svg))", _Handler._static),
     ("GET", r"/api/config", _Handler._config),
     ("GET", r"/api/worker", _Handler._worker),
+    ("POST", r"/api/training", _Handler._training),
     ("POST", r"/api/check", _Handler._check),
     ("GET", r"/api/jobs", _Handler._jobs),
     ("POST", r"/api/jobs", _Handler._start),
     ("GET", r"/api/jobs/(\d{1,9})", _Handler._refresh),
     ("POST", r"/api/jobs/(\d{1,9})/cancel", _Handler._cancel),
+    ("POST", r"/api/jobs/(\d{1,9})/delete", _Handler._delete),
+    ("GET", r"/runs\.zip", _Handler._archive),
     ("POST", r"/api/compare", _Handler._compare),
     ("GET", r"/files/(\d{1,9})/(\d{1,9})", _Handler._file),
     ("GET", r"/files/(\d{1,9})/(\d{1,9})\.mp4", _Handler._playable),

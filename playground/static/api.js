@@ -11,10 +11,12 @@ const GONE = "the playground's process does not answer; restart it, then try aga
 
 export const getConfig = () => ask("GET", "/api/config");
 export const askWorker = () => ask("GET", "/api/worker");
+export const readTraining = (folder) => ask("POST", "/api/training", json(folder));
 export const check = (request) => ask("POST", "/api/check", json(request));
 export const allJobs = () => ask("GET", "/api/jobs");
 export const startJob = (request) => ask("POST", "/api/jobs", json(request));
 export const refreshJob = (job) => ask("GET", `/api/jobs/${job}`);
+export const deleteJob = (job) => ask("POST", `/api/jobs/${job}/delete`);
 export const cancelJob = (job) => ask("POST", `/api/jobs/${job}/cancel`);
 
 /** `a` and `b` are `JOB/FILE`, or `a` is a File. */

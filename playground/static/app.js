@@ -1,11 +1,11 @@
 // The page: connects the form, the stage and the strip to the jobs of the playground's process.
 
-import { ApiError, allJobs, cancelJob, check, getConfig, refreshJob, startJob } from "./api.js";
+import { ApiError, allJobs, cancelJob, check, deleteJob, getConfig, refreshJob, startJob } from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
 import { h, prose, s, say, sentence } from "./dom.js";
 import { Form } from "./form.js";
-import { Stage, spoken } from "./stage.js";
+import { Stage, inAWord, itemsOf, placeOf, spoken } from "./stage.js";
 import { Strip } from "./strip.js";
 import { WorkerLine } from "./worker.js";
 
@@ -18,8 +18,10 @@ class App {
   constructor(config) {
     this.config = config;
     this.jobs = new Map();
+    this.samples = new Map(); // the trainer's own video of a job
     this.stage = new Stage(byId("screen"), byId("facts"), {
       cancel: (job) => this.#cancel(job),
+      remove: (job) => this.#remove(job),
       reuse: (job, item) => this.#reuse(job, item),
       sample: (file, place) => this.#compare(file, place),
       correct: (job) => this.#correct(job),
@@ -37,6 +39,7 @@ class App {
       event.preventDefault();
       this.#run();
     });
+    byId("vary").addEventListener("click", () => this.#run(4));
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -56,20 +59,23 @@ class App {
 
   // Runs
 
-  async #run() {
+  /** `copies`: videos for each prompt. */
+  async #run(copies = 1) {
     if (this.starting) return;
     this.starting = true;
     this.#sending(true);
     byId("not-sent").replaceChildren(); // so that the same words are announced, and seen, as new
     try {
-      const { request } = this.form.read();
+      const request = this.form.next(copies);
       const { problems } = await check(request);
       this.form.showProblems(problems);
       if (problems.length) {
         say(`Not sent: ${problems.length === 1 ? "one problem" : `${problems.length} problems`} to correct`);
         return;
       }
+      const sample = this.form.training.ownSample(request);
       const job = await startJob(request);
+      if (sample) this.samples.set(job.number, sample);
       this.#take(job);
       this.#show(job);
       this.#toStage();
@@ -110,16 +116,36 @@ class App {
   #take(job) {
     this.jobs.set(job.number, job);
     this.strip.put(job);
+    this.#title();
     if (this.shown === job.number) {
       this.stage.show(job);
       if (isOpen(job)) say(spoken(job));
     }
   }
 
+  /** The tab's title tells how far the newest open run is. */
+  #title() {
+    const open = [...this.jobs.values()].filter(isOpen).at(-1);
+    document.title = open ? `${inAWord(open)} · Playground` : this.unseen ? `● ${this.unseen} · Playground` : "Playground";
+  }
+
+  /** Tell of a run that ended while the page was not looked at. */
+  #notify(text) {
+    if (!document.hidden) return;
+    this.unseen = text;
+    this.#title();
+    document.addEventListener("visibilitychange", () => ((this.unseen = ""), this.#title()), { once: true });
+    if (globalThis.Notification?.permission === "granted") new Notification(text, { tag: "playground" });
+  }
+
   async #ended(job) {
-    await this.worker.look(); // what it serves may be known only now; the form then takes that model
-    say({ done: `Run ${job.number} is ready`, failed: `Run ${job.number} failed`, cancelled: "Cancelled" }[job.status]);
+    const text = { done: `Run ${job.number} is ready`, failed: `Run ${job.number} failed`, cancelled: "Cancelled" }[job.status];
+    say(text);
+    this.#notify(text);
     if (job.status === "failed" && this.shown === job.number) this.#correct(job);
+    this.worker.look(); // what it serves may be known only now; the form then takes that model
+    const sample = job.status === "done" && this.shown === job.number && this.samples.get(job.number);
+    if (sample) await this.#compare(sample, placeOf(itemsOf(job)[0]));
   }
 
   /** Show the worker's problems at the fields of the form. */
@@ -139,6 +165,26 @@ class App {
   /** Scroll to the stage in the one-column layout, where the form fills the screen. */
   #toStage() {
     if (narrow.matches) byId("stage").scrollIntoView();
+  }
+
+  async #remove(job) {
+    try {
+      await deleteJob(job.number);
+    } catch (error) {
+      this.#showTrouble(error, () => this.#remove(job));
+      return;
+    }
+    this.jobs.delete(job.number);
+    this.samples.delete(job.number);
+    this.strip.remove(job.number);
+    say(`Run ${job.number} was deleted`);
+    const next = [...this.jobs.values()].at(-1);
+    if (next) this.#show(next);
+    else {
+      this.shown = undefined;
+      this.stage.clear();
+    }
+    byId("stage").focus();
   }
 
   async #cancel(job) {

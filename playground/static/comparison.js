@@ -52,11 +52,17 @@ export class Comparison {
     this.readout = h("p", { class: "frame" });
     this.curve = new Curve(found.frames, (frame) => this.#seek(frame));
     this.screen.className = "comparison";
-    const panes = h("div", { class: found.width > found.height ? "panes" : "panes upright" }, figures, this.curve.node);
+    this.divider = h("input", { type: "range", class: "divider", min: 0, max: 100, value: 50, "aria-label": `Divider: left of it ${a}, right of it ${b}` });
+    this.divider.addEventListener("input", () => this.#divide());
+    const panes = h("div", { class: found.width > found.height ? "panes" : "panes upright" }, figures, this.divider, this.curve.node);
+    this.panes = panes;
+    this.way = h("button", { type: "button", onclick: () => this.#show(!this.overlaid) });
     for (const side of ["width", "height"]) panes.style.setProperty(`--${side}`, found[side]);
     const back = h("button", { type: "button", class: "quiet", onclick: this.back }, "Back to the video");
-    const tools = h("div", { class: "tools" }, this.toggle, this.readout, h("span", { class: "gap" }), back);
+    const tools = h("div", { class: "tools" }, this.toggle, this.way, this.readout, h("span", { class: "gap" }), back);
     this.screen.replaceChildren(panes, tools);
+    this.#show(localStorage.comparison !== "side by side");
+    this.#divide();
     this.curve.draw();
     this.#facts();
     for (const event of ["play", "pause"]) this.video.addEventListener(event, () => this.#label());
@@ -65,6 +71,19 @@ export class Comparison {
     this.video.addEventListener("loadeddata", begin, { once: true });
     this.#follow();
     say(found.verdict.text);
+  }
+
+  /** Show A over B with a divider to move, or the two and their difference side by side. */
+  #show(overlaid) {
+    this.overlaid = overlaid;
+    localStorage.comparison = overlaid ? "slider" : "side by side";
+    this.panes.classList.toggle("overlaid", overlaid);
+    this.divider.hidden = !overlaid;
+    this.way.textContent = overlaid ? "Side by side" : "Slider";
+  }
+
+  #divide() {
+    this.panes.style.setProperty("--divide", `${this.divider.value}%`);
   }
 
   #facts() {

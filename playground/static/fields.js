@@ -46,9 +46,15 @@ export class Field {
       input.addEventListener("keydown", (event) => this.#stepped(event));
       return input;
     }
+    if (this.isObject) return h("textarea", { ...common, rows: 2, spellcheck: "false", class: "code-text", placeholder: "{}" });
     if (schema.maxLength >= 10000) return h("textarea", { ...common, rows: 3, spellcheck: "true" });
     const type = this.name.endsWith("token") ? "password" : "text";
     return h("input", { ...common, type, list, autocomplete: type === "password" ? "new-password" : "off", spellcheck: "false" });
+  }
+
+  /** Such as `trained_with`: written as JSON. */
+  get isObject() {
+    return "$ref" in this.schema || ["object", "array"].includes(this.schema.type);
   }
 
   get isNumber() {
@@ -59,13 +65,14 @@ export class Field {
     if (this.control.type === "checkbox") return this.control.checked;
     const text = this.control.value;
     if (text.trim() === "") return undefined;
+    if (this.isObject) return parsed(text);
     return this.isNumber ? numberOf(text) : text;
   }
 
   set value(value) {
     const shown = value ?? this.schema.default;
     if (this.control.type === "checkbox") this.control.checked = Boolean(shown);
-    else this.control.value = shown ?? "";
+    else this.control.value = typeof shown === "object" && shown ? JSON.stringify(shown) : shown ?? "";
     this.showError([]);
   }
 
@@ -98,6 +105,15 @@ export function showErrorAt(control, error, texts, noteId) {
   control.setAttribute("aria-describedby", texts.length ? `${error.id} ${noteId}` : noteId);
   if (texts.length) control.setAttribute("aria-invalid", "true");
   else control.removeAttribute("aria-invalid");
+}
+
+/** The object in a text; the text itself if it is not JSON, for the worker's check to say so. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text;
+  }
 }
 
 /** The number in a text. Any other text is sent to the worker's check unchanged, which says what is allowed. */
@@ -204,11 +220,11 @@ export class ImageField {
   }
 }
 
-/** Call `take` with a file that is dropped on `element`. */
+/** Call `take` with a file that is dropped on `element`, and the event. The innermost element gets it. */
 export function takesDrops(element, take) {
   const mark = (on) => element.classList.toggle("over", on);
   element.addEventListener("dragover", (event) => {
-    if (![...event.dataTransfer.types].includes("Files")) return;
+    if (event.defaultPrevented || ![...event.dataTransfer.types].includes("Files")) return;
     event.preventDefault();
     mark(true);
   });
@@ -217,8 +233,8 @@ export function takesDrops(element, take) {
   });
   element.addEventListener("drop", (event) => {
     mark(false);
-    if (!event.dataTransfer.files[0]) return;
+    if (event.defaultPrevented || !event.dataTransfer.files[0]) return;
     event.preventDefault();
-    take(event.dataTransfer.files[0]);
+    take(event.dataTransfer.files[0], event);
   });
 }

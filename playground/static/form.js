@@ -1,11 +1,13 @@
 // The form: the fields of the JSON Schema, arranged for the chosen model. It does not know about jobs.
 
-import { check } from "./api.js";
-import { h, prose } from "./dom.js";
-import { Field, ImageField } from "./fields.js";
+import { check, toJson } from "./api.js";
+import { h, prose, say } from "./dom.js";
+import { Field, ImageField, takesDrops } from "./fields.js";
+import { Training, droppedFolder } from "./training.js";
 
 const ALIASES = ["ctrl_img_1"]; // another name of `ctrl_img`
 const SHOWN = ["prompt", "ctrl_img", "width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed"];
+const MATCHES = { documented: "Recommended: as the model page says", preview: "Like my training samples" };
 const LABELS = {
   neg: "Negative prompt",
   sample_steps: "Steps",
@@ -26,10 +28,13 @@ export class Form {
     this.prompts = [];
     this.loras = [];
     this.summary = h("div", { class: "summary", role: "alert", hidden: true });
+    this.storage = `form of ${config.target.url}`;
+    this.rows = new Map(); // of LoRAs, by the shape of the model, so that another model and back loses nothing
     this.#build(config.loras);
-    this.write(config.example ?? { model: config.models[0].id, loras: [], prompts: [{}] });
+    this.write(this.#kept() ?? config.example ?? { model: config.models[0].id, loras: [], prompts: [{}] });
     root.addEventListener("input", () => this.#changed());
     document.addEventListener("paste", (event) => this.#pasted(event));
+    this.#takesFoldersAndRequests();
     this.#showNotes();
   }
 
@@ -55,13 +60,19 @@ export class Form {
       .filter(([name]) => !["model", "loras", "prompts"].includes(name))
       .map(([name, schema]) => new Field(name, schema, { label: labelOf(name, schema) }));
     const trigger = this.request.find((field) => field.name === "trigger_word");
-    const rest = this.request.filter((field) => field !== trigger);
+    const match = this.request.find((field) => field.name === "match");
+    for (const option of match.control.options) option.textContent = MATCHES[option.value] ?? "The worker\u2019s default";
+    match.node.querySelector("label").textContent = "Look";
+    const rest = this.request.filter((field) => ![trigger, match].includes(field));
+    const folder = h("section", { "aria-label": "Training folder" });
+    this.training = new Training(folder, (request) => this.write(request));
     this.root.replaceChildren(
       this.summary,
-      h("section", {}, this.modelField.node, this.needs),
+      folder,
+      h("section", {}, this.modelField.node, this.needs, match.node),
       h("section", {}, h("h2", {}, "LoRAs"), this.loraList, this.suggestions, trigger.node),
       this.promptList,
-      h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt({}, true) }, "Add a prompt"),
+      h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt(this.#inherited(), true) }, "Add a prompt"),
       h("details", { class: "fold" }, h("summary", {}, "More for the whole request"), rest.map((field) => field.node)),
     );
   }
@@ -82,11 +93,9 @@ export class Form {
       const use = h("button", { type: "button", class: "link", onclick: () => this.serve(served.id) }, `Use ${served.id}`);
       this.needs.append(". The worker serves another: ", use);
     }
-    const sides = model.moe ? ["high", "low"] : [null];
-    const kept = this.loras.length === sides.length ? this.loras.map((row) => row.path.value) : [];
-    if (this.loras.map((row) => row.side).join() !== sides.join() || !this.loras.length) {
-      this.loras = sides.map((side) => this.#loraRow(side));
-      this.loras.forEach((row, index) => (row.path.value = kept[index]));
+    if (!this.rows.has(model.moe)) this.rows.set(model.moe, (model.moe ? ["high", "low"] : [null]).map((side) => this.#loraRow(side)));
+    if (this.loras !== this.rows.get(model.moe)) {
+      this.loras = this.rows.get(model.moe);
       this.loraList.replaceChildren(...this.loras.map((row) => row.node));
     }
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
@@ -117,6 +126,12 @@ export class Form {
 
   // Prompts
 
+  /** The values of the last prompt, for a new one: all but its text. */
+  #inherited() {
+    const { prompt, ...values } = this.read().request.prompts.at(-1);
+    return values;
+  }
+
   #addPrompt(values, byHand = false) {
     const { properties } = this.schema.$defs.Prompt;
     const make = (name) =>
@@ -131,6 +146,13 @@ export class Form {
     const fields = Object.fromEntries(names.map((name) => [name, make(name)]));
     const rest = names.filter((name) => !SHOWN.includes(name));
     const prompt = { fields, title: h("h2"), readout: h("p", { class: "readout", id: `${fields.width.control.id}-makes` }) };
+    prompt.chips = h("div", { class: "chips", role: "group", "aria-label": "Sizes" });
+    const dice = h("button", { type: "button", class: "quiet", title: "Another seed", "aria-label": "Another seed", onclick: () => this.#roll(prompt) }, "\u2684");
+    prompt.lock = h("button", { type: "button", class: "quiet lock", "aria-pressed": "true", title: "Keep the seed for the next run", onclick: () => this.#lock(prompt) }, "Keep");
+    const seed = h("div", { class: "seed" });
+    fields.seed.control.replaceWith(seed);
+    seed.append(fields.seed.control, dice, prompt.lock);
+    fields.ctrl_img.picture.addEventListener("load", () => this.#shapePrompt(prompt));
     prompt.remove = h("button", { type: "button", class: "quiet", onclick: () => this.#removePrompt(prompt) }, "Remove");
     prompt.node = h(
       "section",
@@ -138,6 +160,7 @@ export class Form {
       h("div", { class: "section-head" }, prompt.title, prompt.remove),
       fields.prompt.node,
       fields.ctrl_img.node,
+      prompt.chips,
       h("div", { class: "numbers" }, SHOWN.slice(2).map((name) => fields[name].node), prompt.readout),
       h("details", { class: "fold" }, h("summary", {}, "More for this prompt"), rest.map((name) => fields[name].node)),
     );
@@ -160,6 +183,60 @@ export class Form {
     const match = this.request.find((field) => field.name === "match")?.value ?? "documented";
     for (const name of ["width", "height"]) prompt.fields[name].step = model.size_divisor[match];
     prompt.fields.num_frames.step = 4;
+    this.#showChips(prompt, model.size_divisor[match] ?? 16);
+  }
+
+  /** The model's sizes to choose from, and that of the control image at the area of the present size. */
+  #showChips(prompt, divisor) {
+    const { width, height, ctrl_img: image } = prompt.fields;
+    const sizes = this.model.sizes.map(([across, down]) => [across, down, `${across} × ${down}`]);
+    const { naturalWidth, naturalHeight } = image.picture;
+    if (image.value && !image.picture.hidden && naturalWidth) {
+      const [across, down] = [width.value, height.value].map((value) => (typeof value === "number" ? value : 1024));
+      const scale = Math.sqrt((across * down) / (naturalWidth * naturalHeight));
+      const fitted = [naturalWidth, naturalHeight].map((side) => Math.max(64, Math.round((side * scale) / divisor) * divisor));
+      sizes.push([...fitted, "Match image"]);
+    }
+    const now = `${sizes} ${width.value} ${height.value}`;
+    if (prompt.shownSizes === now) return; // so that a chip with the focus keeps it
+    prompt.shownSizes = now;
+    const focused = [...prompt.chips.children].indexOf(document.activeElement);
+    const chip = ([across, down, text]) =>
+      h("button", { type: "button", "aria-pressed": String(width.value === across && height.value === down), onclick: () => this.#resize(prompt, across, down) }, text);
+    prompt.chips.replaceChildren(...sizes.map(chip));
+    prompt.chips.children[focused]?.focus();
+  }
+
+  #resize(prompt, width, height) {
+    Object.assign(prompt.fields.width, { value: width });
+    Object.assign(prompt.fields.height, { value: height });
+    this.#shapePrompt(prompt);
+    this.#changed();
+  }
+
+  #roll(prompt) {
+    prompt.fields.seed.value = Math.floor(Math.random() * 2 ** 32);
+    this.#changed();
+  }
+
+  #lock(prompt) {
+    const keeps = prompt.lock.getAttribute("aria-pressed") !== "true";
+    prompt.lock.setAttribute("aria-pressed", String(keeps));
+    prompt.lock.title = keeps ? "Keep the seed for the next run" : "Every run draws another seed";
+    say(keeps ? "The seed is kept" : "Every run draws another seed");
+  }
+
+  /** The request of the next run: seeds that are not kept are drawn. With `copies`, each prompt with as many seeds in a row. */
+  next(copies = 1) {
+    for (const prompt of this.prompts) if (prompt.lock.getAttribute("aria-pressed") === "false") this.#roll(prompt);
+    const { request } = this.read();
+    if (copies === 1) return request;
+    const seedOf = (prompt, index) => (typeof prompt.seed === "string" || prompt.seed === undefined ? this.defaultSeed + index : prompt.seed);
+    const more = (seed, count) => (typeof seed === "bigint" ? seed + BigInt(count) : seed < 0 ? seed : seed + count);
+    request.prompts = request.prompts.flatMap((prompt, index) =>
+      Array.from({ length: copies }, (_, count) => ({ ...prompt, seed: more(seedOf(prompt, index), count) })),
+    );
+    return request;
   }
 
   #removePrompt(prompt) {
@@ -211,10 +288,11 @@ export class Form {
     for (const field of this.request) field.value = request[field.name];
     this.prompts = [];
     this.promptList.replaceChildren();
-    for (const prompt of request.prompts) this.#addPrompt(prompt);
+    for (const prompt of request.prompts ?? [{}]) this.#addPrompt(prompt);
     this.loras = [];
+    this.rows.clear();
     this.#applyModel();
-    for (const lora of request.loras) {
+    for (const lora of request.loras ?? []) {
       const row = this.loras.find((row) => row.side === (lora.transformer ?? null));
       if (!row) continue;
       row.path.value = lora.path;
@@ -259,7 +337,30 @@ export class Form {
   #changed() {
     if (!this.root.querySelector("[aria-invalid]")) this.summary.hidden = true;
     clearTimeout(this.pending);
-    this.pending = setTimeout(() => this.#showEffective(), 100);
+    this.pending = setTimeout(() => {
+      this.#keep();
+      this.#showEffective();
+    }, 100);
+  }
+
+  // What was typed, for when the page is loaded again. A token is not kept, nor an image that is too large for the storage.
+
+  #keep() {
+    const { hf_token, ...request } = this.read().request;
+    for (const prompt of request.prompts) if (prompt.ctrl_img?.length > 500_000) delete prompt.ctrl_img;
+    try {
+      localStorage[this.storage] = toJson(request);
+    } catch {
+      // the storage is full or forbidden
+    }
+  }
+
+  #kept() {
+    try {
+      return asRequest(localStorage[this.storage] ?? "");
+    } catch {
+      return null;
+    }
   }
 
   /** Show sizes and frame counts by the worker's rules; see playground/check.py. */
@@ -289,12 +390,48 @@ export class Form {
     line.textContent = rest;
   }
 
+  /** A request, or a job with it as `input`, as JSON text. Returns whether it was one. */
+  #takeText(text) {
+    const request = asRequest(text);
+    if (!request) return false;
+    this.write(request);
+    say("The form has the request");
+    return true;
+  }
+
+  /** A folder of a training or a file with a request can be dropped anywhere on the form. */
+  #takesFoldersAndRequests() {
+    const form = this.root.closest("form");
+    takesDrops(form, async (file, event) => {
+      const folder = droppedFolder(event.dataTransfer); // before the first await: then it is empty
+      const files = await folder;
+      if (files) return this.training.take(files);
+      if (file && !this.#takeText(await file.text())) say(`${file.name} is neither a training\u2019s folder nor a request`);
+    });
+  }
+
   #pasted(event) {
+    const typing = document.activeElement?.matches("input, textarea");
+    const text = event.clipboardData?.getData("text/plain") ?? "";
+    if ((!typing || text.trimStart().startsWith("{")) && this.#takeText(text)) return event.preventDefault();
     const file = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
     const takers = this.prompts.filter((prompt) => !prompt.fields.ctrl_img.node.hidden);
     if (!file || !takers.length) return;
     event.preventDefault();
     (takers.find((prompt) => prompt.node.contains(document.activeElement)) ?? takers[0]).fields.ctrl_img.take(file);
+  }
+}
+
+/** The request in a JSON text; null if it is none. A seed beyond 2^53 stays a text, as JSON.parse would round it. */
+function asRequest(text) {
+  if (!text.trimStart().startsWith("{")) return null;
+  try {
+    const exact = text.replace(/("seed"\s*:\s*)(\d{16,})/g, '$1"$2"');
+    const found = JSON.parse(exact);
+    const request = found.input ?? found;
+    return Array.isArray(request.prompts) && typeof request.model === "string" ? request : null;
+  } catch {
+    return null;
   }
 }
 

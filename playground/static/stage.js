@@ -1,5 +1,6 @@
 // The stage: one run with its progress, then its video and settings.
 
+import { toJson } from "./api.js";
 import { calm, h, prose, refill, s, seconds, sentence } from "./dom.js";
 import { takesDrops } from "./fields.js";
 
@@ -21,7 +22,7 @@ const DETAILS = {
   upload: "the result",
 };
 
-const STEPS = ["Choose the model that the worker serves.", "Enter the LoRA's files, and write a prompt.", "Press Run."];
+const STEPS = ["Open the folder of your training, or enter the files of a LoRA.", "Take one of its samples, or write a prompt.", "Press Run."];
 
 export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job.result?.outputs?.images ?? [])].sort(
   (one, other) => one.prompt_index - other.prompt_index,
@@ -117,6 +118,8 @@ export class Stage {
     this.percent = h("p", { class: "percent" }, "…");
     this.bar = h("progress", { max: 100, "aria-label": "Progress of the run" });
     this.doing = h("p", { class: "doing" });
+    const notify = h("button", { type: "button", class: "quiet", onclick: async () => ((await Notification.requestPermission()), notify.remove()) }, "Notify me");
+    const canAsk = globalThis.Notification?.permission === "default";
     this.left = h("p", { class: "left" });
     this.#fill(
       "running",
@@ -126,7 +129,7 @@ export class Stage {
         h("h2", {}, `Run ${job.number}`),
         this.percent,
         this.bar,
-        h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), cancel),
+        h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), h("div", { class: "making-buttons" }, canAsk ? notify : "", cancel)),
         promptsOf(job),
       ),
     );
@@ -181,6 +184,7 @@ export class Stage {
         h("span", { class: "soft tip" }, "or drop the sample on the video"),
         h("span", { class: "gap" }),
         h("button", { type: "button", class: "quiet", onclick: () => this.actions.reuse(job, item) }, "Use its settings"),
+        this.#deleteButton(job),
         h("a", { class: "button quiet", href: item.file, download: `run-${job.number}-${nameOf(item)}` }, "Download"),
       ),
     );
@@ -200,13 +204,35 @@ export class Stage {
         job.problems.length
           ? h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.correct(job)) }, "Correct the request")
           : h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings"),
+        this.#deleteButton(job),
       ),
     );
   }
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again));
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again, this.#deleteButton(job)));
+  }
+
+  /** Two presses delete a run, so that one by mistake does not. */
+  #deleteButton(job) {
+    const button = h("button", { type: "button", class: "quiet", onclick: () => ("sure" in button.dataset ? this.actions.remove(job) : ask()) }, "Delete");
+    const ask = () => {
+      button.dataset.sure = "";
+      button.textContent = "Really delete";
+    };
+    button.addEventListener("blur", () => {
+      delete button.dataset.sure;
+      button.textContent = "Delete";
+    });
+    return button;
+  }
+
+  /** Nothing is shown any more. */
+  clear() {
+    this.leave();
+    this.item = undefined;
+    this.#empty(true);
   }
 }
 
@@ -277,8 +303,33 @@ function factsOf(job, item) {
     }),
     h("h3", {}, "Seconds"),
     timings(result.timings ?? {}),
-    h("details", { class: "fold" }, h("summary", {}, "All settings"), h("pre", { tabindex: "0" }, JSON.stringify({ ...settings, prompts: [prompt] }, null, 2))),
+    cost(result.timings?.total ?? 0),
+    json("Settings as JSON", { ...settings, prompts: [prompt] }),
+    json("Result as JSON", withoutFiles(result)),
+    json("Request as JSON", { input: job.request }),
   ];
+}
+
+const json = (title, value) =>
+  h("details", { class: "fold" }, h("summary", {}, title), h("pre", { tabindex: "0" }, toJson(value, 2)));
+
+/** The worker's answer without the addresses that this process added to it. */
+const withoutFiles = (result) => JSON.parse(JSON.stringify(result, (name, value) => (["file", "play"].includes(name) ? undefined : value)));
+
+/** What the worker's time costs, at a price per hour that is entered once. A cold start is not in it. */
+function cost(total) {
+  const shown = h("span", { class: "sum" });
+  const price = h("input", { id: "price", type: "text", inputmode: "decimal", class: "number", autocomplete: "off", value: localStorage.price ?? "", placeholder: "0.00" });
+  const tell = () => {
+    const perHour = Number(price.value.replace(",", "."));
+    shown.textContent = perHour > 0 ? `$${((perHour * total) / 3600).toFixed(perHour * total < 36 ? 5 : 3)}` : "";
+  };
+  price.addEventListener("input", () => {
+    localStorage.price = price.value;
+    tell();
+  });
+  tell();
+  return h("div", { class: "cost" }, h("label", { for: "price" }, "$ per hour"), price, shown);
 }
 
 function sheet({ contact_sheet: picture }) {

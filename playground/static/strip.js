@@ -1,6 +1,7 @@
 // The strip of earlier runs: open one again, or choose two to compare.
 
 import { h } from "./dom.js";
+import { changesBetween } from "./words.js";
 import { inAWord, itemsOf, placeOf } from "./stage.js";
 
 const HINT = "Tick two to compare them.";
@@ -12,12 +13,14 @@ export class Strip {
     this.tiles = root.querySelector("ol");
     this.hint = root.querySelector("#picking");
     this.groups = new Map();
+    this.requests = new Map(); // by the number of the run
     this.picked = [];
   }
 
   /** Add or update the tiles of a job: one while it runs, then one per output. */
   put(job) {
     this.root.hidden = false;
+    this.requests.set(job.number, job.request);
     const before = this.groups.get(job.number);
     if (before?.status === job.status) {
       before.percent?.replaceChildren(inAWord(job));
@@ -65,11 +68,28 @@ export class Strip {
         onclick: () => this.actions.open(job, item),
       },
       h("span", { class: "poster" }, poster(item)),
-      h("span", { class: "caption" }, h("b", {}, String(job.number)), `seed ${item.seed}`),
+      h("span", { class: "caption" }, h("b", {}, String(job.number)), this.#whatChanged(job, item)),
     );
     const pick = h("input", { type: "checkbox", "aria-label": `Compare ${name}` });
     pick.addEventListener("change", () => this.#pick(pick, placeOf(item)));
     return h("li", {}, open, h("label", { class: "pick" }, pick));
+  }
+
+  /** What tells this run from the one before it; of several videos of one run, their seeds. */
+  #whatChanged(job, item) {
+    const before = [...this.requests.keys()].filter((number) => number < job.number).sort((one, other) => other - one)[0];
+    const several = itemsOf(job).length > 1;
+    const changes = before && !several ? changesBetween(this.requests.get(before), job.request) : "";
+    return changes || `seed ${item.seed}`;
+  }
+
+  /** Remove the tiles of a deleted run. */
+  remove(number) {
+    for (const tile of this.groups.get(number)?.tiles ?? []) tile.remove();
+    this.groups.delete(number);
+    this.requests.delete(number);
+    this.root.hidden = !this.groups.size;
+    this.unpick();
   }
 
   #pick(box, place) {

@@ -56,3 +56,25 @@ function marks(a, b) {
   }
   return [left, right];
 }
+
+/** What changed from one request to the next, in a few words: "steps 30, and 2 more". Empty if nothing did. */
+export function changesBetween(before, after) {
+  const [old, now] = [flat(before), flat(after)];
+  const paths = [...new Set([...now.keys(), ...old.keys()])].filter((path) => old.get(path) !== now.get(path));
+  if (!paths.length) return "";
+  const word = (path) => {
+    const name = titleOf(path.split(".").at(-1)).toLowerCase();
+    const value = now.get(path);
+    const isShort = value !== undefined && String(value).length <= 12;
+    return isShort ? `${name} ${value}` : value === undefined ? `no ${name}` : name;
+  };
+  return paths.length === 1 ? word(paths[0]) : `${word(paths[0])}, +${paths.length - 1}`;
+}
+
+/** The values of an object by their paths. */
+function flat(value, path = "", found = new Map()) {
+  if (Array.isArray(value)) value.forEach((item, index) => flat(item, `${path}[${index}]`, found));
+  else if (value && typeof value === "object") for (const [name, item] of Object.entries(value)) flat(item, path ? `${path}.${name}` : name, found);
+  else found.set(path, value);
+  return found;
+}

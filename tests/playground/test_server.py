@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import socket
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from playground.__main__ import main
 from playground.jobs import Job, Jobs, NoFile
 from playground.server import STATIC
 from tests.playground.conftest import FakeCloud, Page, serving
-from tests.worker_process import free_port
+from tests.worker_process import ROOT, free_port
 from tools.frames import read_clip
 from worker.errors import Code, Problem, WorkerError
 from worker.video import VIDEO, encode
@@ -461,3 +464,112 @@ def test_a_job_with_a_status_that_runpod_does_not_have_fails_after_a_while(monke
     monkeypatch.setattr("playground.jobs._SECONDS_UNKNOWN", -1)
     job.update({"status": "PAUSED"})
     assert (job.status, job.error) == ("failed", "the status 'PAUSED' is not one of RunPod's")
+
+
+# Runs that outlive the process
+
+
+def test_runs_and_their_files_are_there_after_a_restart(cloud: FakeCloud, tmp_path: Path) -> None:
+    video = written(tmp_path / "0.mp4")
+    client, runs = Client.local(cloud.base, patience=0), tmp_path / "runs"
+    runs.mkdir()
+    with serving(client, tmp_path / "one", runs=runs) as page:
+        before = finished(page, cloud, completed(video.as_uri()))
+        assert page.get("/files/1/0").content == video.read_bytes()
+        cloud.answer = {"status": "IN_PROGRESS"}
+        page.post("/api/jobs", REQUEST)
+    expected = video.read_bytes()
+    video.unlink()
+    assert "hf_secret" not in (runs / "runs.json").read_text() and (runs / "runs.json").stat().st_mode & 0o077 == 0
+    with serving(client, tmp_path / "two", runs=runs) as page:
+        done, running = page.get("/api/jobs").json()["jobs"]
+        assert (done, running["status"]) == (before, "queued")
+        assert page.get("/files/1/0").content == expected
+        cloud.answer = {"status": "FAILED", "error": "OUT_OF_MEMORY: too large"}
+        assert page.get("/api/jobs/2").json()["code"] == "OUT_OF_MEMORY"
+
+
+def test_a_list_of_runs_that_cannot_be_read_is_no_obstacle(cloud: FakeCloud, tmp_path: Path) -> None:
+    (tmp_path / "runs.json").write_text('[{"number": 1}]')
+    assert Jobs(Client.local(cloud.base, patience=0), tmp_path, keep=True).all() == []
+
+
+def test_a_deleted_run_is_gone_with_its_files(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+    local.post("/api/jobs", REQUEST)
+    refused = local.post("/api/jobs/1/delete")
+    assert refused.status_code == 404 and "cancel it first" in refused.json()["error"]
+    cloud.answer = completed(written(tmp_path / "0.mp4").as_uri())
+    local.get("/api/jobs/1")
+    assert local.get("/files/1/0").ok and list((tmp_path / "files").glob("1-*"))
+    assert local.post("/api/jobs/1/delete").ok
+    assert local.get("/api/jobs").json()["jobs"] == [] and not list((tmp_path / "files").glob("1-*"))
+    assert local.get("/files/1/0").status_code == 404
+
+
+def test_all_files_come_in_one_zip(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+    finished(local, cloud, completed(written(tmp_path / "0.mp4").as_uri(), (tmp_path / "lost.mp4").as_uri()))
+    with zipfile.ZipFile(io.BytesIO(local.get("/runs.zip").content)) as archive:
+        assert archive.namelist() == ["run-1-prompt-1-seed-1.mp4"], "what is lost is left out"
+        assert archive.read(archive.namelist()[0]) == (tmp_path / "0.mp4").read_bytes()
+
+
+def test_videos_of_other_sizes_are_compared_at_the_smaller_size(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
+    small = written(tmp_path / "small.mp4")
+    large = written(tmp_path / "large.mp4", frames=FRAMES.repeat(2, 1).repeat(2, 2))
+    finished(local, cloud, completed(small.as_uri(), large.as_uri()))
+    found = local.post("/api/compare?a=1/0&b=1/1").json()
+    assert found["uncommon"] == ["A is 64x48 and B is 128x96 pixels; B was scaled down to the size of A"]
+    assert (found["width"], found["psnr"] > 20) == (64, True), "and it is the same picture"
+
+
+# A training's folder
+
+
+def dropped(name: str, *more: str) -> dict[str, Any]:
+    """What the page sends for a folder of a real training."""
+    folder = ROOT / "tests/trainer_runs" / name
+    names = [path.name for path in folder.iterdir()]
+    images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in (folder.parent / "ctrl").iterdir()}
+    text = (folder / "config.yaml").read_text()
+    return {"config": {"name": "config.yaml", "text": text}, "names": [*names, *more], "images": images}
+
+
+def test_a_dropped_training_becomes_requests_and_loras_by_step(local: Page) -> None:
+    samples = ("samples/1764000000__000000004_0.webp", "samples/1764000000__000000008_2.webp")
+    found = local.post("/api/training", dropped("wan21_1b_q8save32", *samples)).json()
+    assert (found["name"], found["model"], found["trigger_word"]) == ("wan21_1b_q8save32", "wan21_1b", "sks")
+    assert [(one["step"], one["is_final"]) for one in found["checkpoints"]] == [(4, False), (8, True)]
+    assert found["checkpoints"][0]["loras"][0]["path"] == "wan21_1b_q8save32/wan21_1b_q8save32_000000004.safetensors"
+    assert [(one["step"], one["number"]) for one in found["samples"]] == [(4, 0), (8, 2)]
+    assert len(found["requests"]) == 4
+    for request in found["requests"]:
+        assert local.post("/api/check", request).json()["problems"] == []
+
+
+def test_a_dropped_trainings_control_images_are_in_its_requests(local: Page) -> None:
+    found = local.post("/api/training", dropped("wan21_i2v_14b_v_bf16")).json()
+    assert all(request["prompts"][0]["ctrl_img"] for request in found["requests"])
+
+
+def test_a_lora_that_the_worker_has_is_named_by_its_place(cloud: FakeCloud, tmp_path: Path) -> None:
+    (tmp_path / "loras/mine").mkdir(parents=True)
+    (tmp_path / "loras/mine/wan21_1b_q8save32.safetensors").touch()
+    with serving(Client.local(cloud.base, patience=0), tmp_path / "files", loras=tmp_path / "loras") as page:
+        found = page.post("/api/training", dropped("wan21_1b_q8save32")).json()
+    assert found["checkpoints"][-1]["loras"][0]["path"] == "mine/wan21_1b_q8save32.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"names": ["notes.txt"]}, "no LoRA that belongs to its config"),
+        ({"config": {"name": "config.yaml", "text": "job: ["}}, "config.yaml: cannot be read as YAML"),
+        ({"config": {"name": "config.yaml", "text": "a: 1"}}, "config.yaml: its process has no `sample` section"),
+        ({"config": None}, "a dropped folder is"),
+        ({"images": {"../../evil.png": "AAAA"}}, ""),
+    ],
+)
+def test_a_folder_that_is_no_training_is_said(local: Page, change: dict[str, Any], text: str) -> None:
+    answer = local.post("/api/training", dropped("wan21_1b_q8save32") | change)
+    assert answer.status_code == (400 if text else 200)
+    assert text in answer.json().get("error", "")
