@@ -5,7 +5,7 @@ is the request of docs/api.md. The job returns its result, or `{"error": "CODE: 
 
     python handler.py                      runs test_input.json once
     python handler.py --test_input '{…}'   runs this job once
-    python handler.py --rp_serve_api       serves the local RunPod API on port 8000
+    python handler.py --rp_serve_api       serves the local RunPod API on port 8000; --rp_api_port names another
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ _SECONDS_TO_END = 10.0
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):  # before the settings, which a first look does not have
+        print(
+            f"usage: python handler.py [OPTION]\n\n{__doc__}\nIts settings are environment variables: see docs/environment.md."
+        )
+        return
     logs.configure()
     in_cloud = is_in_cloud()
     one_local_run = not in_cloud and "--rp_serve_api" not in sys.argv

@@ -37,7 +37,9 @@ WIDTH, HEIGHT, NUM_FRAMES, STEPS = 320, 192, 17, 6
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.backlog", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the worker's process
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, s3_server.serve() as server:

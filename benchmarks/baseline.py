@@ -28,7 +28,9 @@ def export(frames: Any, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.baseline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("checkpoint", "lora", "target"):
         parser.add_argument(name, type=Path, metavar=name.upper())
     for name in ("width", "height", "num-frames", "steps"):

@@ -31,7 +31,9 @@ _BLOCKS = 2
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_default_dtype(torch.bfloat16)
     rows = [row(model_id, *size) for model_id in MODELS for size in SIZES]
     report.write("cost", rows, unit="PFLOP, counted")

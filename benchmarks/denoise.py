@@ -34,7 +34,9 @@ RANKS = (16, 64)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.denoise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--blocks", type=int, help="number of transformer blocks, where all of them do not fit")
     parser.add_argument("--cache", type=Path, help="folder for compiled code; default: a new one")

@@ -53,7 +53,9 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_default_dtype(torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for model_id, spec in MODELS.items():

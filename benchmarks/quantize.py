@@ -23,7 +23,7 @@ from pipelines.trained import Quantization
 
 
 def main() -> int:
-    parser = arguments(__doc__, repeat=3)
+    parser = arguments("python -m benchmarks.quantize", __doc__, repeat=3)
     parser.add_argument("--formats", nargs="+", default=["qfloat8", "float8", "uint4"])
     options = parser.parse_args()
     in_a_folder(lambda folder: measure(folder, options.size, options.blocks, options.formats, options.repeat))

@@ -32,7 +32,9 @@ LORA = "wan21_1b/rank4.safetensors"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=7)
     repeat = parser.parse_args().repeat
     transformers.utils.logging.disable_progress_bar()

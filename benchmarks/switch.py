@@ -34,15 +34,15 @@ SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
 
 
 def main() -> int:
-    parser = arguments(__doc__, repeat=5)
+    parser = arguments("python -m benchmarks.switch", __doc__, repeat=5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
     options = parser.parse_args()
     in_a_folder(lambda folder: measure(folder, options.size, options.blocks, options.ranks, options.repeat))
     return 0
 
 
-def arguments(description: str | None, repeat: int) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(prog: str, description: str | None, repeat: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--blocks", type=int, help="number of transformer blocks, where all of them do not fit")
     parser.add_argument("--repeat", type=int, default=repeat)

@@ -51,7 +51,7 @@ GROUPS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="python -m builder.bake", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("group", choices=[*GROUPS, "all"])
     parser.add_argument("--model-id", required=True, metavar="ID")
     parser.add_argument("--from", type=Path, metavar="DIR", dest="source", help="a folder to take the repos from, not the Hub")

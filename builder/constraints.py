@@ -8,6 +8,7 @@ build for CPUs does not have them, and torch pins them itself.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -22,6 +23,7 @@ HEAD = "# The dependencies of the packages in requirements.txt. Written by `pyth
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m builder.constraints", description=(__doc__ or "").splitlines()[0]).parse_args()
     pinned = {canonicalize_name(requirement.name) for requirement in required()}
     FILE.write_text(
         HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(dependencies().items()) if name not in pinned)

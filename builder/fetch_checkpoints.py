@@ -191,7 +191,9 @@ def _token() -> str | None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.fetch_checkpoints", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--model-id", required=True, choices=MODELS, metavar="ID", help=", ".join(MODELS))
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write DIR/ORG/NAME into")
     parser.add_argument("--parts", metavar="PART,…", help="only these components, such as text_encoder,tokenizer; default: all")

@@ -39,7 +39,9 @@ _NO_SUCH_COMMIT = ("not our ref", "couldn't find remote ref", "unadvertised obje
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.fetch_toolkit", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="an empty folder, or one from an earlier run")
     parser.add_argument("--commit", default=TOOLKIT_COMMIT, metavar="SHA", help=f"default: {TOOLKIT_COMMIT}, which was tested")
     parser.add_argument("--remote", default=REMOTE, metavar="URL", help=f"default: {REMOTE}")

@@ -305,7 +305,9 @@ def write_loras(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.tiny_checkpoints", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write ROOT/ORG/NAME and ROOT/loras into")
     root = parser.parse_args().root
     transformers.utils.logging.set_verbosity_error()

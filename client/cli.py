@@ -30,7 +30,7 @@ from client.errors import (
     Unreachable,
 )
 from client.models import fields_table, models_table
-from client.options import TRAINING_EPILOG, add_request_options, add_training_options, request_of
+from client.options import TRAINING_EPILOG, add_request_options, add_training_options, in_terms_of_options, request_of
 from client.result import File, Result
 
 DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
@@ -86,6 +86,8 @@ def _run(options: argparse.Namespace, client: Client, display: Display) -> int:
     request, folder = request_of(options, sys.stdin)
     try:
         job_id = client.submit(request, folder)
+    except InvalidRequest as error:
+        raise in_terms_of_options(error, options) from None
     except KeyboardInterrupt:
         display.say("interrupted while the request was sent: the job may run")
         return INTERRUPTED

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -139,6 +140,30 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
     if changes or options.prompt:
         request["prompts"] = [prompt | changes if isinstance(prompt, dict) else prompt for prompt in prompts]
     return ({**job, "input": request} if "input" in job else request), folder
+
+
+_REMEDIES = {
+    Code.LORA_FILE_REQUIRED: "is required: a file below the worker's LORA_DIR, such as job/name.safetensors, or a URL",
+    Code.CONTROL_IMAGE_REQUIRED: "is required by this model: an image of this computer, or a URL",
+    Code.MOE_FORMAT_REQUIRED: "needs its side with this model: write high=PATH or low=PATH",
+}
+"""What an option would do, for the codes whose own text speaks of fields."""
+
+
+def in_terms_of_options(error: InvalidRequest, options: argparse.Namespace) -> InvalidRequest:
+    """The error with the names of options in place of fields, for all that was given as an option or could be."""
+
+    def renamed(problem: Problem) -> Problem:
+        path = problem.field.split(".")
+        name = path[-1] if path[0].startswith("prompts[") else re.sub(r"\W.*", "", path[0])
+        option = {"ctrl_img": "image", "prompts": "prompt", "loras": "lora"}.get(name, name.replace("_", "-"))
+        attribute = {"image": "ctrl_img"}.get(option, option.replace("-", "_"))
+        in_file = options.file is not None and getattr(options, attribute, None) is None
+        if in_file or not hasattr(options, attribute):
+            return problem
+        return Problem(problem.code, f"--{option}", _REMEDIES.get(problem.code, problem.text))
+
+    return InvalidRequest(list(dict.fromkeys(renamed(problem) for problem in error.problems)))
 
 
 def lora_of(text: str) -> dict[str, Any]:

@@ -28,6 +28,9 @@ MAX_IMAGE = 64 << 20
 _LONGEST_PATH = 4096
 """Characters. A longer text is an image in base64, not the name of a file."""
 
+_OF_A_MODEL = (Code.MOE_FORMAT_REQUIRED, Code.MOE_FORMAT_NOT_SUPPORTED, Code.SINGLE_LORA_ONLY, Code.CONTROL_IMAGE_REQUIRED)
+"""Codes of rules that not every model has."""
+
 _LOCAL_LORA = (
     "is a file of this computer, which the worker cannot read: upload it to the Hugging Face Hub or a bucket and give its URL, "
     "or put it below LORA_DIR on the network volume and give its path from there, such as job/name.safetensors"
@@ -67,13 +70,14 @@ def body_of(job: dict[str, Any]) -> bytes:
 
 
 def _schema_problems(request: Any) -> list[Problem]:
-    """The problems that a worker of the request's model would find."""
+    """The problems that a worker of the request's model would find; without a model, those that every worker would find."""
     model = request.get("model") if isinstance(request, dict) else None
     served = MODELS.get(model) if isinstance(model, str) else None
     try:
         parse(request, served or next(iter(MODELS.values())))
     except WorkerError as error:
-        return list(error.problems) or [Problem(error.code, "", error.message)]
+        problems = list(error.problems) or [Problem(error.code, "", error.message)]
+        return [problem for problem in problems if model is not None or problem.code not in _OF_A_MODEL]
     return []
 
 

@@ -5,6 +5,7 @@ python -m docs.film .demo
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -29,4 +30,6 @@ def main(checkpoints: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    parser = argparse.ArgumentParser(prog="python -m docs.film", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
+    sys.exit(main(parser.parse_args().checkpoints.resolve()))

@@ -8,6 +8,7 @@ A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import posixpath
 import re
@@ -35,9 +36,12 @@ PLOT = ROOT / "docs/images/performance.svg"
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m docs.generate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when something is not current")
+    args = parser.parse_args()
     wanted = {SCHEMA: schema(), PLOT: figures.plot()} | {path: filled(path) for path in sorted(ROOT.glob("docs/**/*.md"))}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
-    if "--check" in sys.argv:
+    if args.check:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not current; run `make docs`")
         return 1 if stale else 0

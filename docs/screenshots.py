@@ -7,9 +7,9 @@ Needs Chromium. The fonts are those of this machine.
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -73,4 +73,6 @@ def _save(page: Page, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m docs.screenshots", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
+    main(parser.parse_args().checkpoints)

@@ -65,6 +65,15 @@ def test_the_client_knows_the_schema_and_nothing_else_of_the_worker(path: Path) 
     }
 
 
+@pytest.mark.parametrize("folder", ["tools", "builder", "benchmarks", "docs"])
+def test_every_command_says_by_its_help_how_it_is_called(folder: str) -> None:
+    commands = [path for path in (ROOT / folder).rglob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
+    assert commands
+    for path in commands:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f'"python -m {module}"' in path.read_text(), f"{module} has no parser of that name"
+
+
 def test_nothing_of_the_worker_knows_the_client() -> None:
     paths = [ROOT / "handler.py", *(ROOT / "worker").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
     assert not [path for path in paths for name in imports_of(path) if name.partition(".")[0] == "client"]

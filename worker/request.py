@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -432,7 +433,8 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     if not isinstance(raw, dict):
         raise WorkerError(Code.INVALID_INPUT, "`input` must be an object with the fields model, loras and prompts")
     _raise_if_any(_raw_problems(raw))
-    spec = MODELS.get(raw["model"], served) if isinstance(raw.get("model"), str) else served
+    # Nothing is said of a model that does not exist but that: its rules are not known.
+    spec = MODELS.get(raw["model"]) if isinstance(raw.get("model"), str) else served
     request, found = None, iter(list[Problem]())
     try:
         request = Request.model_validate(raw)
@@ -440,8 +442,9 @@ def parse(raw: Any, served: ModelSpec) -> Request:
         found = problems_of(error, OBJECTS)
     # That there is no `loras` at all has a code of its own, from `_lora_problems`.
     of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
-    of_loras = chain(_lora_problems(raw, spec), _extra_lora_problems(raw, spec))
-    _raise_if_any(chain(_model_problems(raw, served), of_schema, of_loras, _prompt_problems(raw, spec)))
+    of_loras = chain(_lora_problems(raw, spec), _extra_lora_problems(raw, spec)) if spec else ()
+    of_prompts = _prompt_problems(raw, spec) if spec else ()
+    _raise_if_any(chain(_model_problems(raw, served), of_schema, of_loras, of_prompts))
     assert request
     _raise_if_any(chain(_gif_problems(request), _training_problems(request), _count_problems(request)))
     return request
@@ -493,7 +496,9 @@ def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Probl
         yield Problem(Code.MODEL_NOT_SERVED, "model", text)
     else:
         named = f"{model!r} is" if re.fullmatch(r"[\w.-]{1,32}", model, re.ASCII) else "this is"
-        text = f"{named} not a model id; the known ones are {', '.join(MODELS)}"
+        close = get_close_matches(model.lower(), MODELS, n=1)
+        meant = f"; did you mean `{close[0]}`? The" if close else "; the"
+        text = f"{named} not a model id{meant} known ones are {', '.join(MODELS)}"
         yield Problem(Code.MODEL_NOT_FOUND, "model", text)
 
 

@@ -49,7 +49,9 @@ def _copy_file(file: Path, to: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.demo.install", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write ROOT/ORG/NAME and ROOT/loras into")
     root = parser.parse_args().root
     install(root)

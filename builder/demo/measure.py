@@ -84,7 +84,9 @@ def count(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.demo.measure", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
     parser.add_argument("--model-id", default="wan22_14b_t2v", help="default: %(default)s")

@@ -28,7 +28,9 @@ RESULT = "Job result: "
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.demo.run", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     checkpoints = parser.parse_args().checkpoints.resolve()
     started = time.monotonic()
@@ -36,7 +38,9 @@ def main() -> int:
     if result is None:
         return 1
     folder = OUTPUT / "local_test"
-    (folder / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    # Without the times, so that two runs write the same bytes; the worker's lines have told them.
+    shown = {name: value for name, value in result.items() if name != "timings"}
+    (folder / "result.json").write_text(json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     for video in result["outputs"]["videos"]:
         print("\n".join(in_words(video, result["settings"], folder)))
     print(f"  result   {folder / 'result.json'}")

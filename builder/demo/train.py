@@ -148,7 +148,9 @@ def train_lora(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m builder.demo.train", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
     for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("lora", 5)):
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")

@@ -8,9 +8,9 @@ say (place, size, speed, horizon, sun) varies widely: that is what is left to th
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -223,7 +223,10 @@ def to_image(films: list[Tensor], every: int = 1, scale: float = 1.0) -> Image.I
 if __name__ == "__main__":
     from builder.demo.captions import caption
 
+    parser = argparse.ArgumentParser(prog="python -m builder.demo.world", description="Draw ten clips of the toy world.")
+    parser.add_argument("picture", metavar="PICTURE.png", help="where to write them, one row each")
+    args = parser.parse_args()
     rng = random.Random(0)
     clips = [sample(rng, striped=i % 4 == 3) for i in range(10)]
     print("\n".join(caption(clip, rng) for clip in clips))
-    to_image([draw(clip, 64, 96, 9) for clip in clips], scale=2).save(sys.argv[1])
+    to_image([draw(clip, 64, 96, 9) for clip in clips], scale=2).save(args.picture)

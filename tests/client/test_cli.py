@@ -156,10 +156,34 @@ def test_a_job_that_ends_badly(
 
 def test_a_bad_request_is_2_and_nothing_is_sent(run: list[str], api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run, "--width", "32", "--sample-steps", "0"]) == 2
-    assert capsys.readouterr().err.count("\n  - `prompts[0].") == 2
+    assert capsys.readouterr().err.count("\n  - `--") == 2
     with pytest.raises(SystemExit) as caught:
         main([*run, "--widht", "32"])
     assert caught.value.code == 2
+    assert api.asked == []
+
+
+def test_problems_of_options_have_the_names_of_options(
+    run: list[str], tmp_path: Path, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def problems(*arguments: str) -> list[str]:
+        assert main(arguments) == 2
+        return re.findall(r"^  - (.*)", capsys.readouterr().err, re.MULTILINE)
+
+    given = ["run", *JOB, "--prompt", "a boat"]
+    image, lora = problems(*given, "--model", "wan21_i2v_14b")[::-1]
+    assert image.startswith("`--image`: is required by this model: an image of this computer")
+    assert lora.startswith("`--lora`: is required: a file below the worker's LORA_DIR")
+    (side,) = problems(*given, "--model", "wan22_14b_t2v", "--lora", "a.safetensors")
+    assert side.startswith("`--lora`: needs its side with this model: write high=PATH")
+    (model,) = problems(*given, "--model", "wan22_14b_t2", "--lora", "a.safetensors", "--guidance-scale", "3")
+    assert model.startswith("`--model`: 'wan22_14b_t2' is not a model id; did you mean `wan22_14b_t2v`?")
+    assert {problem.split("`")[1] for problem in problems(*given)} == {"--model", "--lora"}
+    (width,) = problems(*run, "--width", "10")
+    assert width.startswith("`--width`: must be an integer from 64 to 4096")
+    (tmp_path / "bad.json").write_text(json.dumps(REQUEST | {"prompts": [{"prompt": "x", "fps": 0}]}))
+    (in_file,) = problems("run", str(tmp_path / "bad.json"), *JOB)
+    assert in_file.startswith("`prompts[0].fps`"), "what the file says has the file's names"
     assert api.asked == []
 
 

@@ -343,6 +343,12 @@ def test_an_unknown_model_lists_the_known_ones():
     assert "'wan99'" in str(error) and all(model_id in str(error) for model_id in MODELS)
 
 
+def test_a_misspelt_model_names_the_nearest_and_its_rules_are_not_guessed():
+    raw = an_input(IMAGE) | {"model": "wan22_14b_I2v"}  # no control image, and no side for the LoRA
+    assert found(raw, IMAGE) == [("MODEL_NOT_FOUND", "model")]
+    assert "did you mean `wan22_14b_i2v`?" in str(error_of(raw))
+
+
 def test_a_model_of_another_worker_is_told_apart_from_an_unknown_one():
     error = error_of(an_input(MOE), SINGLE)
     assert error.code is Code.MODEL_NOT_SERVED
