@@ -1,6 +1,6 @@
 """Write the tables of the documentation (fields, errors, models, environment, figures) from the code and the benchmarks.
 
-    python -m docs.generate           rewrites docs/request.schema.json and the generated parts of the Markdown files
+    python -m docs.generate           rewrites the schemas, the types of client/js and the generated parts of the Markdown files
     python -m docs.generate --check   exits with 1 when one of them is not current
 
 A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from docs import figures
+from docs import figures, js_types, openapi
 from pipelines.catalog import MODELS, Family, ModelSpec
 from worker.errors import MEANING
 from worker.request import OBJECTS, Request
@@ -26,6 +26,8 @@ from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "docs/request.schema.json"
+OPENAPI = ROOT / "docs/openapi.json"
+TYPES = ROOT / "client/js/worker-wan-lora.d.ts"
 PIPELINE_OF: dict[Family, str] = {
     "t2v": "`diffusers.WanPipeline`",
     "i2v": "`diffusers.WanImageToVideoPipeline`",
@@ -39,7 +41,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when something is not current")
     args = parser.parse_args()
-    wanted = {SCHEMA: schema(), PLOT: figures.plot()} | {path: filled(path) for path in sorted(ROOT.glob("docs/**/*.md"))}
+    described = openapi.document()
+    wanted = {SCHEMA: schema(), OPENAPI: described, TYPES: js_types.declarations(described), PLOT: figures.plot()} | {
+        path: filled(path) for path in sorted(ROOT.glob("docs/**/*.md"))
+    }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if args.check:
         for path in stale:

@@ -29,7 +29,8 @@ export class WorkerLine {
     const worker = await askWorker().catch((error) => ({ state: "gone", text: error.message, model: this.model }));
     if (worker.model && worker.model !== this.model) this.events.model((this.model = worker.model));
     const model = this.config.models.find(({ id }) => id === worker.model);
-    if (this.state && this.state !== worker.state) say(`Worker: ${WORDS[worker.state]}`);
+    // Ready and busy follow from the runs, which are announced themselves.
+    if (this.state && this.state !== worker.state && [this.state, worker.state].includes("gone")) say(`Worker: ${WORDS[worker.state]}`);
     if (this.state === "gone" && worker.state !== "gone") this.events.answers();
     this.state = worker.state;
     this.node.dataset.state = worker.state;

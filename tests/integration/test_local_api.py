@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from pipelines.catalog import MODELS
 from tests import reference
 from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.pipelines.test_models import PICTURE, lora_paths
-from tests.worker_process import LocalApi, environment, local_api
+from tests.worker_process import ROOT, LocalApi, environment, local_api
 
 TOOLKIT = REAL_TOOLKIT or STAND_IN
 
@@ -284,6 +286,42 @@ def test_its_health_is_that_of_an_endpoint_with_one_worker_and_names_the_model(a
     assert answer["model"] == "wan21_1b"
     assert answer["workers"] == {"idle": 1, "initializing": 0, "ready": 1, "running": 0, "throttled": 0, "unhealthy": 0}
     assert set(answer["jobs"]) == {"completed", "failed", "inProgress", "inQueue", "retried"}
+
+
+def test_its_answers_are_those_of_the_openapi_document(api: LocalApi, good: dict[str, Any]) -> None:
+    import jsonschema
+    import openapi_spec_validator
+
+    document = json.loads((ROOT / "docs/openapi.json").read_text())
+    openapi_spec_validator.validate(document)
+
+    def check(answer: Any, name: str) -> None:
+        jsonschema.Draft202012Validator({**document, "$ref": f"#/components/schemas/{name}"}).validate(answer)
+
+    done = api.run(good)
+    check({"input": good}, "Job")
+    check(done, "Status")
+    check(done["output"], "Result")
+    check(api.run(good | {"loras": [{"path": "none.safetensors"}]}), "Status")
+    check(requests.get(f"{api.url}/health", timeout=30).json(), "Health")
+    served = requests.get(f"{api.url}/openapi.json", timeout=30).json()["paths"]
+    assert {(path, verb) for path, verbs in document["paths"].items() for verb in verbs} <= {
+        (path, verb) for path, verbs in served.items() for verb in verbs
+    }
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node; apt-get install nodejs")
+def test_the_javascript_client_makes_a_video(api: LocalApi, good: dict[str, Any]) -> None:
+    module = json.dumps((ROOT / "client/js/worker-wan-lora.js").as_uri())
+    script = f"""import {{ Client }} from {module};
+    const result = await Client.local({json.dumps(api.url)}, {{ pause: 0.1 }}).run({json.dumps(good)});
+    console.log(JSON.stringify(result));"""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (video,) = json.loads(done.stdout)["outputs"]["videos"]
+    assert file_of(video).stat().st_size == video["bytes"]
 
 
 def test_a_failed_job_has_the_error_of_runsync(api: LocalApi, good: dict[str, Any]) -> None:
