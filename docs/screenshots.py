@@ -42,13 +42,13 @@ def main(tiny: Path) -> None:
             page.goto(f"http://127.0.0.1:{web.server_address[1]}/")
             page.wait_for_selector("body[data-ready]")
             for number, steps in enumerate(("8", "20", "24"), 1):
-                _run(page, number, sample_steps=steps, width="328" if number == 3 else "320")
+                _run(page, number, sample_steps=steps, width="136" if number == 3 else "128")
             _save(page, "light")
             page.emulate_media(color_scheme="dark")
             for box in page.locator(".pick input").all()[1:]:
                 box.check()
             page.locator(".curve .dot").wait_for()
-            page.get_by_role("slider").focus()
+            page.get_by_role("slider", name="Frame").focus()
             page.keyboard.press("End")
             page.keyboard.press("ArrowLeft")
             page.evaluate("document.activeElement.blur()")
