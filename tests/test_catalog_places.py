@@ -63,7 +63,7 @@ PLACES: dict[str, Callable[[], Collection[str]]] = {
 }
 """Where the ids are listed, in the order of the catalog, and how to read them there."""
 
-NAMED_IN = ("examples/README.md", "client/training/requests.py")
+NAMED_IN = ("examples/README.md", "client/training/requests.py", "playground/server.py")
 """Files that must name every id, in any order."""
 
 
