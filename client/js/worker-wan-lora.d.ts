@@ -5,6 +5,8 @@ export interface Request {
   model: string;
   /** One item without `transformer`; for Wan 2.2 14B one or two with `transformer` high or low. */
   loras: Array<Lora>;
+  /** More LoRAs on top of `loras`, applied in their order. */
+  extra_loras?: Array<ExtraLora>;
   /** Replaces `[trigger]` in every prompt. */
   trigger_word?: string | null;
   /** Bearer token for LoRAs on the Hugging Face Hub. */
@@ -19,6 +21,15 @@ export interface Request {
   output_format?: "mp4" | "webp" | "gif" | "png";
   /** Also a JPEG for each video with up to 16 of its frames. */
   contact_sheet?: boolean;
+}
+
+export interface ExtraLora {
+  /** File below LORA_DIR (`job/name.safetensors`), or an http(s) URL; a Hugging Face `/blob/` URL is taken as `/resolve/`. */
+  path: string;
+  /** Which side of a Wan 2.2 14B model it is for; only these models take it. */
+  transformer?: "high" | "low" | "both" | null;
+  /** LoRA scale. */
+  network_multiplier?: number;
 }
 
 export interface Lora {
@@ -45,8 +56,14 @@ export interface Prompt {
   sample_steps?: number;
   /** Above 1: classifier-free guidance. */
   guidance_scale?: number;
+  /** Wan 2.2 14B: the guidance of the low-noise transformer. Default: `guidance_scale`. */
+  guidance_scale_2?: number | null;
+  /** Shift of the noise schedule; more of it gives more steps to high noise. Default: the scheduler's own. */
+  shift?: number | null;
   /** -1: random, the drawn seed is in the result. Default: 42 plus the prompt's index. */
   seed?: number | null;
+  /** How many videos of this prompt, with the seeds `seed`, `seed` + 1, … */
+  num_videos?: number;
   /** Brought to 4n+1; 1 gives a PNG image. */
   num_frames?: number;
   /** Frames per second of the file. */
@@ -55,6 +72,10 @@ export interface Prompt {
   ctrl_img?: string | null;
   /** The same as `ctrl_img`. */
   ctrl_img_1?: string | null;
+  /** The frame to end on, as `ctrl_img` is the one to start with; for `wan22_14b_i2v` alone. */
+  last_img?: string | null;
+  /** How `ctrl_img` and `last_img` are brought to the video's size: `stretch` as the model page says, `crop` to the middle, `pad` with black. */
+  image_fit?: "stretch" | "crop" | "pad";
   /** `unipc`: the documented scheduler, and the default there. `flowmatch`: FlowMatch Euler with the trainer's shift. In `preview` it replaces the trainer's own. */
   sampler?: "unipc" | "flowmatch" | null;
 }
