@@ -50,7 +50,7 @@ def remote(cloud: FakeCloud, tmp_path: Path) -> Iterator[Page]:
 
 def completed(*urls: str, **more: Any) -> dict[str, Any]:
     item = {"format": "mp4", "num_frames": 5, "fps": 16, "seed": 1, **more}
-    videos = [{"prompt_index": index, **file_at(url), **item} for index, url in enumerate(urls)]
+    videos = [{"prompt_index": index, **file_at(url), "key": f"job-1/{index}", **item} for index, url in enumerate(urls)]
     settings = {"match": "documented", "prompts": [{"prompt_index": index, "prompt": "x"} for index in range(len(urls))]}
     output = {"model": "wan21_1b", "outputs": {"images": [], "videos": videos}, "settings": settings}
     return {"status": "COMPLETED", "output": output}

@@ -159,7 +159,7 @@ def test_an_sdk_that_runs_jobs_past_the_loop_meets_a_refusal(monkeypatch: pytest
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
         return {"made": True}
 
-    queue.serve(handler, lambda: True)
+    queue.serve(handler, lambda: True, "wan21_1b")
     result = asyncio.run(seen[0]["handler"]({"id": "a"}))
     assert result["error"].startswith(
         "INTERNAL: runpod 1.12.0 runs jobs in a way that this worker does not know; install runpod"
