@@ -10,6 +10,7 @@ but the number of steps depends on the machine, so two trainings give similar we
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -165,6 +166,9 @@ def main() -> int:
     for curve in args.out.glob("*-loss.csv"):
         shutil.copy(curve, args.out / "weights" / curve.name)
     write_curves(args.out / "weights")
+    for file in args.out.glob("weights/*/config.json"):
+        config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in args.out.glob("weights/*/*"):
         file.chmod(0o644)  # safetensors are written for their owner only
     return 0

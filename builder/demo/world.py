@@ -188,8 +188,8 @@ def _parts(clip: Clip, u: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Rgb]]:
     elif clip.object == "ball":
         yield torch.hypot(u, v) - 0.85, colour
     else:
-        yield torch.maximum((u - 0.2 * torch.sin(5 * v)).abs() - 0.15, torch.maximum(0.4 - v, v - 1.5)), colour
-        yield (u.abs() / 0.9 + (v + 0.4).abs() / 1.05 - 1) * 0.68, colour
+        yield torch.maximum((u - 0.22 * torch.sin(4 * v)).abs() - 0.2, torch.maximum(0.4 - v, v - 1.75)), colour
+        yield (u.abs() / 0.85 + (v + 0.45).abs() / 1.25 - 1) * 0.7, colour
 
 
 def _sails(u: Tensor, v: Tensor) -> Tensor:

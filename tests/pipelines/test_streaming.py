@@ -24,10 +24,8 @@ from tests.stand_in_device import StandInDevice, full_in
 
 SAMPLING = Sampling("a boat", width=32, height=32, num_frames=5, num_inference_steps=2)
 PLACES = [
-    ("wan21_1b", "text_encoder"),
     ("wan21_1b", "group"),
     ("wan22_14b_t2v", "swap"),
-    ("wan22_14b_i2v", "swap"),
     ("wan22_14b_i2v", "group"),
     ("wan22_5b", "group"),
 ]
@@ -144,7 +142,7 @@ def test_a_stop_between_steps_leaves_the_model_as_it_was(tiny: Path, tmp_path: P
     def stop(_step: int) -> None:
         raise Stopped
 
-    for model_id, mode in PLACES[1:3]:
+    for model_id, mode in PLACES[:2]:
         day = Day(tiny, tmp_path, device, model_id, mode)  # type: ignore[arg-type]
         day.model.apply_loras(day.loras[:1])
         with pytest.raises(Stopped):
