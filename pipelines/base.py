@@ -303,16 +303,13 @@ class WanModel(ABC):
         with self._device_errors():
             self._apply_recipe(recipe)
             try:
-                with torch.no_grad(), self._compiled(), _seeded(sampling.seed, self.device) as generator:
+                swapping = self._swap or contextlib.nullcontext()
+                with torch.no_grad(), swapping, self._compiled(), _seeded(sampling.seed, self.device) as generator:
                     latents = self._denoise(sampling, generator, _step_end(on_step))
-                if self._swap:
-                    self._swap.release()
                 self._check_finite(latents)
                 with self._tiles(recipe):
                     yield from self._decode(latents, privates.decode_whole if recipe.decodes_in_tiles else self._pieces_of)
             finally:
-                if self._swap:
-                    self._swap.release()
                 self._pipe.maybe_free_model_hooks()
 
     def _check_finite(self, latents: torch.Tensor) -> None:

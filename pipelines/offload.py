@@ -113,7 +113,8 @@ def place(pipe: Any, device: torch.device, mode: OffloadMode) -> Swap | None:
 class Swap:
     """Models of which only the one that computes is on the device; the weights of all wait in main memory, pinned.
 
-    What is on the device is a copy, and is thrown away: between videos everything is in main memory, for LoRAs to be applied.
+    What is on the device is a copy, and is thrown away at the end of a `with` block: between videos everything is in main
+    memory, where LoRAs are applied.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], device: torch.device) -> None:
@@ -127,18 +128,22 @@ class Swap:
                     tensor.data = pinned(tensor.data)
             model.register_forward_pre_hook(lambda model, _inputs: self._bring(model))
 
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
     def _bring(self, model: torch.nn.Module) -> None:
         if model is self._present:
             return
-        self.release()
+        self._release()
         self._present = model
         for tensor in _tensors(model):
             in_memory = tensor.data
             tensor.data = copy_to(in_memory, self._device)
             self._waiting.append((tensor, in_memory))
 
-    def release(self) -> None:
-        """Leave the device. Called when a video is denoised, however that ends."""
+    def _release(self) -> None:
         self._present = None
         while self._waiting:
             tensor, in_memory = self._waiting.pop()
