@@ -58,8 +58,7 @@ class CheckpointFolder:
             kept: dict[str, Entry] = {}
             for path, entry in before.files.items():
                 listed = listings[repo].get(path)
-                is_same = listed and listed.sum and (self.entry_of(listed) or self.entry_of(listed, converted=True))
-                if before.revision == commit or is_same:
+                if before.revision == commit or (listed and listed.sum and self._is_there(listed)):
                     kept[path] = entry
                 else:
                     with suppress(ValueError):  # no name that this folder can have
@@ -78,6 +77,9 @@ class CheckpointFolder:
             return None
         with path.open("rb") as opened:
             return entry if hashlib.file_digest(opened, "sha256").hexdigest() == entry.sha256 else None
+
+    def _is_there(self, file: RemoteFile) -> bool:
+        return bool(self.entry_of(file) or self.entry_of(file, converted=True))
 
     def missing_bytes(self, files: Iterable[RemoteFile], kept: float = 1.0) -> int:
         """Return how many bytes too few are free on the disk for the rest of `files`; 0 or less when they fit.
@@ -124,7 +126,14 @@ class CheckpointFolder:
             unfinished.unlink()
             return None
         self._take(unfinished, path)
-        return Entry(path.stat().st_size, sha256, file.sum)
+        entry = Entry(path.stat().st_size, sha256, file.sum)
+        self._add(file.repo, file.commit, {file.path: entry})  # at once: only the manifest knows a converted file again
+        return entry
+
+    def _add(self, repo: str, commit: str, entries: Mapping[str, Entry]) -> None:
+        before = self._manifest(repo)
+        files = {**(before.files if before else {}), **entries}
+        self._write(Manifest(repo, commit, dict(sorted(files.items()))))
 
     def _take(self, unfinished: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +145,7 @@ class CheckpointFolder:
     def finish(self, entries: Mapping[RemoteFile, Entry]) -> None:
         """Write the manifests, delete leftovers, and set the modification time of folders."""
         for repo, commit in {file.repo: file.commit for file in entries}.items():
-            before = self._manifest(repo)
-            files = dict(before.files) if before else {}
-            files |= {file.path: entry for file, entry in entries.items() if file.repo == repo}
-            self._write(Manifest(repo, commit, dict(sorted(files.items()))))
+            self._add(repo, commit, {file.path: entry for file, entry in entries.items() if file.repo == repo})
         for leftover in self._unfinished.glob("*"):
             with suppress(OSError), leftover.open("rb") as opened:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where another process still downloads

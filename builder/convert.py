@@ -31,9 +31,9 @@ def to_bf16(source: Path, target: BinaryIO) -> str | None:
             header = read_header(file)
         except SafetensorsError as error:
             raise ValueError(str(error)) from error
-        names = [
+        names = {
             name for name, dtype in header.dtypes.items() if dtype == "F32" and KEPT_IN_FLOAT32.isdisjoint(name.split("."))
-        ]
+        }
         if not names:
             return None
         sha256 = hashlib.sha256()
@@ -42,9 +42,8 @@ def to_bf16(source: Path, target: BinaryIO) -> str | None:
             sha256.update(data)
             target.write(data)
 
-        places = _places(source)
-        write(_new_header(header, places, set(names)))
-        for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        write(_new_header(header, names))
+        for name, (begin, end) in sorted(header.places.items(), key=lambda item: item[1]):
             file.seek(header.bytes + begin)
             left = end - begin
             while left:
@@ -62,17 +61,10 @@ def rounded(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return nearest
 
 
-def _places(file: Path) -> dict[str, tuple[int, int]]:
-    """Return where each tensor's bytes begin and end, behind the header."""
-    with file.open("rb") as opened:
-        entries = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return {name: tuple(entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__"}
-
-
-def _new_header(header: Header, places: dict[str, tuple[int, int]], converted: set[str]) -> bytes:
+def _new_header(header: Header, converted: set[str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
     position = 0
-    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+    for name, (begin, end) in sorted(header.places.items(), key=lambda item: item[1]):
         size = (end - begin) // 2 if name in converted else end - begin
         dtype = "BF16" if name in converted else header.dtypes[name]
         entries[name] = {"dtype": dtype, "shape": header.shapes[name], "data_offsets": [position, position + size]}

@@ -71,7 +71,7 @@ ACTIVATIONS = 12_000_000_000
 RESERVE = 3_000_000_000
 """What kernels take as workspace and what the allocator loses between pieces: an estimate, to be measured on a GPU."""
 LORA_RANK = 128
-"""Of the LoRAs for which `auto` leaves room, on every linear layer of the blocks, in 16 bits."""
+"""`auto` leaves room for LoRAs of this rank on every linear layer of the blocks, in 16 bits."""
 BYTES_OF_THE_PROCESS = 6_000_000_000
 """Main memory of a worker beside weights that wait there: libraries, CUDA, frames, one LoRA's file. An estimate."""
 

@@ -60,7 +60,7 @@ def _moved(library: str, what: str) -> LibraryMoved:
 
 def is_offloaded(component: Any) -> bool:
     """Whether hooks move the component, or parts of it, to the device and back."""
-    return any(hasattr(module, "_hf_hook") or _has_hooks(module) for module in component.modules())
+    return is_moved_whole(component) or any(map(_has_hooks, component.modules()))
 
 
 def is_moved_whole(component: Any) -> bool:

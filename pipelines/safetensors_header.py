@@ -51,6 +51,8 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    places: dict[str, tuple[int, int]]
+    """Where each tensor's bytes begin and end, behind the header."""
     bytes: int
     """The header's size with its length, before the tensors."""
 
@@ -80,12 +82,13 @@ def read_header(file: BinaryIO) -> Header:
         raise _malformed("its __metadata__ is not an object of texts")
     if len(entries) > MAX_TENSORS:
         raise _malformed(f"it holds {len(entries)} tensors, and {MAX_TENSORS} at most are read")
-    places = [_place(name, entry) for name, entry in entries.items()]
-    _check_places(places, size - 8 - length)
+    places = {name: _place(name, entry) for name, entry in entries.items()}
+    _check_places(places.values(), size - 8 - length)
     return Header(
         shapes={name: tuple(entry["shape"]) for name, entry in entries.items()},
         dtypes={name: entry["dtype"] for name, entry in entries.items()},
         metadata=metadata,
+        places=places,
         bytes=8 + length,
     )
 

@@ -63,7 +63,7 @@ MAX_PROBLEMS = 100
 MAX_EXTRA_LORAS = 8
 
 MAX_VIDEOS = 16
-"""Of one prompt."""
+"""A prompt makes at most so many videos."""
 
 MAX_GIF_PIXELS = 1_000_000_000
 """Width times height times frames: Pillow holds a byte for each until it writes a GIF. 953 frames of 1024x1024."""

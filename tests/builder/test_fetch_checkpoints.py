@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 
 from builder import REPRODUCIBLE_MTIME, fetch_checkpoints, retry
 from builder import hub as hub_client
+from builder.checkpoint_folder import CheckpointFolder
+from builder.retry import FetchError
 from pipelines import load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.manifest import NAME, Manifest
@@ -153,6 +155,18 @@ def test_weights_in_bf16_load_to_the_same_bits_and_no_byte_is_read_in_vain(
         assert all(value.nbytes == original[key].nbytes for key, value in stored.items() if part.startswith("transformer"))
     on_hub = sum(file.stat().st_size for part in STEM_OF for file in tiny.glob(f"*/*/{part}/*.safetensors"))
     assert 0 < in_use < on_hub
+
+
+def test_what_is_converted_when_a_fetch_breaks_off_is_not_downloaded_again(
+    fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(*_: object) -> None:
+        raise FetchError("the network is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(CheckpointFolder, "finish", break_off)
+        assert fetch("--dtype", "bf16")[0] == 1
+    assert "0 fetched" in fetch("--dtype", "bf16")[1]
 
 
 def test_converted_weights_are_known_again_and_replaced_by_the_originals_on_request(
