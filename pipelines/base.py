@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 
 from pipelines import diffusers_privates as privates
 from pipelines.catalog import OFFLOAD, LoraMode, ModelSpec, OffloadMode
+from pipelines.cfg_parallel import RANKS, CfgParallel
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.compiled import compile_blocks, compiler_settings
@@ -104,6 +105,7 @@ class WanModel(ABC):
     def __init__(self, pipe: Any, parts: Parts) -> None:
         self.spec = spec = parts.spec
         self._swap: Swap | None = None
+        self._parallel: CfgParallel | None = None
         self.facts: dict[str, Any] = {}
         """See `facts_of`."""
         self.bytes_by_mode: dict[OffloadMode, int] = {}
@@ -152,6 +154,11 @@ class WanModel(ABC):
         compile_blocks([getattr(self._pipe, name) for name in self.spec.transformers], self.device, cache_dir, backend)
         self._adapters.are_compiled = True
         self.facts["compiled"] = True
+
+    def share_passes(self, parallel: CfgParallel) -> None:
+        """From now on compute only this rank's pass of each step with guidance."""
+        self._parallel = parallel
+        self.facts["gpus"] = RANKS
 
     def check_lora(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
         """Compare a LoRA with the model by keys, shapes and values, and return warnings. Several threads may call it.
@@ -301,16 +308,36 @@ class WanModel(ABC):
         recipe = recipe or documented(self.spec)
         sampling = self._fit(sampling, recipe)
         with self._device_errors():
-            self._apply_recipe(recipe)
             try:
-                swapping = self._swap or contextlib.nullcontext()
-                with torch.no_grad(), swapping, self._compiled(), _seeded(sampling.seed, self.device) as generator:
-                    latents = self._denoise(sampling, generator, _step_end(on_step))
+                latents = self._latents(sampling, recipe, on_step)
                 self._check_finite(latents)
                 with self._tiles(recipe):
                     yield from self._decode(latents, privates.decode_whole if recipe.decodes_in_tiles else self._pieces_of)
             finally:
                 self._pipe.maybe_free_model_hooks()
+
+    def shares(self, sampling: Sampling, recipe: Recipe) -> bool:
+        """Whether the other rank must `denoise` this video while this one runs `generate`; without guidance it has no share."""
+        return self._parallel is not None and recipe.fit(sampling).guidance_scale > 1
+
+    def denoise(self, sampling: Sampling, recipe: Recipe) -> None:
+        """What a rank other than 0 does for a video. Raises what `generate` raises, and RankFailed."""
+        with self._device_errors():
+            try:
+                self._latents(self._fit(sampling, recipe), recipe, None)
+            finally:
+                self._pipe.maybe_free_model_hooks()
+
+    def _latents(self, sampling: Sampling, recipe: Recipe, on_step: OnStep | None) -> torch.Tensor:
+        transformers = [getattr(self._pipe, name) for name in self.spec.transformers]
+        sharing: Any = contextlib.nullcontext()
+        if self._parallel and sampling.guidance_scale > 1:
+            sharing = self._parallel.one_video(transformers)
+        with sharing:
+            self._apply_recipe(recipe)
+            swapping = self._swap or contextlib.nullcontext()
+            with torch.no_grad(), swapping, self._compiled(), _seeded(sampling.seed, self.device) as generator:
+                return self._denoise(sampling, generator, _step_end(on_step))
 
     def _check_finite(self, latents: torch.Tensor) -> None:
         """Raises LoraInvalid for latents that would be black frames."""

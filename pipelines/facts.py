@@ -25,6 +25,7 @@ def facts_of(checkpoints: Checkpoints, toolkit: Path | None, device: torch.devic
         "checkpoints": checkpoints.revisions(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "gpus": 1,
         "attention": privates.active_attention(),
         "compiled": False,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -43,6 +43,7 @@ def load_pipeline(
     took: dict[str, float] | None = None,
     attention: Attention = "native",
     quantize: Quantize = "none",
+    processes: int = 1,
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU. Downloads nothing.
 
@@ -50,7 +51,8 @@ def load_pipeline(
     `toolkit_commit`: the commit that the checkout at `toolkit_path` must be at, if it has one; None: any.
     `took` gets the seconds of each component. `attention`: see `attention.set_attention`. `quantize`: the format in which the
     weights of the transformers and the text encoder are kept; `auto`: the first of none, qfloat8 and uint4 that leaves room
-    for a job without streaming a transformer.
+    for a job without streaming a transformer. `processes`: how many load the model on this machine, each to a device of its
+    own: what waits in main memory waits there once for each.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory, LibraryMoved.
     """
     _quiet_libraries()
@@ -69,7 +71,7 @@ def load_pipeline(
             if quantize == "auto":
                 quantization = choose_quantization(spec, checkpoints, dtype.itemsize, free)
             sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
-            mode = mode_for(offload_mode, spec, sizes, free, available() or None)
+            mode = mode_for(offload_mode, spec, sizes, free, available() // processes or None)
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
         model = _MODEL_CLASS[spec.family].load(parts, toolkit)
         model.place(mode)

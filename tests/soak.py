@@ -153,7 +153,9 @@ def essence_of(post: Post) -> str:
 class Soak:
     """A run of one model."""
 
-    def __init__(self, model_id: str, count: int, seed: int, tiny: Path, bucket: S3Server, web: str, folder: Path) -> None:
+    def __init__(
+        self, model_id: str, count: int, seed: int, tiny: Path, bucket: S3Server, web: str, folder: Path, gpus: int = 1
+    ) -> None:
         self._count = count
         self._random = random.Random(f"{seed} {model_id}")
         self._bucket = bucket
@@ -175,6 +177,7 @@ class Soak:
             LORA_CACHE_MAX_BYTES="1000000",
             RECOVERY_DIR=self._recovery,
             UPLOAD_TIMEOUT="120",
+            GPUS=str(gpus),
             TORCHINDUCTOR_CACHE_DIR=folder / "inductor",  # torch makes one in the temporary folder
         )
         self._endpoint = Endpoint(self._cloud, env, folder)
@@ -510,13 +513,13 @@ class Soak:
         return statistics.median(self._memory[jobs - 10 : jobs])
 
 
-def soak(parts: dict[str, int], seed: int, tiny: Path, folder: Path) -> Findings:
-    """Run so many jobs of every model."""
+def soak(parts: dict[str, int], seed: int, tiny: Path, folder: Path, gpus: int = 1) -> Findings:
+    """Run so many jobs of every model, on workers of so many ranks."""
     findings = Findings()
     with s3_server.serve() as bucket, lora_server(tiny / "loras") as web:
         for model_id, count in parts.items():
             (folder / model_id).mkdir()
-            findings.add(Soak(model_id, count, seed, tiny, bucket, web, folder / model_id).run())
+            findings.add(Soak(model_id, count, seed, tiny, bucket, web, folder / model_id, gpus).run())
     return findings
 
 
@@ -524,6 +527,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="2: every worker has two ranks")
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the workers' logs in")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -534,7 +538,7 @@ def main() -> int:
         tiny_checkpoints.write_checkpoints(folder / "tiny")
         tiny_checkpoints.write_loras(folder / "tiny/loras")
         parts = {"wan21_1b": options.jobs - moe, "wan22_14b_t2v": moe}
-        findings = soak(parts, options.seed, folder / "tiny", folder)
+        findings = soak(parts, options.seed, folder / "tiny", folder, options.gpus)
     print(findings)
     return 1 if findings.violations else 0
 

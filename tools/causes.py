@@ -43,7 +43,7 @@ _CAUSES = (
     _Cause(
         r"loras\[\d\]\.applied_by|trained_with\.multipliers|trainer_dtypes|text_attention", "another order of roundings does"
     ),
-    _Cause(r"device|dtype|attention|compiled|versions\..*", "another machine or library does", "0.8 to 1.6, in bf16,"),
+    _Cause(r"device|gpus|dtype|attention|compiled|versions\..*", "another machine or library does", "0.8 to 1.6, in bf16,"),
 )
 """Sorted by the size of the change, the largest first."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
 from typing import Any
 
 from pipelines import WanModel
@@ -15,6 +15,7 @@ from pipelines.lora.file import Adapter
 from worker.faults import lora_error
 from worker.frame_queue import FrameQueue
 from worker.logs import stage
+from worker.ranks import Ranks
 from worker.request import Shot
 from worker.run import Run, in_thread, left_behind
 
@@ -25,10 +26,10 @@ _SECONDS_TO_STOP = 120.0
 class Gpu:
     """Runs the model for one job at a time."""
 
-    def __init__(self, model: WanModel) -> None:
+    def __init__(self, model: WanModel, ranks: Ranks) -> None:
         self.model = model
-        self.is_lost = False
-        """Set when the device no longer computes: the worker must be replaced."""
+        self._ranks = ranks
+        self._is_lost = False
         self._lock = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "gpu")
         """One thread for all GPU work: CUDA and compiled code set up state once per thread."""
@@ -36,6 +37,11 @@ class Gpu:
     @property
     def is_held(self) -> bool:
         return self._lock.locked()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a device no longer computes: the worker must be replaced."""
+        return self._is_lost or self._ranks.are_lost
 
     @asynccontextmanager
     async def held_by(self, run: Run) -> AsyncIterator[None]:
@@ -65,12 +71,13 @@ class Gpu:
         try:
             await in_thread(run.stop, function, *arguments, executor=self._thread, seconds_to_stop=_SECONDS_TO_STOP)
         except DeviceLost:
-            self.is_lost = True
+            self._is_lost = True
             raise
 
     def _apply_loras(self, run: Run, adapters: Sequence[Adapter]) -> None:
         try:
-            self.model.apply_loras(adapters, run.mode, run.quantization, run.recovery)
+            with self._ranks.doing("apply_loras", adapters, run.mode, run.quantization, run.recovery):
+                self.model.apply_loras(adapters, run.mode, run.quantization, run.recovery)
         except LoraError as error:
             raise lora_error(error, run.request.lora_fields[error.position or 0]) from error
 
@@ -83,8 +90,10 @@ class Gpu:
             check_speed(step)
 
         on_step(0)
+        shared = self.model.shares(shot.sampling, shot.recipe)
         with (
             stage("generate", run.timings, job=run.id, prompt_index=shot.prompt_index),
+            self._ranks.doing("denoise", shot.sampling, shot.recipe) if shared else nullcontext(),
             closing(self.model.generate(shot.sampling, shot.recipe, on_step)) as chunks,
         ):
             colour = None

@@ -29,6 +29,7 @@ from worker.loras import fetch_lora, fetch_recovery_adapter
 from worker.report import (
     Output,
     extra_warnings,
+    idle_gpu_warnings,
     length_warnings,
     prompt_settings,
     result_of,
@@ -180,6 +181,7 @@ class Job:
             *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"], model.quantization),
             *extra_warnings(run, adapters, plan := model.plan(adapters, run.mode), model.mode_of),
             *length_warnings(run.shots, model.tokens_of),
+            *idle_gpu_warnings(run.shots, model.facts["gpus"]),
         ]
         run.settings = settings_of(model.facts, adapters, run.match, plan)
         run.settings |= {"trained_with": run.training.trained.as_words() or None, "trained_with_because": run.training.why}

@@ -219,6 +219,14 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
                 yield f"prompts[{shot.prompt_index}]: {said}"
 
 
+def idle_gpu_warnings(shots: Sequence[Shot], gpus: int) -> Iterator[str]:
+    """Yield a warning for each prompt that leaves one of two GPUs without work."""
+    for shot in (shot for shot in shots if gpus > 1 and not shot.video_index):
+        if shot.sampling.guidance_scale <= 1:
+            said = "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video"
+            yield f"prompts[{shot.prompt_index}]: {said}"
+
+
 _SIXTEEN_BITS = {"F16", "BF16"}
 
 

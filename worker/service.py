@@ -25,6 +25,7 @@ from worker.gpu import Gpu
 from worker.job import Job, Result
 from worker.logs import log, stage
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.ranks import Ranks
 from worker.recovery import Recovery
 from worker.request import parse
 from worker.run import Run, left_behind
@@ -40,10 +41,10 @@ _SECONDS_AHEAD = 10.0
 class Service:
     """Serves jobs with one loaded model. Jobs may overlap; the GPU runs one at a time."""
 
-    def __init__(self, settings: Settings, model: WanModel, storage: Storage) -> None:
+    def __init__(self, settings: Settings, model: WanModel, storage: Storage, ranks: Ranks | None = None) -> None:
         self._settings = settings
         self._storage = storage
-        self._gpu = Gpu(model)
+        self._gpu = Gpu(model, ranks or Ranks())
         self._recovery = Recovery(settings.recovery_dir, settings.recovery_max_bytes)
         self._scratch = scratch().name
         self._runs: list[Run] = []

@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         description="`1`: URLs in requests may lead to private networks and to this machine. For a local machine only.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="`cuda` or `cpu`.")
+    gpus: Literal["auto", "1", "2"] = Field(
+        default="auto",
+        description="How many GPUs make one video: with `2`, each computes one of the two passes of a step with guidance, in "
+        "about half the time. `auto`: 2 where the machine has them, else 1. It does not change the frames.",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="Data type of the weights and the computation: `bfloat16`, `float32`; `auto`: bfloat16 on `cuda`, float32 "

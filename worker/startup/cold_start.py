@@ -5,10 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-import torch
-
 from pipelines import errors as pipeline_errors
-from pipelines import load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
@@ -17,9 +14,11 @@ from worker.errors import Code, WorkerError
 from worker.faults import worker_error
 from worker.logs import log, stage
 from worker.net import privates
+from worker.ranks import Ranks
 from worker.recovery import Recovery
 from worker.service import Service
 from worker.settings import Settings, SettingsError
+from worker.startup.load_model import load_model, meet, ranks_of
 from worker.startup.missing_weights import fetch_missing
 from worker.storage import Limit, Storage, storage_of
 
@@ -59,26 +58,17 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     ).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
-            model = load_pipeline(
-                settings.model_id,
-                checkpoints,
-                settings.device,
-                settings.offload_mode,
-                settings.ai_toolkit_path,
-                dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
-                toolkit_commit=settings.ai_toolkit_commit,
-                took=took,
-                attention="native" if settings.exact else settings.attention,
-                quantize=settings.quantize,
-            )
-            if settings.compiles:
-                with timed(took, "compiler"):
-                    model.compile_blocks(settings.compile_cache_dir)
+            ranks = Ranks(ranks_of(settings) - 1)
+            model = load_model(settings, 0, took, checkpoints)
+            if ranks.store:
+                with timed(took, "other GPUs"):
+                    ranks.wait_until_loaded()
+                    meet(model, 0, ranks.store)
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
         raise worker_error(error) or WorkerError(Code.INTERNAL, str(error)) from error
-    return Service(settings, model, storage)
+    return Service(settings, model, storage, ranks)
 
 
 def _check_storage(storage: Storage) -> None:

@@ -1,0 +1,94 @@
+"""A worker of two ranks, each a process: the same results, and an end in which nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.integration.test_local_api import frames_of, request_for
+from tests.worker_process import LocalApi, environment, local_api
+
+MODEL = "wan22_14b_t2v"
+SLOW = {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 150}
+
+
+@pytest.fixture
+def pair(tiny: Path, tmp_path: Path) -> Iterator[LocalApi]:
+    with local_api(environment(tiny, MODEL, OUTPUT_DIR=tmp_path / "out", GPUS="2"), tmp_path) as api:
+        yield api
+
+
+def ranks_of(worker: int) -> list[int]:
+    """The process ids of its other ranks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_text()
+        except OSError:  # it has ended meanwhile
+            continue
+        if parent == worker and "worker.rank" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def ends_within(seconds: float, pid: int) -> bool:
+    """Whether the process ends; one that nobody has waited for yet has ended too."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def started(api: LocalApi, request: dict[str, Any]) -> str:
+    """A job that denoises."""
+    job_id = requests.post(f"{api.url}/run", json={"input": request}, timeout=30).json()["id"]
+    end = time.monotonic() + 60
+    while "denoise" not in str(status(api, job_id).get("output")):
+        assert time.monotonic() < end, status(api, job_id)
+        time.sleep(0.02)
+    return job_id
+
+
+def status(api: LocalApi, job_id: str) -> dict[str, Any]:
+    return requests.get(f"{api.url}/status/{job_id}", timeout=30).json()
+
+
+def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalApi, worker: LocalApi, tiny: Path) -> None:
+    request, plain = request_for(MODEL, tiny), request_for(MODEL, tiny, guidance_scale=1)
+    for asked in (request, request | {"match": "preview"}, plain):
+        alone, both = (api.run(asked)["output"] for api in (worker, pair))
+        assert (alone["settings"]["gpus"], both["settings"]["gpus"]) == (1, 2)
+        assert (frames_of(alone["outputs"]["videos"][0]) == frames_of(both["outputs"]["videos"][0])).all()
+        idle = [text for text in both["warnings"] if "one of the worker's GPUs makes this video" in text]
+        assert len(idle) == (asked is plain)
+    job_id = started(pair, request_for(MODEL, tiny, **SLOW))
+    requests.post(f"{pair.url}/cancel/{job_id}", timeout=30)
+    assert pair.run(request)["status"] == "COMPLETED"
+    job_id = started(pair, request_for(MODEL, tiny, **SLOW))
+    (rank,) = ranks_of(pair.process.pid)
+    os.kill(rank, signal.SIGKILL)
+    while (answer := status(pair, job_id))["status"] not in ("FAILED", "COMPLETED"):
+        time.sleep(0.02)
+    assert answer["error"] == "INTERNAL: the GPU failed and this worker is shutting down; send the job again"
+    assert pair.process.wait(timeout=60) == 1
+    assert ends_within(0.1, rank)
+
+
+def test_a_rank_ends_with_its_worker(pair: LocalApi, tiny: Path) -> None:
+    started(pair, request_for(MODEL, tiny, **SLOW))
+    (rank,) = ranks_of(pair.process.pid)
+    pair.process.kill()
+    assert ends_within(20, rank)

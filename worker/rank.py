@@ -1,0 +1,70 @@
+"""The process of one more GPU of this worker: `python -m worker.rank RANK FILE_DESCRIPTOR STORE`, started by `worker.ranks`.
+
+It loads the same model as the worker and calls the model's methods that the worker names, one after another. It ends when
+the worker does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pipelines.errors import PipelineError
+from worker import logs
+from worker.settings import load_settings
+from worker.startup import lean_imports
+
+
+def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the worker decides when this process ends
+    logs.configure()
+    commands: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
+    settings = load_settings()
+    logs.hide(settings.secrets)
+    lean_imports.install()
+    from worker.startup.load_model import load_model, meet
+
+    try:
+        model = load_model(settings, rank)
+    except Exception as error:
+        connection.send(_sendable(error))
+        return
+    connection.send(None)
+    meet(model, rank, store)
+    while True:
+        method, arguments = commands.get()
+        try:
+            getattr(model, method)(*arguments)
+        except Exception as error:
+            connection.send(_sendable(error))
+        else:
+            connection.send(None)
+
+
+def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
+    """Take commands until the worker ends; then end too, whatever is being computed."""
+    try:
+        while True:
+            commands.put(connection.recv())
+    except (OSError, EOFError):
+        os._exit(0)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as the worker can raise it. It has one class for each kind, and the traceback stays in this log."""
+    if isinstance(error, PipelineError):
+        return error
+    logs.log.error("internal error on another GPU", exc_info=error)
+    return RuntimeError(f"another GPU's process failed ({type(error).__name__}); its log line has the traceback")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Connection(int(sys.argv[2])), Path(sys.argv[3]))

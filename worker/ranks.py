@@ -1,0 +1,99 @@
+"""The processes of this worker's other GPUs: starts them, tells them what to do, notices their end, and ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+from pipelines.cfg_parallel import RankFailed
+from pipelines.errors import DeviceLost
+from worker.logs import log
+
+_MODULE = "worker.rank"
+_ROOT = Path(__file__).parent.parent
+
+
+class Ranks:
+    """Every rank but 0, which is the worker itself. Without one, nothing happens here."""
+
+    def __init__(self, number: int = 0) -> None:
+        """Start `number` processes, which load the model beside this one. They inherit the environment."""
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection[Any, Any]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-") if number else None
+        self.store = Path(self._folder.name) / "store" if self._folder else None
+        """Where the ranks find each other; see `CfgParallel`. None: there is only this one."""
+        self._are_lost = threading.Event()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
+        for rank in range(1, number + 1):
+            ours, theirs = Pipe()
+            command = [sys.executable, "-m", _MODULE, str(rank), str(theirs.fileno()), str(self.store)]
+            # A session of its own: Ctrl-C in the terminal must not reach a rank before the worker has finished its job.
+            process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)  # noqa: S603
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+            threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+
+    @property
+    def are_lost(self) -> bool:
+        return self._are_lost.is_set()
+
+    def wait_until_loaded(self) -> None:
+        """Raises the PipelineError that kept a rank from loading its model, and DeviceLost when its process ended."""
+        self._raise(self._answers())
+
+    @contextmanager
+    def doing(self, method: str, *arguments: Any) -> Iterator[None]:
+        """Have every rank call this method of its WanModel while the block does the same here.
+
+        Raises what the block raises; else what a rank raises, or DeviceLost when its process ended.
+        """
+        for connection in self._connections:
+            with suppress(OSError):  # its process has ended, which shows when the answer is read
+                connection.send((method, arguments))
+        try:
+            yield
+        except RankFailed:
+            self._raise(self._answers())
+            raise
+        except BaseException:
+            self._answers()
+            raise
+        self._raise(self._answers())
+
+    def _answers(self) -> list[Exception | None]:
+        """Wait until every rank is done. None: it succeeded."""
+        answers: list[Exception | None] = []
+        for connection in self._connections:
+            try:
+                answers.append(connection.recv())
+            except (OSError, EOFError):
+                self._are_lost.set()
+                answers.append(DeviceLost("another GPU's process ended"))
+        return answers
+
+    @staticmethod
+    def _raise(answers: list[Exception | None]) -> None:
+        for error in answers:
+            if error is not None and not isinstance(error, RankFailed):
+                raise error
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        """An idle worker whose rank has ended must take no job: it could only fail it."""
+        status = process.wait()
+        if self._are_lost.is_set():
+            return
+        self._are_lost.set()
+        log.error("the process of GPU %d ended with status %d; the worker shuts down and must be replaced", rank, status)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a single local run ends by itself
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,67 @@
+"""Loads the model of the settings, in the worker's process and in those of its other GPUs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pipelines import WanModel, load_pipeline
+from pipelines.catalog import MODELS
+from pipelines.cfg_parallel import RANKS, CfgParallel
+from pipelines.checkpoints import Checkpoints
+from pipelines.clock import timed
+from worker.logs import log
+from worker.settings import Settings, SettingsError
+
+
+def ranks_of(settings: Settings) -> int:
+    """How many processes make one video: 2 with two GPUs. Raises SettingsError when the machine has fewer than GPUS says."""
+    there = torch.cuda.device_count() if settings.device == "cuda" else 1
+    if settings.gpus != "auto":
+        wanted = int(settings.gpus)
+        if settings.device == "cuda" and wanted > there:
+            raise SettingsError(f"GPUS={wanted}, but this machine has {there}; rent a worker with {wanted}, or set GPUS=auto")
+        return wanted
+    if there > RANKS:
+        log.warning("this worker has %d GPUs and uses %d: one video has work for %d", there, RANKS, RANKS)
+    return max(1, min(there, RANKS))
+
+
+def load_model(
+    settings: Settings, rank: int = 0, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None
+) -> WanModel:
+    """Load the model of `settings` onto the GPU of this rank. `took`: gets the seconds of each component.
+
+    Raises what `load_pipeline` raises, and SettingsError.
+    """
+    took = {} if took is None else took
+    processes = ranks_of(settings)
+    device = f"cuda:{rank}" if settings.device == "cuda" and processes > 1 else settings.device
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(rank)
+    model = load_pipeline(
+        settings.model_id,
+        checkpoints or Checkpoints(MODELS[settings.model_id], settings.checkpoint_places),
+        device,
+        settings.offload_mode,
+        settings.ai_toolkit_path,
+        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        toolkit_commit=settings.ai_toolkit_commit,
+        took=took,
+        attention="native" if settings.exact else settings.attention,
+        quantize=settings.quantize,
+        processes=processes,
+    )
+    if settings.compiles:
+        with timed(took, "compiler"):
+            model.compile_blocks(settings.compile_cache_dir)
+    return model
+
+
+def meet(model: WanModel, rank: int, store: Path) -> None:
+    """Wait for the other rank, and share the passes with it. Raises DeviceLost."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")  # the ranks are on one machine, and nobody else may connect to them
+    model.share_passes(CfgParallel(rank, model.device, store))
