@@ -18,17 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import DeviceLost, LibraryMoved, PipelineError
+from pipelines.errors import DeviceLost, LibraryMoved, PipelineError, RankFailed
 
 RANKS = 2
 """A step has two passes."""
 
 _LONGEST_WAIT = timedelta(minutes=15)
 """How long one rank waits for another, which may have to load or compile first. A rank that ends is noticed at once."""
-
-
-class RankFailed(PipelineError):
-    """The other rank could not go on with this video. It has the reason."""
 
 
 class CfgParallel:
@@ -146,4 +142,4 @@ def _lost_with_the_other_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise DeviceLost("another GPU's process ended, or does not answer; if this happens at every start, set GPUS=1") from error
+        raise DeviceLost("another GPU's process ended, or is silent; if this happens at every start, set GPUS=1") from error

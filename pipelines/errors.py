@@ -52,5 +52,9 @@ class DeviceLost(PipelineError):
     """The device no longer computes, whatever it is given: only a new process, or another device, helps."""
 
 
+class RankFailed(PipelineError):
+    """Another process that makes the same video could not go on. It has the reason."""
+
+
 class OutOfMemory(PipelineError):
     """The device ran out of memory; caches were freed and the pipeline can be used again."""

@@ -25,7 +25,7 @@ VOCABULARY = {
 }
 """Modules of pipelines/ that import no torch; the worker's modules may speak of what is in them."""
 
-TOUCH_BOTH_SIDES = {"service.py", "job.py", "gpu.py", "cold_start.py"}
+TOUCH_BOTH_SIDES = {"service.py", "job.py", "gpu.py", "cold_start.py", "load_model.py"}
 """These modules import the pipelines, and torch with them."""
 
 

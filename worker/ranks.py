@@ -14,8 +14,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from pipelines.cfg_parallel import RankFailed
-from pipelines.errors import DeviceLost
+from pipelines.errors import DeviceLost, RankFailed
 from worker.logs import log
 
 _MODULE = "worker.rank"

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipelines import Sampling, WanModel, load_pipeline
 from pipelines.catalog import MODELS
-from pipelines.cfg_parallel import CfgParallel, RankFailed
-from pipelines.errors import DeviceLost, LibraryMoved, OutOfMemory
+from pipelines.cfg_parallel import CfgParallel
+from pipelines.errors import DeviceLost, LibraryMoved, OutOfMemory, RankFailed
 from pipelines.recipes import Recipe, documented, preview
 from pipelines.trained import TrainedWith
 from tests.conftest import STAND_IN

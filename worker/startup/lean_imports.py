@@ -6,7 +6,7 @@
 Until its first frame, a new process spends half of its time on imports that it does not need: the compiler, distributed
 tensors, an index of four hundred models. Each patch below defers one module's expensive imports, or caches their result. Code
 that uses the compiler still gets it, a second later. Only the support for distributed tensors is switched off, in transformers
-and peft: a worker is one process. The figures are seconds of CPU time.
+and peft: here a GPU holds a whole model. The figures are seconds of CPU time.
 
 This changes imports for all code in the process, so it is only for a process that is a worker and nothing else. The patches
 were tested with the versions below; with other versions nothing is patched.
