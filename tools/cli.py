@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +19,25 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
-FITS, DIFFERS, BAD_INPUT = 0, 1, 2
-"""Exit statuses of every command."""
+FITS, DIFFERS, BAD_INPUT, READER_LEFT = 0, 1, 2, 141
+"""Exit statuses of every command. The last is 128 + SIGPIPE, as a shell reports it."""
 
 
 def one_line_errors(main: Main) -> Main:
-    """Turn BadInput and OSError into one line on stderr and exit status 2."""
+    """Turn BadInput and OSError into one line on stderr and exit status 2. A reader that leaves, as `| head` does, is no error."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the interpreter flushes stdout once more at its end
+            return READER_LEFT
         except BadInput as error:
             text = str(error)
         except OSError as error:

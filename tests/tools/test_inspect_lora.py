@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipelines.errors import LoraError
 from pipelines.lora.file import LoraFile
 from pipelines.lora.shapes import shapes_of
 from tests import lora_zoo
+from tests.worker_process import ROOT
 from tools import inspect_lora
 from tools.inspect_lora import main
 
@@ -252,3 +254,13 @@ def test_no_torch_is_needed(tmp_path):
     code = f"import sys; sys.modules['torch'] = None; from tools.inspect_lora import main; sys.exit(main([{str(file)!r}]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """As `| head` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "tools.inspect_lora", str(lora(tmp_path / "a.safetensors", 1536))]
+    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
