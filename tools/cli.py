@@ -24,7 +24,7 @@ FITS, DIFFERS, BAD_INPUT, READER_LEFT = 0, 1, 2, 141
 
 
 def one_line_errors(main: Main) -> Main:
-    """Turn BadInput and OSError into one line on stderr and exit status 2. A reader that leaves, as `| head` does, is no error."""
+    """Turn BadInput and OSError into one line on stderr and exit status 2. For a reader that leaves, as `| head` does, none."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +34,7 @@ def one_line_errors(main: Main) -> Main:
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # the interpreter flushes stdout once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
             return READER_LEFT
         except BadInput as error:
             text = str(error)
