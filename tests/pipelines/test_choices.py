@@ -22,7 +22,7 @@ from tests.conftest import REAL_TOOLKIT, STAND_IN
 
 OTHER_PICTURE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (64, 96, 3), dtype=np.uint8))
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8))
-SAMPLING = Sampling("a boat", width=96, height=64, num_frames=9, num_inference_steps=4, control_image=PICTURE)
+SAMPLING = Sampling("a boat", width=64, height=32, num_frames=5, num_inference_steps=4, control_image=PICTURE)
 
 
 @pytest.fixture(scope="module")
