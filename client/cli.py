@@ -1,4 +1,4 @@
-"""`python -m client`: run, from-training, resume, status, cancel, models.
+"""`python -m client`: run, from-training, sweep, resume, status, cancel, models.
 
 stdout has the paths of the files, one per line, or one JSON object with --json. Everything else is on stderr.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from client.client import LOCAL_PATIENCE, LOCAL_URL, PATIENCE, Client
 from client.display import Display, line_of, printable
 from client.errors import (
+    BadInput,
     ClientError,
     DownloadFailed,
     InvalidRequest,
@@ -30,7 +31,15 @@ from client.errors import (
     Unreachable,
 )
 from client.models import fields_table, models_table
-from client.options import TRAINING_EPILOG, add_request_options, add_training_options, in_terms_of_options, request_of
+from client.options import (
+    SWEEP_EPILOG,
+    TRAINING_EPILOG,
+    add_request_options,
+    add_sweep_options,
+    add_training_options,
+    in_terms_of_options,
+    request_of,
+)
 from client.result import File, Result
 
 DONE, FAILED, INVALID, NO_CONNECTION, STOPPED, INCOMPLETE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
@@ -119,6 +128,20 @@ def _from_training(options: argparse.Namespace, client: Client, display: Display
         if statuses[-1] == INTERRUPTED:
             break
     return next((status for status in statuses if status != DONE), DONE)
+
+
+def _sweep(options: argparse.Namespace, client: Client, display: Display) -> int:
+    from client.sweep.command import sweep  # it needs PyAV, Pillow and NumPy, which no other command does
+
+    try:
+        errors = sweep(options, client, display, sys.stdin)
+    except BadInput as error:
+        display.say(str(error))
+        return INVALID
+    except OSError as error:
+        display.say(f"{error.filename or options.output_dir}: {error.strerror}")
+        return INVALID
+    return next((_STATUS_OF[type(error)] for error in errors), DONE)
 
 
 def _resume(options: argparse.Namespace, client: Client, display: Display) -> int:
@@ -223,6 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     training = command("from-training", _from_training, "make the samples of a training's folder again")
     training.formatter_class, training.epilog = argparse.RawDescriptionHelpFormatter, TRAINING_EPILOG
     add_training_options(training)
+    sweep = command("sweep", _sweep, "make a request with many LoRAs, scales and seeds, as one grid")
+    sweep.formatter_class, sweep.epilog = argparse.RawDescriptionHelpFormatter, SWEEP_EPILOG
+    add_sweep_options(sweep)
+    sweep.add_argument(
+        "--output-dir", type=Path, default=_FOLDER / "sweep", metavar="DIR", help="of this sweep alone (default: %(default)s)"
+    )
     resume = command("resume", _resume, "wait for a job that was submitted before, and download its files")
     status = command("status", _status, "print the status of a job")
     cancel = command("cancel", _cancel, "cancel a job")

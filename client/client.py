@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -38,7 +38,7 @@ _SECONDS_TO_SUBMIT = 120.0
 _LOCAL_SECONDS_TO_SUBMIT = 5.0
 """A local worker that does not answer was probably not started."""
 
-_SECONDS_BETWEEN_POLLS = 1.0
+SECONDS_BETWEEN_POLLS = 1.0
 _TIMES_NOT_FOUND = 3
 """404s in a row until a job counts as not found. Right after /run, not every server of RunPod may know the job."""
 
@@ -126,22 +126,34 @@ class Client:
 
         Raises JobFailed, JobStopped, JobNotFound, NotAuthorized, Refused and Unreachable.
         """
-        retry, unknown = self._new_retry(), self._new_retry()
         try:
-            while True:
-                answer = self._poll(job_id, retry)
+            for answer in self.answers(job_id):
                 if on_progress:
                     on_progress(Progress.of(job_id, answer))
                 if has_ended(answer):
                     return result_of(job_id, answer)
-                if answer["status"] in RUNNING:
-                    unknown.succeeded()
-                elif not unknown.wait(text := f"{self.url}: the status {answer['status'][:40]!r} is not one of RunPod's"):
-                    raise Unreachable(text)
-                time.sleep(_SECONDS_BETWEEN_POLLS)
+                time.sleep(SECONDS_BETWEEN_POLLS)
         except ClientError as error:
             error.job_id = job_id
             raise
+        raise AssertionError
+
+    def answers(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Ask for the job's status at every `next`, through lost connections, until the job has ended: to follow several jobs.
+
+        Yields RunPod's answers for `Progress.of`, the last one for `result_of`. The caller waits between two of them. Raises
+        JobNotFound, NotAuthorized, Refused and Unreachable.
+        """
+        retry, unknown = self._new_retry(), self._new_retry()
+        while True:
+            answer = self._poll(job_id, retry)
+            yield answer
+            if has_ended(answer):
+                return
+            if answer["status"] in RUNNING:
+                unknown.succeeded()
+            elif not unknown.wait(text := f"{self.url}: the status {answer['status'][:40]!r} is not one of RunPod's"):
+                raise Unreachable(text)
 
     def status(self, job_id: str) -> Progress:
         """The job's progress. Raises JobNotFound, NotAuthorized, Refused and Unreachable."""
@@ -193,7 +205,7 @@ class Client:
         for _ in range(_TIMES_NOT_FOUND - 1):
             with suppress(JobNotFound):
                 return self._call_for_job("GET", "status", job_id, retry)
-            time.sleep(_SECONDS_BETWEEN_POLLS)
+            time.sleep(SECONDS_BETWEEN_POLLS)
         return self._call_for_job("GET", "status", job_id, retry)
 
     def _call_for_job(self, method: Literal["GET", "POST"], verb: str, job_id: str, retry: Retry) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The options of `run`: the fields of a request, under the same names. They replace what a request file says.
 
-And those of `from-training`."""
+And those of `from-training` and `sweep`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -47,19 +48,83 @@ examples:
   python -m client from-training output/my_lora --prompt "[trigger] on the beach" --endpoint ENDPOINT_ID
 """
 
+SWEEP_EPILOG = """\
+The same command goes on with a sweep that was stopped: finished videos are kept, jobs that still run are followed, and what
+failed is tried again. With more LoRAs, scales or seeds it makes the new videos only.
+
+The folder gets grid.mp4, sheet.jpg, index.html to look through, and each video in videos/.
+
+examples:
+  python -m client sweep request.json --lora boat/boat_000001000 --lora boat/boat_000002000 --scale 0.6,0.8,1 --seed 42,43
+  python -m client sweep --training output/boat --scale 0.8,1 --endpoint ENDPOINT_ID
+  python -m client sweep request.json --scale=-1,0,1
+"""
+
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file", nargs="?", type=Path, metavar="REQUEST.json", help="a request, or a job with `input`; - reads stdin"
-    )
+    _add_file(parser)
     group = parser.add_argument_group("request", "Options replace the fields of a file, or make a request without one.")
-    group.add_argument("--model", metavar="ID", help=", ".join(MODELS))
     group.add_argument(
         "--lora",
         action="append",
         metavar="[SIDE=]PATH[@SCALE]",
         help="file below the worker's LORA_DIR, or a URL; high=… and low=… for Wan 2.2 14B",
     )
+    _add_fields(group, _NUMBERS)
+    group.add_argument("--output-format", choices=get_args(OutputFormat))
+    sheet = Request.model_fields["contact_sheet"].description
+    group.add_argument("--contact-sheet", action="store_true", default=None, help=sheet)
+
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    _add_file(parser)
+    group = parser.add_argument_group("sweep", "Each prompt is made with every LoRA, scale and seed.")
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[@SCALE]",
+        help="a LoRA to try; repeat it for each. For Wan 2.2 14B, NAME is NAME_high_noise.safetensors and NAME_low_noise…, and "
+        "high=PATH,low=PATH names two other files",
+    )
+    group.add_argument(
+        "--scale", action="extend", type=_list_of(float), metavar="N,N,…", help="the LoRA's network_multiplier, as 0.6,0.8,1"
+    )
+    group.add_argument("--seed", action="extend", type=_list_of(int), metavar="N,N,…", help="as 42,43")
+    group.add_argument(
+        "--concurrency", type=int, default=3, metavar="N", help="jobs in the endpoint's queue at once (default: %(default)s)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    training = parser.add_argument_group("training", "A training's folder in place of a request: every LoRA that it saved.")
+    training.add_argument(
+        "--training", type=Path, metavar="FOLDER", help="what ai-toolkit wrote: config.yaml and the LoRA files"
+    )
+    training.add_argument(
+        "--step", action="extend", type=_list_of(int), metavar="N,N,…", help="only the LoRAs that were saved at these steps"
+    )
+    training.add_argument(
+        "--sample", action="extend", type=_list_of(int), metavar="N,N,…", help="the config's samples to make (default: 0)"
+    )
+    training.add_argument("--lora-folder", metavar="WHERE", help=_LORA_FOLDER)
+    group = parser.add_argument_group("request", "Options replace the fields of the file or the config, for all videos.")
+    _add_fields(group, [name for name in _NUMBERS if name not in ("seed", "num_videos")])
+
+
+def _list_of(kind: type) -> Callable[[str], list[Any]]:
+    def numbers(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    numbers.__name__ = f"list of {'whole ' * (kind is int)}numbers"  # argparse says: invalid … value
+    return numbers
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", nargs="?", type=Path, metavar="REQUEST.json", help="a request, or a job with `input`; - reads stdin"
+    )
+
+
+def _add_fields(group: argparse._ArgumentGroup, numbers: Iterable[str]) -> None:
+    group.add_argument("--model", metavar="ID", help=", ".join(MODELS))
     group.add_argument(
         "--extra-lora",
         dest="extra_loras",
@@ -75,16 +140,14 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--last-image", dest="last_img", metavar="FILE_OR_URL", help="frame to end on, for wan22_14b_i2v")
     group.add_argument("--image-fit", choices=get_args(ImageFit), help=Prompt.model_fields["image_fit"].description)
     group.add_argument("--neg", metavar="TEXT", help=Prompt.model_fields["neg"].description)
-    for name, kind in _NUMBERS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=Prompt.model_fields[name].description)
+    for name in numbers:
+        help = Prompt.model_fields[name].description
+        group.add_argument(f"--{name.replace('_', '-')}", type=_NUMBERS[name], metavar="N", help=help)
     group.add_argument("--sampler", choices=get_args(Sampler))
     group.add_argument("--match", choices=get_args(Match))
     group.add_argument(
         "--trained-with", metavar="JSON", help='how the training ran, such as {"quantize": true}; for --match preview'
     )
-    group.add_argument("--output-format", choices=get_args(OutputFormat))
-    sheet = Request.model_fields["contact_sheet"].description
-    group.add_argument("--contact-sheet", action="store_true", default=None, help=sheet)
     group.add_argument(
         "--send-hf-token",
         action="store_true",
@@ -92,16 +155,15 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_LORA_FOLDER = "where the worker finds the LoRA files: a folder below its LORA_DIR, or a URL (default: the training's name)"
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the training's output folder")
     parser.add_argument("--step", type=int, metavar="N", help="the LoRA that was saved at this step (default: the last)")
     parser.add_argument("--sample", type=int, action="append", metavar="N", help="only this sample, counted from 0; repeatable")
     parser.add_argument("--prompt", metavar="TEXT", help="another prompt, with the values of the sample (default: the first)")
-    parser.add_argument(
-        "--lora-folder",
-        metavar="WHERE",
-        help="where the worker finds the LoRA files: a folder below its LORA_DIR, or a URL (default: the training's name)",
-    )
+    parser.add_argument("--lora-folder", metavar="WHERE", help=_LORA_FOLDER)
     parser.add_argument("--model", choices=MODELS, metavar="ID", help="if the config does not say which")
     parser.add_argument("--output-format", choices=get_args(OutputFormat), help="png: lossless frames (default: mp4)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
@@ -114,11 +176,17 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
     if options.file is not None:
         job = _read(options.file, stdin)
         folder = options.file.parent
-    request = dict(job["input"]) if isinstance(job.get("input"), dict) else job
+    if isinstance(job.get("input"), dict):
+        return {**job, "input": changed_request(job["input"], options)}, folder
+    return (job if "input" in job else changed_request(job, options)), folder
+
+
+def changed_request(request: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The request with the values of all options that were given. Raises InvalidRequest."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     if options.trained_with:
         given["trained_with"] = _training_of(options.trained_with)
-    request |= {name: given[name] for name in _REQUEST_FIELDS if name in given}
+    request = request | {name: given[name] for name in _REQUEST_FIELDS if name in given}
     if options.lora:
         request["loras"] = [lora_of(text) for text in options.lora]
     if options.extra_loras:
@@ -139,7 +207,7 @@ def request_of(options: argparse.Namespace, stdin: Any) -> tuple[dict[str, Any],
             changes[name] = str(image) if is_file(image) else _reject(_IMAGES[name], f"there is no file {image}")
     if changes or options.prompt:
         request["prompts"] = [prompt | changes if isinstance(prompt, dict) else prompt for prompt in prompts]
-    return ({**job, "input": request} if "input" in job else request), folder
+    return request
 
 
 _REMEDIES = {

@@ -70,7 +70,7 @@ def _read_video(path: Path) -> Clip:
             if not container.streams.video:
                 raise BadInput(f"{path}: the file has no video")
             rate = container.streams.video[0].average_rate
-            frames = [_rgb(frame) for frame in container.decode(video=0)]
+            frames = [rgb(frame) for frame in container.decode(video=0)]
             comment = container.metadata.get("comment", "")
     except av.error.FFmpegError as error:
         raise BadInput(f"{path}: the video is damaged or cut short ({error.strerror})") from error
@@ -78,7 +78,7 @@ def _read_video(path: Path) -> Clip:
     return Clip(path.name, kind, _stacked(frames, path), float(rate) if rate else None, _settings_in(comment))
 
 
-def _rgb(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+def rgb(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
     picture = frame.reformat(
         format="rgb24",
         src_colorspace=Colorspace.ITU709,

@@ -14,6 +14,8 @@ from tools.frames import Clip
 from tools.metrics import Frame, FrameDistance
 from worker.pictures import scaled
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 28, 30), (120, 120, 126)
 _TILE_WIDTH, _LABEL, _GAP, _MARGIN, _HEADER = 400, 132, 10, 20, 92
 _GAINS = (1, 2, 4, 8, 16, 32, 64)
@@ -63,15 +65,15 @@ def _column(number: int) -> int:
 
 
 def _draw_header(draw: ImageDraw.ImageDraw, clips: tuple[Clip, Clip], title: str, gain: int) -> None:
-    draw.text((_MARGIN, _MARGIN - 4), title[:1].upper() + title[1:], _INK, _font(24))
+    draw.text((_MARGIN, _MARGIN - 4), title[:1].upper() + title[1:], _INK, font(24))
     for column, (letter, clip) in enumerate(zip("AB", clips, strict=True)):
         _head(draw, column, f"{letter}  {clip.name}", str(clip).removeprefix(f"{clip.name}: "))
     _head(draw, 2, f"Difference x {gain}", "absolute, per colour; black is equal")
 
 
 def _head(draw: ImageDraw.ImageDraw, column: int, title: str, subtitle: str) -> None:
-    draw.text((_column(column), _MARGIN + 40), _shortened(draw, title, _font(17)), _INK, _font(17))
-    draw.text((_column(column), _MARGIN + 64), _shortened(draw, subtitle, _font(14)), _FAINT, _font(14))
+    draw.text((_column(column), _MARGIN + 40), shortened(draw, title, font(17), _TILE_WIDTH), _INK, font(17))
+    draw.text((_column(column), _MARGIN + 64), shortened(draw, subtitle, font(14), _TILE_WIDTH), _FAINT, font(14))
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
@@ -81,21 +83,21 @@ def _draw_label(draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
         f"SSIM {row.distance.ssim:.3f}",
         f"max {row.distance.max_difference}",
     ]
-    draw.text((_MARGIN, top), f"frame {row.number}", _INK, _font(17))
+    draw.text((_MARGIN, top), f"frame {row.number}", _INK, font(17))
     for place, line in enumerate(lines):
-        draw.text((_MARGIN, top + 26 + 20 * place), line, _FAINT, _font(14))
+        draw.text((_MARGIN, top + 26 + 20 * place), line, _FAINT, font(14))
 
 
-def _shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return the text with its middle cut out to fit the tile, so that a file name keeps its start and its suffix."""
+def shortened(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
+    """Return the text, cut in its middle to fit the width in pixels, so that a file name keeps its start and its suffix."""
     kept = len(text)
     shown = text
-    while draw.textlength(shown, font) > _TILE_WIDTH and kept > 8:
+    while draw.textlength(shown, font) > width and kept > 8:
         kept -= 1
         shown = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
     return shown
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> Font:
     """Return Pillow's built-in font, so that none must be installed."""
     return ImageFont.load_default(size)

@@ -25,7 +25,7 @@ BODY = bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling, "_SECONDS_BETWEEN_POLLS", 0.01)
+    monkeypatch.setattr(polling, "SECONDS_BETWEEN_POLLS", 0.01)
     monkeypatch.setattr(calls, "_FIRST_PAUSE", 0.01)
 
 

@@ -89,6 +89,28 @@ def test_a_local_worker_reports_progress_and_its_files_are_copied(
     assert "\nfetch, 0%\n" in err
 
 
+def test_a_sweep_that_is_killed_halfway_goes_on(worker: LocalApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = tmp_path / "request.json", tmp_path / "sweep"
+    prompt = {"prompt": "sks", "width": 64, "height": 64, "num_frames": 5, "sample_steps": 3}
+    file.write_text(json.dumps({"model": "wan22_14b_t2v", "loras": PAIR, "prompts": [prompt]}))
+    command = ["sweep", str(file), "--url", worker.url, "--output-dir", str(folder), "--concurrency", "2"]
+    command += ["--lora", "wan22_14b_t2v/wan22_14b_t2v", "--scale", "0,1", "--seed", "1,2"]
+    record = folder / "sweep.jsonl"
+    with subprocess.Popen([sys.executable, "-m", "client", *command], cwd=ROOT, stderr=subprocess.PIPE) as killed:
+        while not record.exists() or record.read_text().count('"id"') < 3:
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.kill()
+    assert main(command) == 0
+    grid, sheet, page = capsys.readouterr().out.splitlines()
+    assert frames_of(grid) == 5
+    assert Path(page).read_text().count("<canvas") == 4 and Image.open(sheet).format == "JPEG"
+    videos = [path.read_bytes() for path in sorted(folder.glob("videos/*.mp4"))]
+    assert len(set(videos)) == 4
+    jobs = {json.loads(line)["job"]["id"] for line in record.read_text().splitlines() if '"id"' in line}
+    assert len(jobs) == 4, "no job was sent twice"
+
+
 def test_a_local_error_is_the_workers(worker: LocalApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = ["--model", "wan22_14b_t2v", "--lora", "high=nothing.safetensors", "--prompt", "a boat"]
     assert main(["run", "--url", worker.url, *request]) == 1
