@@ -121,7 +121,7 @@ ARG REPRODUCIBLE_MTIME
 COPY LICENSE handler.py /image/app/
 # These modules download weights: at start where ALLOW_DOWNLOAD is set, or by hand to a network volume.
 COPY builder/__init__.py builder/retry.py builder/hub.py builder/checkpoint_folder.py builder/convert.py \
-     builder/fetch_checkpoints.py /image/app/builder/
+     builder/quantize.py builder/fetch_checkpoints.py /image/app/builder/
 COPY pipelines /image/app/pipelines
 COPY worker /image/app/worker
 WORKDIR /

@@ -10,13 +10,12 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from builder import REPRODUCIBLE_MTIME
-from builder.convert import to_bf16
 from builder.hub import RemoteFile, Stopped, verified_sha256
 from builder.retry import FetchError
 from pipelines.manifest import NAME, Entry, Manifest
@@ -65,12 +64,14 @@ class CheckpointFolder:
                         inside(self.root / repo, path).unlink(missing_ok=True)
             self._write(Manifest(repo, commit, kept))
 
-    def entry_of(self, file: RemoteFile, converted: bool = False) -> Entry | None:
-        """Return what is there of the file, if it is whole: as the Hub has it, or `converted` to bf16; else None."""
+    def entry_of(self, file: RemoteFile) -> Entry | None:
+        """Return what is there of the file, if it is whole and as the Hub has it; else None."""
+        sha256 = verified_sha256(file, self.path_of(file))
+        return Entry(file.size, sha256) if sha256 else None
+
+    def converted_entry_of(self, file: RemoteFile) -> Entry | None:
+        """Return what is there of the file, if it is whole, and in bf16 or quantized; else None."""
         path = self.path_of(file)
-        if not converted:
-            sha256 = verified_sha256(file, path)
-            return Entry(file.size, sha256) if sha256 else None
         manifest = self._manifest(file.repo)
         entry = manifest.files.get(file.path) if manifest else None
         if not entry or not file.sum or entry.converted_from != file.sum or not path.is_file():
@@ -79,7 +80,7 @@ class CheckpointFolder:
             return entry if hashlib.file_digest(opened, "sha256").hexdigest() == entry.sha256 else None
 
     def _is_there(self, file: RemoteFile) -> bool:
-        return bool(self.entry_of(file) or self.entry_of(file, converted=True))
+        return bool(self.entry_of(file) or self.converted_entry_of(file))
 
     def missing_bytes(self, files: Iterable[RemoteFile], kept: float = 1.0) -> int:
         """Return how many bytes too few are free on the disk for the rest of `files`; 0 or less when they fit.
@@ -113,20 +114,23 @@ class CheckpointFolder:
         """Move the downloaded file, which is complete, to its place."""
         self._take(self._partial(file), self.path_of(file))
 
-    def convert(self, file: RemoteFile) -> Entry | None:
-        """Replace a file that is in its place by its bf16 version; None where it has nothing to convert. Raises FetchError."""
-        path, unfinished = self.path_of(file), self._partial(file).with_suffix(".bf16")
+    def convert(self, file: RemoteFile, write: Callable[[Path, BinaryIO], str | None], quantized: str = "") -> Entry | None:
+        """Replace a file that is in its place by what `write` makes of it; None where that is nothing. Raises FetchError.
+
+        `write`: writes the version to keep, and returns its sha256. `quantized`: its format.
+        """
+        path, unfinished = self.path_of(file), self._partial(file).with_suffix(".converted")
         unfinished.parent.mkdir(exist_ok=True)
         try:
             with unfinished.open("wb") as out:
-                sha256 = to_bf16(path, out)
+                sha256 = write(path, out)
         except ValueError as error:
-            raise FetchError(f"{file} cannot be converted to bf16: {error}") from error
+            raise FetchError(f"{file} cannot be converted: {error}") from error
         if sha256 is None:
             unfinished.unlink()
             return None
         self._take(unfinished, path)
-        entry = Entry(path.stat().st_size, sha256, file.sum)
+        entry = Entry(path.stat().st_size, sha256, file.sum, quantized)
         self._add(file.repo, file.commit, {file.path: entry})  # at once: only the manifest knows a converted file again
         return entry
 

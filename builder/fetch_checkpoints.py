@@ -3,12 +3,14 @@
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --parts text_encoder,tokenizer
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dtype bf16
+    python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --quantize qfloat8
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dry-run
 
-The result is `DIR/ORG/NAME` per repo, in the layout of the Hub, with a manifest of what was downloaded. An interrupted download
-resumes when the command is run again; files that are there and correct are not downloaded. A repo stays at the commit in its
-manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half the disk, half of
-what a start reads, and the same bits on a GPU. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file.
+The result is `DIR/ORG/NAME` per repo, in the layout of the Hub, with a manifest of what was downloaded. An interrupted
+download resumes when the command is run again; files that are there and correct are not downloaded. A repo stays at the
+commit in its manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half
+the disk, half of what a start reads, and the same bits on a GPU. `--quantize` keeps what a worker with QUANTIZE holds in
+memory. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file, which only `--quantize` needs.
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
 from builder.checkpoint_folder import CheckpointFolder
+from builder.convert import to_bf16
 from builder.hub import Hub, RemoteFile, ignore_offline_mode
 from builder.retry import FetchError
-from pipelines.catalog import MODELS, ModelSpec
+from pipelines.catalog import MODELS, ModelSpec, Quantize
 from pipelines.manifest import Entry
 from pipelines.weights import STEM_OF, file_names
+
+if TYPE_CHECKING:
+    from builder.quantize import Codes
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 
@@ -105,21 +111,26 @@ def _paths_of(hub: Hub, spec: ModelSpec, part: str, commit: str, listing: Mappin
     return [*(prefix + name for name in ("config.json", *weights)), *([index] if index in listing else [])]
 
 
-def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder, as_bf16: bool = False) -> int:
+def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder, as_bf16: bool = False, quantize: str | None = None) -> int:
     """Download the files of the plan that are not in `folder`, and return how many they were. Raises FetchError.
 
-    `as_bf16`: float32 weights are kept in bf16.
+    `as_bf16`: float32 weights are kept in bf16. `quantize`: linear layers are kept as codes of this format, the rest in bf16.
     """
     folder.begin(plan.commits, plan.listings)
+    codes = _codes_of(plan, quantize) if quantize else {}
 
     def there(file: RemoteFile) -> Entry | None:
-        return (folder.entry_of(file, converted=True) if as_bf16 else None) or folder.entry_of(file)
+        entry = folder.converted_entry_of(file) if as_bf16 or quantize else None
+        # What is in bf16 can still be quantized.
+        return (
+            entry if entry and entry.quantized in ("", codes[file].format if file in codes else "") else folder.entry_of(file)
+        )
 
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
         found = list(pool.map(there, plan.files))
     entries = {file: entry for file, entry in zip(plan.files, found, strict=True) if entry}
     wanted = [file for file in plan.files if file not in entries]
-    if (missing := folder.missing_bytes(wanted, 0.5 if as_bf16 else 1.0)) > 0:
+    if (missing := folder.missing_bytes(wanted, 0.25 if quantize else 0.5 if as_bf16 else 1.0)) > 0:
         raise FetchError(f"--to: the disk lacks {_gigabytes(missing)}: free some space, or download to another disk")
 
     def fetch_one(file: RemoteFile) -> None:
@@ -134,13 +145,15 @@ def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder, as_bf16: bool = False)
         progress.print_finished(file)
 
     def keep(file: RemoteFile, entry: Entry) -> None:
-        if as_bf16 and not entry.converted_from and file.path.endswith(".safetensors"):
-            with one_at_a_time:  # it is on the disk twice then
-                entry = folder.convert(file) or entry
+        with one_at_a_time:  # it is on the disk twice then
+            if file in codes and not entry.quantized:
+                entry = folder.convert(file, codes[file].write, codes[file].format) or entry
+            elif (as_bf16 or quantize) and not entry.converted_from and file.path.endswith(".safetensors"):
+                entry = folder.convert(file, to_bf16) or entry
         entries[file] = entry
 
     one_at_a_time = threading.Lock()
-    downloads = _DOWNLOADS_AT_ONCE_TO_CONVERT if as_bf16 else _DOWNLOADS_AT_ONCE
+    downloads = _DOWNLOADS_AT_ONCE_TO_CONVERT if as_bf16 or quantize else _DOWNLOADS_AT_ONCE
     already_there = plan.bytes - sum(file.size for file in wanted)
     with closing(ProgressBar(plan.bytes, already_there)) as progress, ThreadPoolExecutor(downloads) as pool:
         tasks = [pool.submit(fetch_one, file) for file in sorted(wanted, key=lambda file: -file.size)]
@@ -154,6 +167,21 @@ def fetch(hub: Hub, plan: Plan, folder: CheckpointFolder, as_bf16: bool = False)
         keep(file, entry)  # what was there already, as the Hub has it
     folder.finish(entries)
     return len(wanted)
+
+
+def _codes_of(plan: Plan, quantize: str) -> dict[RemoteFile, Codes]:
+    """How each file of the plan with linear layers is quantized. Raises FetchError."""
+    try:
+        from builder.quantize import Codes
+    except ModuleNotFoundError as error:
+        raise FetchError(f"--quantize needs {error.name}, as the worker does; run the command where the worker runs") from None
+    spec, found = MODELS[plan.model_id], {}
+    for file in plan.files:
+        for part in (*spec.transformers, "text_encoder"):
+            source = spec.sources[part]
+            if file.repo == source.repo and re.fullmatch(rf"{source.subfolder}/[^/]+\.safetensors", file.path):
+                found[file] = Codes(spec, part, quantize)
+    return found
 
 
 class ProgressBar:
@@ -203,6 +231,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["original", "bf16"], default="original", help="bf16: keep float32 weights as a GPU worker uses them"
     )
+    parser.add_argument(
+        "--quantize",
+        choices=[name for name in get_args(Quantize) if name not in ("none", "auto")],
+        metavar="FORMAT",
+        help="keep transformers and text encoder as codes, for a worker with this QUANTIZE, and the rest in bf16; needs torch",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print which files, and how large, and download nothing")
     parser.add_argument("--json", action="store_true", help="print the files as JSON")
     arguments = parser.parse_args()
@@ -229,7 +263,7 @@ def main() -> int:
         hub = Hub(_token())
         repos = {spec.sources[part].repo for part in arguments.parts}
         plan = make_plan(hub, spec, arguments.parts, folder.revisions(repos) | arguments.revisions)
-        fetched = None if arguments.dry_run else fetch(hub, plan, folder, arguments.dtype == "bf16")
+        fetched = None if arguments.dry_run else fetch(hub, plan, folder, arguments.dtype == "bf16", arguments.quantize)
     except FetchError as error:
         print(f"fetch_checkpoints: {error}", file=sys.stderr)
         return 1

@@ -128,6 +128,17 @@ def quantized_table() -> Table:
     return [head, *((f"`{row['model']}`", *text) for row, text in zip(rows, texts, strict=True))]
 
 
+def stored_table() -> Table:
+    """Return GB of weights by model on disk: as they are on the Hub, and as fetch_checkpoints can keep them."""
+    formats = ("qfloat8", "uint4")
+    head = ("model id", "on the Hub", "`--dtype bf16`", *(f"`--quantize {format}`" for format in formats))
+    rows = []
+    for row, coded in zip(_rows("memory"), _rows("memory-quantized"), strict=True):
+        kept = (row["weights none"], *(coded[f"{format} none"] for format in formats))
+        rows.append((f"`{row['model']}`", f"{sizes.on_disk(row['model']) / 1e9:.1f}", *(f"{size:.1f}" for size in kept)))
+    return [head, *rows]
+
+
 def cost_table() -> Table:
     """Return PFLOP by model and size."""
     head = ("model", "size", "frames", "a step", "of it attention", "the decode")

@@ -76,6 +76,7 @@ def filled(path: Path) -> str:
         "choose a gpu": lambda: table(*figures.gpu_choice_table()),
         "price of a video": lambda: table(*figures.video_table()),
         "quantized": lambda: table(*figures.quantized_table()),
+        "stored": lambda: table(*figures.stored_table()),
     }
     parts |= {f"model {spec.id}": partial(model, spec) for spec in MODELS.values()}
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image, ImageOps
 
@@ -47,10 +48,11 @@ from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import Swap, place, refresh
 from pipelines.pristine import CheckpointFile
-from pipelines.quantized import CodedLinear, Quantized, encode_layers
+from pipelines.quantized import CodedLinear, Quantized, encode_layers, fill_with_codes
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.toolkit import Toolkit
 from pipelines.trained import Quantization
+from pipelines.weights import file_names
 
 Frames = npt.NDArray[np.uint8]
 """[frames, height, width, 3], RGB."""
@@ -639,6 +641,7 @@ class Parts:
         self.quantization = quantization
         self.spec = spec
         self.checkpoints = checkpoints
+        self.stored = checkpoints.stored()
         self.device = device
         self._dtype = dtype
         self._stay_in_memory = spec.waits_in_memory(offload_mode)
@@ -663,10 +666,25 @@ class Parts:
             "text_encoder": transformers.UMT5EncoderModel,
             "image_encoder": transformers.CLIPVisionModel,
         }[name]
-        part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
-        if self.quantization:
+        if name in self.stored:
+            part = self._from_codes(name, part_class)
+        else:
+            part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
+        if self.quantization and name not in self.stored:
             encode_layers(part, partial(self.quantization.format_of, name), self.device, self._dtype)
         return part if name in self._stay_in_memory else part.to(self.device)
+
+    def _from_codes(self, name: str, part_class: Any) -> Any:
+        """A component of which the files have the codes."""
+        folder = self.checkpoints.folder_of(name)
+        with init_empty_weights():
+            if issubclass(part_class, diffusers.ModelMixin):
+                part = part_class.from_config(part_class.load_config(folder, local_files_only=True))
+            else:
+                part = part_class(part_class.config_class.from_pretrained(folder, local_files_only=True))
+        files = [folder / file for file in file_names(folder, name)]
+        fill_with_codes(part, files, self.stored[name], self._dtype)
+        return part.eval()
 
 
 @contextmanager

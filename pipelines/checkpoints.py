@@ -13,7 +13,7 @@ from pipelines.catalog import ModelSpec
 from pipelines.errors import CheckpointNotFound
 from pipelines.manifest import NAME, Manifest
 from pipelines.safetensors_header import SafetensorsError, read_header
-from pipelines.weights import STEM_OF, file_names
+from pipelines.weights import STEM_OF, Stored, file_names, stored_in
 
 INDEX = "model_index.json"
 """What diffusers puts a pipeline together by, in the root of a repo."""
@@ -97,6 +97,11 @@ class Checkpoints:
         """Whether files of some component were converted to bf16 when they were fetched."""
         manifests = (Manifest.read(folder) for folder in set(self._repo_of.values()))
         return any(entry.converted_from for manifest in manifests if manifest for entry in manifest.files.values())
+
+    def stored(self) -> dict[str, Stored]:
+        """The components whose files have codes in place of weights. Raises ValueError, OSError."""
+        found = {part: stored_in(self.folder_of(part), part) for part in self.spec.sources if part in STEM_OF}
+        return {part: stored for part, stored in found.items() if stored}
 
     def check(self) -> None:
         """Raises CheckpointNotFound, which names every file that is wanting, when a component is not whole anywhere."""

@@ -66,10 +66,11 @@ def load_pipeline(
     try:
         checkpoints = Checkpoints.of(spec, checkpoints)
         checkpoints.check()
+        free = torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else 0
+        if quantize == "auto" and target.type == "cuda":
+            quantization = choose_quantization(spec, checkpoints, dtype.itemsize, free)
+        _check_codes(checkpoints, quantization, quantize, dtype)
         if target.type == "cuda":
-            free = torch.cuda.mem_get_info(target)[0]
-            if quantize == "auto":
-                quantization = choose_quantization(spec, checkpoints, dtype.itemsize, free)
             sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
             mode = mode_for(offload_mode, spec, sizes, free, available() // processes or None)
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
@@ -109,6 +110,24 @@ def choose_quantization(spec: ModelSpec, checkpoints: Checkpoints, itemsize: int
         if any(needed[mode].device + spec.bytes_of_a_job(mode) <= free for mode in ("none", "text_encoder")):
             return quantization
     return quantization_in(spec, "uint4")
+
+
+def _check_codes(checkpoints: Checkpoints, quantization: Quantization | None, quantize: str, dtype: torch.dtype) -> None:
+    """Raises CheckpointNotFound for files with other codes than this worker would make of the weights."""
+    runs_in = str(dtype).removeprefix("torch.")
+    for part, stored in checkpoints.stored().items():
+        wanted = quantization.stored_as(part) if quantization else None
+        if stored == wanted and stored.dtype == runs_in:
+            continue
+        repo, option = checkpoints.spec.sources[part].repo, f"--quantize {stored.format}"
+        text = f"the {part} of {repo} was stored as {stored.format}, by fetch_checkpoints {option}, and "
+        if not wanted or stored.format != wanted.format:
+            remedy = f"QUANTIZE is {quantize}: set QUANTIZE={stored.format}, or fetch the weights again without {option}"
+        elif stored == wanted:
+            remedy = f"the worker runs in {runs_in}: set DTYPE={stored.dtype}, or fetch the weights again without {option}"
+        else:
+            remedy = f"with other layers than this version: fetch it again, with {option}"
+        raise CheckpointNotFound(text + remedy)
 
 
 def _quiet_libraries() -> None:

@@ -20,7 +20,9 @@ class Entry:
     bytes: int
     sha256: str
     converted_from: str = ""
-    """The Hub's checksum of the float32 file of which this is the bf16 version; "" for a file as the Hub has it."""
+    """The Hub's checksum of the file of which this is the bf16 or quantized version; "" for a file as the Hub has it."""
+    quantized: str = ""
+    """The format of its codes; "" for a file without."""
 
 
 @dataclass(frozen=True)

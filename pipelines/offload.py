@@ -20,7 +20,7 @@ from pipelines.catalog import BYTES_OF_THE_PROCESS, OFFLOAD, ModelSpec, OffloadM
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.trained import Quantization, bytes_of_codes
-from pipelines.weights import STEM_OF, file_names
+from pipelines.weights import STEM_OF, file_names, is_linear
 
 
 @dataclass(frozen=True)
@@ -181,24 +181,24 @@ def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int, quantization: Quant
     for part in checkpoints.spec.sources:
         if part in STEM_OF:
             folder = checkpoints.folder_of(part)
-            shapes = (item for name in file_names(folder, part) for item in _shapes(folder / name))
-            sizes[part] = sum(bytes_of_tensor(part, key, shape, itemsize, quantization) for key, shape in shapes)
+            tensors = (item for name in file_names(folder, part) for item in _tensors_in(folder / name))
+            sizes[part] = sum(
+                math.prod(shape) if dtype in ("U8", "I8") else bytes_of_tensor(part, key, shape, itemsize, quantization)
+                for key, shape, dtype in tensors
+            )  # codes have a byte for each number
     return sizes
-
-
-_EMBEDDINGS = ("shared", "embed_tokens", "relative_attention_bias")
-"""Modules of the text encoder whose weights are tables, and no linear layers'."""
 
 
 def bytes_of_tensor(part: str, key: str, shape: Sequence[int], itemsize: int, quantization: Quantization | None) -> int:
     """Bytes of one tensor of a component, by its name in the file and its shape."""
     format = quantization.format_of(part, key) if quantization else None
-    is_linear = len(shape) == 2 and key.endswith(".weight") and not any(name in key for name in _EMBEDDINGS)
-    if format and is_linear:
+    if format and is_linear(key, shape):
         return bytes_of_codes(format, shape[0], shape[1], itemsize)
     return math.prod(shape) * itemsize
 
 
-def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+def _tensors_in(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor."""
     with safe_open(file, framework="pt") as tensors:
-        return [(key, tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
+        slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+        return [(key, part.get_shape(), part.get_dtype()) for key, part in slices.items()]

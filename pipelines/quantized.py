@@ -7,15 +7,18 @@ operation of its own, which rounds once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.utils.hooks import RemovableHandle
 
 from pipelines.pristine import CheckpointFile
 from pipelines.trained import GROUP
+from pipelines.weights import Stored
 
 _FLOAT8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
@@ -160,6 +163,35 @@ def encode_layers(
                 coded = CodedLinear(layer, FORMATS[format], tuple(part.to(home) for part in codes))
                 parent, _, own = name.rpartition(".")
                 setattr(component.get_submodule(parent), own, coded)
+
+
+@torch.no_grad()
+def fill_with_codes(component: torch.nn.Module, files: Iterable[Path], stored: Stored, dtype: torch.dtype) -> None:
+    """Give a component without contents (on the device `meta`) its weights, from files with codes. Its buffers stay.
+
+    Other numbers than codes get `dtype`, the model's. Codes that need no cast stay mapped. Raises ValueError where the files
+    lack a weight, or have one too many.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    for name in [key.removesuffix(".code_0") for key in tensors if key.endswith(".code_0")]:
+        count = sum(f"{name}.code_{number}" in tensors for number in range(3))
+        codes = tuple(tensors.pop(f"{name}.code_{number}") for number in range(count))
+        parent, _, own = name.rpartition(".")
+        layer = component.get_submodule(name)
+        if not isinstance(layer, torch.nn.Linear):
+            raise ValueError(f"the files do not fit the model's config: {name} is no linear layer")
+        coded = CodedLinear(layer, FORMATS[stored.format], codes)
+        setattr(component.get_submodule(parent), own, coded)
+    _, unexpected = component.load_state_dict(tensors, strict=False, assign=True)
+    if callable(tie_weights := getattr(component, "tie_weights", None)):
+        tie_weights()
+    missing = [name for name, value in component.named_parameters() if value.is_meta]
+    if unexpected or missing:
+        raise ValueError(f"the files do not fit the model's config: {', '.join([*unexpected, *missing][:3])}")
 
 
 class Quantized:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipelines.catalog import ModelSpec
+from pipelines.weights import Stored
 
 DEFAULT_QTYPE = "qfloat8"
 EXCLUDED_SINCE = (0, 10, 22)
@@ -124,6 +125,12 @@ class Quantization:
         if part == "text_encoder":
             return self.text_encoder
         return self.transformer if part.startswith("transformer") and not layer.startswith(self.excluded) else None
+
+    def stored_as(self, part: str) -> Stored | None:
+        """How files keep a component in this quantization; None for one that stays as it is."""
+        if part == "text_encoder":
+            return Stored(self.text_encoder, ()) if self.text_encoder else None
+        return Stored(self.transformer, self.excluded) if self.transformer and part.startswith("transformer") else None
 
     def __str__(self) -> str:
         parts = {"transformer": self.transformer, "text encoder": self.text_encoder}

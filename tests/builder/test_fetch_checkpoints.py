@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,22 +19,29 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from builder import REPRODUCIBLE_MTIME, fetch_checkpoints, retry
 from builder import hub as hub_client
 from builder.checkpoint_folder import CheckpointFolder
+from builder.convert import KEPT_IN_FLOAT32
 from builder.retry import FetchError
-from pipelines import load_pipeline
-from pipelines.catalog import MODELS
+from pipelines import WanModel, load_pipeline
+from pipelines.catalog import MODELS, Quantize
+from pipelines.checkpoints import Checkpoints
+from pipelines.errors import CheckpointNotFound
 from pipelines.manifest import NAME, Manifest
-from pipelines.weights import STEM_OF
+from pipelines.offload import bytes_by_mode, bytes_of_tensor
+from pipelines.weights import CODES, STEM_OF, is_linear
 from tests.builder import hub_server as hubs
 from tests.builder.hub_server import HubServer
 from tests.conftest import STAND_IN
+from tests.pipelines.test_models import adapters, make
 from tests.worker_process import ROOT
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -601,3 +609,85 @@ def test_a_listing_that_names_a_file_outside_writes_none(hub: HubServer, fetch: 
     status, said = fetch()
     assert (status, "is not downloaded" in said or "index" in said) == (1, True), said
     assert not list(tmp_path.rglob("evil.json"))
+
+
+# As codes.
+
+
+def state_of(model: WanModel, part: str) -> dict[str, torch.Tensor]:
+    component = getattr(model._pipe, part)
+    return dict(itertools.chain(component.named_parameters(), component.named_buffers()))
+
+
+@pytest.mark.parametrize(("model_id", "format"), [("wan21_1b", "qfloat8"), ("wan22_5b", "uint4"), ("wan22_14b_t2v", "int8")])
+def test_a_worker_loads_stored_codes_as_those_that_it_makes_at_its_start(
+    model_id: str, format: Quantize, tiny: Path, fetch: Fetch, tmp_path: Path
+) -> None:
+    assert fetch("--quantize", format, model_id=model_id)[0] == 0
+    made, stored = (
+        load_pipeline(model_id, folder, "cpu", toolkit_path=STAND_IN, dtype=torch.bfloat16, quantize=format)
+        for folder in (tiny, tmp_path / "out")
+    )
+    spec, quantization = MODELS[model_id], made.quantization
+    assert quantization
+    for part in ("text_encoder", *spec.transformers):
+        theirs, ours = state_of(made, part), state_of(stored, part)
+        assert theirs.keys() == ours.keys() and any(name.endswith(".code_0") for name in ours)
+        for name, tensor in theirs.items():
+            assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+        folder = Path(spec.sources[part].repo) / part
+        shapes = {key: value.shape for file in (tiny / folder).glob("*.safetensors") for key, value in load_file(file).items()}
+        wide = {key for key in shapes if part != "text_encoder" and KEPT_IN_FLOAT32 & set(key.split("."))}
+        wide -= {key for key in wide if is_linear(key, shapes[key]) and quantization.format_of(part, key)}
+        arithmetic = sum(bytes_of_tensor(part, key, shapes[key], 4 if key in wide else 2, quantization) for key in shapes)
+        files = [load_file(file) for file in (tmp_path / "out" / folder).glob("*.safetensors")]
+        assert sum(tensor.nbytes for file in files for tensor in file.values()) == arithmetic
+    places = [Checkpoints.of(spec, folder) for folder in (tiny, tmp_path / "out")]
+    in_memory = [bytes_by_mode(place, 2, quantization) for place in places]
+    assert in_memory[0] == in_memory[1]
+    attention = [model._pipe.text_encoder.config._attn_implementation for model in (made, stored)]
+    assert attention[0] == attention[1]
+    if model_id != "wan21_1b":
+        return  # the same code computes with the same tensors
+    frames = []
+    for model in (made, stored):
+        model.apply_loras(adapters(model_id, tiny), "merge")  # which lies beside codes
+        frames.append(make(model, num_frames=1, num_inference_steps=2))
+    assert np.array_equal(*frames)
+
+
+def test_a_worker_refuses_codes_that_it_would_not_make(fetch: Fetch, tmp_path: Path) -> None:
+    assert fetch("--quantize", "qfloat8")[0] == 0
+
+    def refusal(quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> str:
+        with pytest.raises(CheckpointNotFound) as caught:
+            load_pipeline("wan21_1b", tmp_path / "out", "cpu", dtype=dtype, quantize=quantize)
+        return str(caught.value)
+
+    text = f"the text_encoder of {REPO} was stored as qfloat8, by fetch_checkpoints --quantize qfloat8, and "
+    wrong = "QUANTIZE is {}: set QUANTIZE=qfloat8, or fetch the weights again without --quantize qfloat8"
+    assert refusal("none") == text + wrong.format("none")
+    assert refusal("uint4") == text + wrong.format("uint4")
+    assert refusal("qfloat8", torch.float32).startswith(text + "the worker runs in float32: set DTYPE=bfloat16, or")
+    folder = tmp_path / "out" / REPO / "transformer"
+    save_file({"a.weight": torch.zeros(2)}, folder / "plain.safetensors")
+    names = {"a.weight": "plain.safetensors", "b.weight": Path(WEIGHTS).name}
+    (folder / f"{Path(WEIGHTS).name}.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "only some files of the transformer are quantized; run fetch_checkpoints again" in refusal("qfloat8")
+
+
+def test_codes_are_known_again_and_made_of_what_is_there(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
+    assert fetch("--dtype", "bf16")[0] == 0
+    assert ", 0 fetched" in fetch("--quantize", "uint4")[1], "made of the bf16 weights"
+    manifest = Manifest.read(tmp_path / "out" / REPO)
+    assert manifest and manifest.files[WEIGHTS].quantized == "uint4" and manifest.files[WEIGHTS].converted_from
+    assert ", 0 fetched" in fetch("--quantize", "uint4")[1]
+    again = tmp_path / "again"
+    assert fetch("--quantize", "uint4", to=again)[0] == 0
+    assert (again / REPO / WEIGHTS).read_bytes() == (tmp_path / "out" / REPO / WEIGHTS).read_bytes()
+    with safe_open(again / REPO / WEIGHTS, framework="pt") as file:
+        note, layers = json.loads(file.metadata()[CODES]), sum(key.endswith(".code_0") for key in file.keys())  # noqa: SIM118
+    assert note == {"format": "uint4", "excluded": [], "dtype": "bfloat16", "layers": layers, "torch": torch.__version__}
+    assert ", 2 fetched" in fetch("--quantize", "qfloat8")[1], "another format needs the weights again"
+    fetch()
+    assert is_whole(hub, tmp_path / "out")

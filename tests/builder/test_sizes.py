@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks import real_size
 from builder import sizes
+from docs import figures
 from pipelines.catalog import MODELS, ModelSpec
+from pipelines.load import quantization_in
 from pipelines.weights import STEM_OF
 
 
@@ -19,6 +21,13 @@ def test_a_component_has_so_many_parameters(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
 def test_every_component_with_weights_is_counted(spec: ModelSpec) -> None:
     assert set(sizes.parameters(spec)) == {part for part in spec.sources if part in STEM_OF}
+
+
+def test_the_weights_take_as_much_disk_as_the_table_says() -> None:
+    shown = {row[0].strip("`"): row[2:] for row in figures.stored_table()[1:]}
+    for spec in (MODELS["wan22_5b"], MODELS["wan21_1b"]):
+        kept = [real_size.bytes_of_parts(spec.id, quantization_in(spec, name)) for name in ("none", "qfloat8", "uint4")]
+        assert shown[spec.id] == tuple(f"{sum(parts.values()) / 1e9:.1f}" for parts in kept)
 
 
 def test_the_hub_has_wan21_in_float32_and_wan22_in_bfloat16_but_for_the_vae_and_the_5b_transformer() -> None:
