@@ -105,6 +105,7 @@ class Playground:
                 "id": spec.id,
                 "title": spec.title,
                 "control_image": spec.control_image,
+                "takes_last_image": spec.takes_last_image,
                 "moe": spec.moe,
                 "needs_toolkit": spec.needs_toolkit,
                 "sizes": SIZES[spec.id],

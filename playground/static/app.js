@@ -197,7 +197,7 @@ class App {
 
   #reuse(job, item) {
     const request = structuredClone(job.request);
-    if (item) request.prompts[item.prompt_index].seed = /^\d+$/.test(item.seed) ? BigInt(item.seed) : item.seed;
+    if (item) Object.assign(request.prompts[item.prompt_index], { seed: /^\d+$/.test(item.seed) ? BigInt(item.seed) : item.seed, num_videos: 1 });
     this.form.write(request);
     say(`The form has the settings of run ${job.number}`);
     byId("request").scrollIntoView({ block: "nearest" });

@@ -9,22 +9,45 @@ export function plain(schema) {
   return { ...schema, ...(schema.anyOf?.find((kind) => kind.type !== "null") ?? {}) };
 }
 
-/** A field. Its `value` goes into the request; undefined leaves the field out. */
-export class Field {
-  constructor(name, schema, { label, required = false, short = false, list = null, step = 1 } = {}) {
+/** What every field has: a name, a description and a place for errors. Its subclass makes the `node` and the `control`. */
+class Described {
+  constructor(name, schema) {
     this.name = name;
     this.schema = plain(schema);
+    this.id = `field-${++count}`;
+    this.note = h("span", { class: "unseen", id: `${this.id}-note` }, schema.description ?? "");
+    this.error = h("p", { class: "error", id: `${this.id}-error`, hidden: true });
+  }
+
+  /** Whether the chosen model has this field. Without it, the value is not in the request. */
+  set shown(on) {
+    this.node.hidden = !on;
+  }
+
+  /** Show error texts; an empty list removes them. */
+  showError(texts) {
+    showErrorAt(this.control, this.error, texts, this.note.id);
+  }
+
+  focus() {
+    for (let fold = this.node.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    this.control.focus();
+  }
+}
+
+/** A field. Its `value` goes into the request; undefined leaves the field out. */
+export class Field extends Described {
+  /** With `slider`, a number also has one. */
+  constructor(name, schema, { label, required = false, short = false, list = null, step = 1, slider = false } = {}) {
+    super(name, schema);
     this.step = step;
-    const id = `field-${++count}`;
-    this.control = this.#control(id, { required, list });
-    this.note = h("span", { class: "unseen", id: `${id}-note` }, schema.description ?? "");
-    this.error = h("p", { class: "error", id: `${id}-error`, hidden: true });
+    this.control = this.#control(this.id, { required, list });
     this.control.setAttribute("aria-describedby", this.note.id);
     this.node = h(
       "div",
       { class: `field ${this.schema.type === "boolean" ? "tick" : ""}`, "data-field": name },
-      h("label", { for: id }, label ?? this.schema.title, required ? null : h("span", { class: "optional" }, " optional")),
-      this.control,
+      h("label", { for: this.id }, label ?? this.schema.title, required ? null : h("span", { class: "optional" }, " optional")),
+      slider ? this.#withSlider() : this.control,
       this.note,
       this.error,
     );
@@ -61,7 +84,19 @@ export class Field {
     return ["integer", "number"].includes(this.schema.type);
   }
 
+  /** Sliders go from 0 to twice the usual 1; a number below 0 can be typed. The keyboard and screen readers use the number alone. */
+  #withSlider() {
+    this.slider = h("input", { type: "range", min: 0, max: 2, step: 0.05, tabindex: "-1", "aria-hidden": "true" });
+    this.slider.addEventListener("input", () => {
+      this.control.value = String(Number(this.slider.value));
+      this.showError([]);
+    });
+    this.control.addEventListener("input", () => (this.slider.value = this.control.value));
+    return h("div", { class: "slider" }, this.slider, this.control);
+  }
+
   get value() {
+    if (this.node.hidden) return undefined;
     if (this.control.type === "checkbox") return this.control.checked;
     const text = this.control.value;
     if (text.trim() === "") return undefined;
@@ -73,6 +108,7 @@ export class Field {
     const shown = value ?? this.schema.default;
     if (this.control.type === "checkbox") this.control.checked = Boolean(shown);
     else this.control.value = typeof shown === "object" && shown ? JSON.stringify(shown) : shown ?? "";
+    if (this.slider) this.slider.value = this.control.value;
     this.showError([]);
   }
 
@@ -87,23 +123,52 @@ export class Field {
     this.control.value = String(Number(next.toFixed(3)));
     this.control.dispatchEvent(new Event("input", { bubbles: true }));
   }
+}
 
-  /** Show error texts; an empty list removes them. */
-  showError(texts) {
-    showErrorAt(this.control, this.error, texts, this.note.id);
+/** One of a few values, as buttons. `titles`: their texts. */
+export class Choice extends Described {
+  constructor(name, schema, label, titles) {
+    super(name, schema);
+    this.buttons = new Map(this.schema.enum.map((value) => [value, this.#button(value, titles[value])]));
+    this.control = this.buttons.get(this.schema.default);
+    const title = h("span", { class: "label", id: `${this.id}-label` }, label);
+    const chips = h("div", { class: "chips" }, ...this.buttons.values());
+    this.node = h("div", { class: "field", role: "group", "aria-labelledby": title.id, "data-field": name }, title, chips, this.note, this.error);
+    this.value = undefined;
   }
 
-  focus() {
-    for (let fold = this.node.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-    this.control.focus();
+  #button(value, title) {
+    const choose = () => {
+      this.value = value;
+      this.node.dispatchEvent(new Event("input", { bubbles: true }));
+    };
+    return h("button", { type: "button", name: this.name, "aria-describedby": this.note.id, onclick: choose }, title);
+  }
+
+  get value() {
+    return this.node.hidden ? undefined : this.chosen;
+  }
+
+  set value(value) {
+    this.chosen = value ?? this.schema.default;
+    for (const [name, button] of this.buttons) button.setAttribute("aria-pressed", String(name === this.chosen));
   }
 }
 
-export function showErrorAt(control, error, texts, noteId) {
+/** A list whose items the form shows as rows of their own; this is the button that adds one. */
+export class AddButton extends Described {
+  constructor(name, schema, text, onclick) {
+    super(name, schema);
+    this.control = h("button", { type: "button", class: "quiet add", name, "aria-describedby": this.note.id, onclick }, text);
+    this.node = h("div", { "data-field": name }, this.control, this.note, this.error);
+  }
+}
+
+function showErrorAt(control, error, texts, noteId) {
   error.hidden = !texts.length;
   error.replaceChildren(...texts.flatMap((text, index) => [index ? h("br") : null, ...prose(text)]).filter(Boolean));
   control.setAttribute("aria-describedby", texts.length ? `${error.id} ${noteId}` : noteId);
-  if (texts.length) control.setAttribute("aria-invalid", "true");
+  if (texts.length && control.localName !== "button") control.setAttribute("aria-invalid", "true"); // buttons do not have this state
   else control.removeAttribute("aria-invalid");
 }
 
@@ -126,41 +191,32 @@ function numberOf(text) {
   return /^[+-]?(\d+\.?\d*|\.\d+)$/.test(trimmed) ? Number(trimmed) : text;
 }
 
-/** A control image: dropped, pasted, chosen, or given by its URL. */
-export class ImageField {
-  constructor(schema) {
-    this.name = "ctrl_img";
+/** An image: dropped, pasted, chosen, or given by its URL. */
+export class ImageField extends Described {
+  constructor(name, schema, title) {
+    super(name, schema);
+    this.title = title;
     this.data = "";
-    const id = `field-${++count}`;
     this.file = h("input", { type: "file", accept: "image/*", class: "unseen", tabindex: "-1", "aria-hidden": "true" });
-    this.choose = h("button", { type: "button", class: "choose", onclick: () => this.file.click() }, "Choose an image");
-    this.text = h("span", { class: "soft" }, "or drop or paste one");
-    this.picture = h("img", { alt: "", hidden: true });
-    this.remove = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.clear() }, "Remove");
+    this.choose = h("button", { type: "button", class: "choose", onclick: () => this.file.click() });
+    this.text = h("span", { class: "soft" });
+    this.picture = h("img", { alt: "" });
+    this.remove = h("button", { type: "button", class: "quiet", "aria-label": `Remove the ${title.toLowerCase()}`, onclick: () => this.clear() }, "Remove");
     this.zone = h("div", { class: "zone" }, this.picture, h("div", { class: "zone-text" }, this.choose, this.text, this.remove));
-    this.control = h("input", {
-      id,
-      name: this.name,
-      type: "text",
-      placeholder: "or its URL, https://…",
-      autocomplete: "off",
-      spellcheck: "false",
-    });
-    this.note = h("span", { class: "unseen", id: `${id}-note` }, schema.description ?? "");
-    this.error = h("p", { class: "error", id: `${id}-error`, hidden: true });
-    this.label = h("label", { for: id });
-    this.node = h("div", { class: "field image", "data-field": this.name }, this.label, this.file, this.zone, this.control);
-    this.node.append(this.note, this.error);
+    this.control = h("input", { id: this.id, name, type: "text", placeholder: "or its URL, https://…", autocomplete: "off", spellcheck: "false" });
+    this.label = h("label", { for: this.id });
+    this.node = h("div", { class: "field image", "data-field": name }, this.label, this.file, this.zone, this.control, this.note, this.error);
     this.control.setAttribute("aria-describedby", this.note.id);
     this.control.addEventListener("input", () => this.showError([]));
     this.file.addEventListener("change", () => this.file.files[0] && this.take(this.file.files[0]));
     takesDrops(this.node, (file) => this.take(file));
+    this.clear();
   }
 
   /** "none", "optional" or "required", from the model table. */
   set need(need) {
-    this.node.hidden = need === "none";
-    this.label.replaceChildren("Control image", need === "optional" ? h("span", { class: "optional" }, " optional") : "");
+    this.shown = need !== "none";
+    this.label.replaceChildren(this.title, need === "optional" ? h("span", { class: "optional" }, " optional") : "");
     this.control.setAttribute("aria-required", String(need === "required"));
   }
 
@@ -188,31 +244,28 @@ export class ImageField {
   }
 
   #show(data, name = "from the request") {
-    this.data = data;
     this.picture.src = data;
-    this.text.textContent = name;
-    this.choose.textContent = "Choose another";
-    for (const element of [this.picture, this.remove]) element.hidden = false;
-    this.control.hidden = true;
-    this.showError([]);
-    this.node.dispatchEvent(new Event("input", { bubbles: true }));
+    this.#fill(data, name, "Choose another");
   }
 
   clear() {
-    this.data = "";
     this.file.value = "";
     this.picture.removeAttribute("src");
-    this.text.textContent = "or drop or paste one";
-    this.choose.textContent = "Choose an image";
-    for (const element of [this.picture, this.remove]) element.hidden = true;
-    this.control.hidden = false;
+    this.#fill("", "or drop or paste one", "Choose an image");
+  }
+
+  #fill(data, text, choose) {
+    this.data = data;
+    this.text.textContent = text;
+    this.choose.textContent = choose;
+    for (const element of [this.picture, this.remove]) element.hidden = !data;
+    this.control.hidden = Boolean(data);
     this.showError([]);
     this.node.dispatchEvent(new Event("input", { bubbles: true }));
   }
 
   showError(texts) {
     for (const control of [this.control, this.choose]) showErrorAt(control, this.error, texts, this.note.id);
-    this.choose.removeAttribute("aria-invalid"); // buttons do not have this state
   }
 
   focus() {

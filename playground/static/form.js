@@ -2,11 +2,15 @@
 
 import { check, toJson } from "./api.js";
 import { h, prose, say } from "./dom.js";
-import { Field, ImageField, takesDrops } from "./fields.js";
+import { Choice, Field, ImageField, takesDrops } from "./fields.js";
+import { Loras } from "./loras.js";
 import { Training, droppedFolder } from "./training.js";
 
 const ALIASES = ["ctrl_img_1"]; // another name of `ctrl_img`
-const SHOWN = ["prompt", "ctrl_img", "width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed"];
+const IMAGES = { ctrl_img: "First image", last_img: "Last image" };
+const FITS = { stretch: "Stretch", crop: "Crop", pad: "Pad" };
+const NUMBERS = ["width", "height", "num_frames", "fps", "sample_steps", "guidance_scale", "seed", "num_videos"];
+const SHOWN = ["prompt", ...Object.keys(IMAGES), "image_fit", ...NUMBERS];
 const MATCHES = { documented: "Recommended: as the model page says", preview: "Like my training samples" };
 const LABELS = {
   neg: "Negative prompt",
@@ -14,10 +18,15 @@ const LABELS = {
   guidance_scale: "Guidance",
   num_frames: "Frames",
   fps: "Frames per second",
+  seed: "Seed",
+  num_videos: "Videos",
+  guidance_scale_2: "Guidance, low noise",
+  output_format: "Format",
+  trained_with: "How the training ran, as JSON",
   hf_token: "Hugging Face token",
-  network_multiplier: "Scale",
 };
-const SIDES = { high: "High noise", low: "Low noise" };
+const DEFAULTS = { sampler: "as the look says", guidance_scale_2: "as Guidance", shift: "the scheduler\u2019s" };
+const LARGEST_KEPT = 500_000; // characters of an image that the browser's storage takes
 
 export class Form {
   constructor(config, root) {
@@ -26,10 +35,8 @@ export class Form {
     this.defaultSeed = config.default_seed;
     this.root = root;
     this.prompts = [];
-    this.loras = [];
     this.summary = h("div", { class: "summary", role: "alert", hidden: true });
     this.storage = `form of ${config.target.url}`;
-    this.rows = new Map(); // of LoRAs, by the shape of the model, so that another model and back loses nothing
     this.#build(config.loras);
     this.write(this.#kept() ?? config.example ?? { model: config.models[0].id, loras: [], prompts: [{}] });
     root.addEventListener("input", () => this.#changed());
@@ -53,27 +60,28 @@ export class Form {
       this.showProblems([], { focus: false }); // they were those of the model before
     });
     this.needs = h("p", { class: "readout" });
-    this.loraList = h("div");
-    this.suggestions = h("datalist", { id: "lora-files" }, loras.map((path) => h("option", { value: path })));
+    this.loras = new Loras(this.schema, loras, () => this.#changed());
     this.promptList = h("div", { class: "prompts" });
+    this.morePrompts = h("div");
+    this.set = h("span", { class: "soft" });
     this.request = Object.entries(properties)
-      .filter(([name]) => !["model", "loras", "prompts"].includes(name))
-      .map(([name, schema]) => new Field(name, schema, { label: labelOf(name, schema) }));
+      .filter(([name]) => !["model", "loras", "extra_loras", "prompts"].includes(name))
+      .map(([name, schema]) => fieldOf(name, schema));
     const trigger = this.request.find((field) => field.name === "trigger_word");
     const match = this.request.find((field) => field.name === "match");
     for (const option of match.control.options) option.textContent = MATCHES[option.value] ?? "The worker\u2019s default";
     match.node.querySelector("label").textContent = "Look";
-    const rest = this.request.filter((field) => ![trigger, match].includes(field));
+    this.rest = this.request.filter((field) => ![trigger, match].includes(field));
     const folder = h("section", { "aria-label": "Training folder" });
     this.training = new Training(folder, (request) => this.write(request));
     this.root.replaceChildren(
       this.summary,
       folder,
       h("section", {}, this.modelField.node, this.needs, match.node),
-      h("section", {}, h("h2", {}, "LoRAs"), this.loraList, this.suggestions, trigger.node),
+      h("section", {}, h("h2", {}, "LoRAs"), this.loras.nodes, trigger.node),
       this.promptList,
       h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt(this.#inherited(), true) }, "Add a prompt"),
-      h("details", { class: "fold" }, h("summary", {}, "More for the whole request"), rest.map((field) => field.node)),
+      h("details", { class: "fold" }, h("summary", {}, "More", this.set), this.morePrompts, h("div", { class: "numbers" }, this.rest.map((field) => field.node))),
     );
   }
 
@@ -81,23 +89,19 @@ export class Form {
 
   #applyModel() {
     const { model } = this;
-    const image = { none: "no control image", optional: "control image optional", required: "control image required" };
+    const image = { none: "takes no image", optional: "image optional", required: "image required" };
     this.needs.replaceChildren(
       ...prose(`\`${model.id}\`, ${image[model.control_image]}${model.needs_toolkit ? ", needs ai\u2011toolkit" : ""}`),
     );
     // Locked while it is the worker's model. A request that was pasted can name another one, and can be changed then.
     const served = this.models.find(({ id }) => id === this.served);
     this.modelField.control.disabled = served === model;
-    if (served === model) this.needs.append(". The worker serves this model alone.");
+    if (served === model) this.needs.append(". The worker\u2019s only model.");
     else if (served) {
       const use = h("button", { type: "button", class: "link", onclick: () => this.serve(served.id) }, `Use ${served.id}`);
       this.needs.append(". The worker serves another: ", use);
     }
-    if (!this.rows.has(model.moe)) this.rows.set(model.moe, (model.moe ? ["high", "low"] : [null]).map((side) => this.#loraRow(side)));
-    if (this.loras !== this.rows.get(model.moe)) {
-      this.loras = this.rows.get(model.moe);
-      this.loraList.replaceChildren(...this.loras.map((row) => row.node));
-    }
+    this.loras.shape(model.moe);
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
   }
 
@@ -110,20 +114,6 @@ export class Form {
     this.#changed();
   }
 
-  #loraRow(side) {
-    const { properties } = this.schema.$defs.Lora;
-    const path = new Field("path", properties.path, {
-      label: side ? SIDES[side] : "File",
-      required: !side,
-      list: "lora-files",
-    });
-    const scale = new Field("network_multiplier", properties.network_multiplier, { label: "Scale", short: true });
-    path.control.placeholder = side ? "none: this side uses the base model" : "job/name.safetensors";
-    path.control.addEventListener("blur", () => showEnd(path.control));
-    scale.value = undefined;
-    return { side, path, scale, node: h("div", { class: "lora" }, path.node, scale.node) };
-  }
-
   // Prompts
 
   /** The values of the last prompt, for a new one: all but its text. */
@@ -134,18 +124,17 @@ export class Form {
 
   #addPrompt(values, byHand = false) {
     const { properties } = this.schema.$defs.Prompt;
-    const make = (name) =>
-      name === "ctrl_img"
-        ? new ImageField(properties[name])
-        : new Field(name, properties[name], {
-            label: labelOf(name, properties[name]),
-            required: name === "prompt",
-            short: SHOWN.includes(name) && name !== "prompt",
-          });
-    const names = Object.keys(properties).filter((name) => !ALIASES.includes(name));
+    const make = (name) => {
+      const schema = properties[name];
+      if (name in IMAGES) return new ImageField(name, schema, IMAGES[name]);
+      if (name === "image_fit") return new Choice(name, schema, "Fit of the image", FITS);
+      return fieldOf(name, schema, { required: name === "prompt", short: NUMBERS.includes(name) });
+    };
+    const names = ["neg", ...Object.keys(properties).filter((name) => !["neg", ...ALIASES].includes(name))];
     const fields = Object.fromEntries(names.map((name) => [name, make(name)]));
     const rest = names.filter((name) => !SHOWN.includes(name));
-    const prompt = { fields, title: h("h2"), readout: h("p", { class: "readout", id: `${fields.width.control.id}-makes` }) };
+    const nodesOf = (some) => some.map((name) => fields[name].node);
+    const prompt = { fields, rest, title: h("h2"), moreTitle: h("h3"), readout: h("p", { class: "readout", id: `${fields.width.control.id}-makes` }) };
     prompt.chips = h("div", { class: "chips", role: "group", "aria-label": "Sizes" });
     const dice = h("button", { type: "button", class: "quiet", title: "Another seed", "aria-label": "Another seed", onclick: () => this.#roll(prompt) }, "\u2684");
     prompt.lock = h("button", { type: "button", class: "quiet lock", "aria-pressed": "true", title: "Keep the seed for the next run", onclick: () => this.#lock(prompt) }, "Keep");
@@ -159,16 +148,20 @@ export class Form {
       { class: "prompt" },
       h("div", { class: "section-head" }, prompt.title, prompt.remove),
       fields.prompt.node,
-      fields.ctrl_img.node,
+      h("div", { class: "images" }, nodesOf(Object.keys(IMAGES))),
+      fields.image_fit.node,
       prompt.chips,
-      h("div", { class: "numbers" }, SHOWN.slice(2).map((name) => fields[name].node), prompt.readout),
-      h("details", { class: "fold" }, h("summary", {}, "More for this prompt"), rest.map((name) => fields[name].node)),
+      h("div", { class: "numbers" }, nodesOf(NUMBERS)),
+      prompt.readout,
     );
+    prompt.more = h("div", { class: "numbers" }, prompt.moreTitle, nodesOf(rest));
     fields.prompt.node.querySelector("label").classList.add("unseen"); // the title of the section names it
+    fields.trigger_word.control.placeholder = "as above";
     const given = { ...values, ctrl_img: values.ctrl_img ?? values.ctrl_img_1 };
     for (const name of names) fields[name].value = given[name];
     this.prompts.push(prompt);
     this.promptList.append(prompt.node);
+    this.morePrompts.append(prompt.more);
     this.#shapePrompt(prompt);
     this.#countPrompts();
     if (byHand) {
@@ -179,10 +172,14 @@ export class Form {
 
   #shapePrompt(prompt) {
     const { model } = this;
-    prompt.fields.ctrl_img.need = model.control_image;
+    const { fields } = prompt;
+    fields.ctrl_img.need = model.control_image;
+    fields.last_img.need = model.takes_last_image ? "optional" : "none";
+    fields.image_fit.shown = Object.keys(IMAGES).some((name) => fields[name].value);
+    fields.guidance_scale_2.shown = model.moe;
     const match = this.request.find((field) => field.name === "match")?.value ?? "documented";
-    for (const name of ["width", "height"]) prompt.fields[name].step = model.size_divisor[match];
-    prompt.fields.num_frames.step = 4;
+    for (const name of ["width", "height"]) fields[name].step = model.size_divisor[match];
+    fields.num_frames.step = 4;
     this.#showChips(prompt, model.size_divisor[match] ?? 16);
   }
 
@@ -226,22 +223,18 @@ export class Form {
     say(keeps ? "The seed is kept" : "Every run draws another seed");
   }
 
-  /** The request of the next run: seeds that are not kept are drawn. With `copies`, each prompt with as many seeds in a row. */
+  /** The request of the next run: seeds that are not kept are drawn. With `copies`, so many videos of each prompt. */
   next(copies = 1) {
     for (const prompt of this.prompts) if (prompt.lock.getAttribute("aria-pressed") === "false") this.#roll(prompt);
     const { request } = this.read();
-    if (copies === 1) return request;
-    const seedOf = (prompt, index) => (typeof prompt.seed === "string" || prompt.seed === undefined ? this.defaultSeed + index : prompt.seed);
-    const more = (seed, count) => (typeof seed === "bigint" ? seed + BigInt(count) : seed < 0 ? seed : seed + count);
-    request.prompts = request.prompts.flatMap((prompt, index) =>
-      Array.from({ length: copies }, (_, count) => ({ ...prompt, seed: more(seedOf(prompt, index), count) })),
-    );
+    if (copies > 1) for (const prompt of request.prompts) prompt.num_videos = copies;
     return request;
   }
 
   #removePrompt(prompt) {
     this.prompts = this.prompts.filter((other) => other !== prompt);
     prompt.node.remove();
+    prompt.more.remove();
     this.#countPrompts();
     this.prompts.at(-1).fields.prompt.focus();
     this.#changed();
@@ -250,7 +243,8 @@ export class Form {
   #countPrompts() {
     const several = this.prompts.length > 1;
     this.prompts.forEach((prompt, index) => {
-      prompt.title.textContent = several ? `Prompt ${index + 1}` : "Prompt";
+      for (const title of [prompt.title, prompt.moreTitle]) title.textContent = several ? `Prompt ${index + 1}` : "Prompt";
+      prompt.moreTitle.hidden = !several;
       prompt.remove.hidden = !several;
       prompt.remove.setAttribute("aria-label", `Remove prompt ${index + 1}`);
       prompt.fields.seed.control.placeholder = String(this.defaultSeed + index);
@@ -271,13 +265,9 @@ export class Form {
       }
       return values;
     };
-    const request = collect([this.modelField], "");
-    request.loras = [];
-    for (const row of this.loras.filter((row) => row.path.value !== undefined)) {
-      const values = collect([row.path, row.scale], `loras[${request.loras.length}].`);
-      request.loras.push(row.side ? { path: values.path, transformer: row.side, ...values } : values);
-    }
-    places.set("loras", this.loras[0].path);
+    const loras = this.loras.read();
+    const request = { ...collect([this.modelField], ""), ...loras.values };
+    for (const [path, field] of loras.places) places.set(path, field);
     request.prompts = this.prompts.map((prompt, index) => collect(Object.values(prompt.fields), `prompts[${index}].`));
     Object.assign(request, collect(this.request, ""));
     return { request, places };
@@ -287,18 +277,10 @@ export class Form {
     this.modelField.value = request.model;
     for (const field of this.request) field.value = request[field.name];
     this.prompts = [];
-    this.promptList.replaceChildren();
+    for (const list of [this.promptList, this.morePrompts]) list.replaceChildren();
     for (const prompt of request.prompts ?? [{}]) this.#addPrompt(prompt);
-    this.loras = [];
-    this.rows.clear();
     this.#applyModel();
-    for (const lora of request.loras ?? []) {
-      const row = this.loras.find((row) => row.side === (lora.transformer ?? null));
-      if (!row) continue;
-      row.path.value = lora.path;
-      showEnd(row.path.control);
-      row.scale.value = lora.network_multiplier;
-    }
+    this.loras.write(request);
     this.showProblems([], { focus: false });
     this.#changed();
   }
@@ -306,7 +288,7 @@ export class Form {
   /** Show each problem at its field and in a summary. */
   showProblems(problems, { focus = true } = {}) {
     const { places } = this.read();
-    const all = new Set([...places.values(), ...this.loras.flatMap((row) => [row.path, row.scale])]);
+    const all = new Set([...places.values(), ...this.loras.fields]);
     for (const field of all) field.showError([]);
     const at = new Map();
     for (const problem of problems) {
@@ -347,7 +329,7 @@ export class Form {
 
   #keep() {
     const { hf_token, ...request } = this.read().request;
-    for (const prompt of request.prompts) if (prompt.ctrl_img?.length > 500_000) delete prompt.ctrl_img;
+    for (const prompt of request.prompts) for (const name in IMAGES) if (prompt[name]?.length > LARGEST_KEPT) delete prompt[name];
     try {
       localStorage[this.storage] = toJson(request);
     } catch {
@@ -363,11 +345,19 @@ export class Form {
     }
   }
 
+  /** Say beside "More" how many of its fields have been set, so that none works unseen. */
+  #countSet() {
+    const fields = [...this.rest, ...this.prompts.flatMap((prompt) => prompt.rest.map((name) => prompt.fields[name]))];
+    const count = fields.filter((field) => ![undefined, field.schema.default, null].includes(field.value)).length;
+    this.set.textContent = count ? `${count} set` : "";
+  }
+
   /** Show sizes and frame counts by the worker's rules; see playground/check.py. */
   async #showEffective() {
     const { request } = this.read();
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
-    for (const prompt of request.prompts) if (prompt.ctrl_img) prompt.ctrl_img = "https://example.com/";
+    this.#countSet();
+    for (const prompt of request.prompts) for (const name in IMAGES) if (prompt[name]) prompt[name] = "https://example.com/";
     const mine = (this.latest = Symbol());
     const { prompts } = await check(request).catch(() => ({ prompts: [] }));
     if (mine !== this.latest) return;
@@ -415,10 +405,12 @@ export class Form {
     const text = event.clipboardData?.getData("text/plain") ?? "";
     if ((!typing || text.trimStart().startsWith("{")) && this.#takeText(text)) return event.preventDefault();
     const file = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
-    const takers = this.prompts.filter((prompt) => !prompt.fields.ctrl_img.node.hidden);
+    const takers = this.prompts.flatMap((prompt) => Object.keys(IMAGES).map((name) => prompt.fields[name])).filter((field) => !field.node.hidden);
     if (!file || !takers.length) return;
     event.preventDefault();
-    (takers.find((prompt) => prompt.node.contains(document.activeElement)) ?? takers[0]).fields.ctrl_img.take(file);
+    const focused = takers.find((field) => field.node.contains(document.activeElement));
+    const ofPrompt = takers.find((field) => field.node.closest(".prompt").contains(document.activeElement));
+    (focused ?? ofPrompt ?? takers[0]).take(file);
   }
 }
 
@@ -436,25 +428,28 @@ function asRequest(text) {
 }
 
 function effective(found, asked) {
-  if (!found) return ["The video's size is shown here."];
+  if (!found) return ["The video\u2019s size is shown here."];
   const changed = (name, text) => (found[name] === asked[name] ? text : h("mark", {}, text));
+  const still = found.num_frames === 1;
   return [
-    "Makes ",
+    asked.num_videos > 1 ? `Makes ${asked.num_videos} times ` : "Makes ",
     changed("width", `${found.width}`),
     " × ",
     changed("height", `${found.height}`),
-    h("br"),
-    changed("num_frames", found.num_frames === 1 ? "one image" : `${found.num_frames} frames`),
-    found.num_frames === 1 ? "" : `, ${found.seconds} s`,
+    ", ",
+    changed("num_frames", still ? "one image" : `${found.num_frames} frames`),
+    still ? "." : `, ${found.seconds} s.`,
+    asked.num_videos > 1 ? " Each has the next seed." : "",
   ];
 }
 
-/** Scroll to the end of a path, where the files of one training job differ: in step and side. */
-const showEnd = (control) => (control.scrollLeft = control.scrollWidth);
-
 const inOrder = (one, other) => (one.node.compareDocumentPosition(other.node) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
 
-function labelOf(name, schema) {
+function fieldOf(name, schema, options = {}) {
   const words = (schema.title ?? name).toLowerCase();
-  return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
+  const field = new Field(name, schema, { label: LABELS[name] ?? words[0].toUpperCase() + words.slice(1), ...options });
+  const none = field.control.querySelector("option[value='']");
+  if (none) none.textContent = DEFAULTS[name] ?? none.textContent;
+  else if (name in DEFAULTS) field.control.placeholder = DEFAULTS[name];
+  return field;
 }

@@ -31,6 +31,12 @@ export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job
 /** An output's name in the API of the playground's process: `JOB/FILE`. */
 export const placeOf = (item) => item.file.replace("/files/", "");
 
+/** What tells an output from the others of its run: "Run 3, prompt 2, seed 44". */
+export function outputName(job, item) {
+  const prompt = job.request.prompts.length > 1 ? `, prompt ${item.prompt_index + 1}` : "";
+  return `Run ${job.number}${prompt}${item.video_index === undefined ? "" : `, seed ${item.seed}`}`;
+}
+
 /** After the last step the video is decoded. The worker reports that only when the first frames are decoded. */
 const stageOf = (progress) =>
   progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
@@ -170,7 +176,7 @@ export class Stage {
       this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "The result has no files.")));
       return;
     }
-    const what = `Run ${job.number}, prompt ${item.prompt_index + 1}`;
+    const what = outputName(job, item);
     const file = h("input", { type: "file", class: "unseen", tabindex: "-1", "aria-hidden": "true", accept: "image/*,video/mp4,.zip" });
     file.addEventListener("change", () => file.files[0] && this.actions.sample(file.files[0], placeOf(item)));
     this.#fill(
@@ -284,7 +290,7 @@ function factsOf(job, item) {
   const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index && other.seed === item.seed) ?? {};
   const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] failed: ${error.message}`);
   return [
-    h("h2", {}, `Run ${job.number}`, result.outputs.videos.length > 1 ? h("span", { class: "soft" }, ` prompt ${item.prompt_index + 1}`) : ""),
+    h("h2", {}, outputName(job, item)),
     h("p", { class: "said" }, prompt.prompt ?? ""),
     notes([...failed, ...(result.warnings ?? [])]),
     ...sheet(item),

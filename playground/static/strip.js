@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { changesBetween } from "./words.js";
-import { inAWord, itemsOf, placeOf } from "./stage.js";
+import { inAWord, itemsOf, outputName, placeOf } from "./stage.js";
 
 const HINT = "Tick two to compare them.";
 
@@ -56,7 +56,7 @@ export class Strip {
   }
 
   #tile(job, item) {
-    const name = `Run ${job.number}${itemsOf(job).length > 1 ? `, prompt ${item.prompt_index + 1}` : ""}`;
+    const name = outputName(job, item);
     const open = h(
       "button",
       {
@@ -64,7 +64,7 @@ export class Strip {
         class: "open",
         "data-run": job.number,
         "data-file": item.file,
-        "aria-label": `Show ${name}, seed ${item.seed}`,
+        "aria-label": `Show ${name}`,
         onclick: () => this.actions.open(job, item),
       },
       h("span", { class: "poster" }, poster(item)),

@@ -20,7 +20,7 @@ export class Training {
     this.root.replaceChildren(
       this.input,
       h("button", { type: "button", class: "choose", onclick: () => this.input.click() }, "Open a training folder"),
-      h("p", { class: "soft" }, "or drop it here: config.yaml, the LoRAs and samples, as ai\u2011toolkit leaves them. It stays on this computer."),
+      h("p", { class: "soft", title: "config.yaml, the LoRAs and samples, as ai\u2011toolkit leaves them" }, "or drop it; it stays local"),
       error ? h("p", { class: "error", role: "alert" }, prose(sentence(error))) : "",
     );
   }

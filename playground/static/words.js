@@ -8,10 +8,16 @@ const NAMES = {
   num_frames: "Frames",
   fps: "Frames per second",
   neg: "Negative prompt",
+  guidance_scale_2: "Guidance, low noise",
+  num_videos: "Videos",
   network_multiplier: "Scale",
+  path: "LoRA file",
+  transformer: "Side",
   sha256: "File",
-  ctrl_img: "Control image",
-  control_image_sha256: "Control image",
+  ctrl_img: "First image",
+  control_image_sha256: "First image",
+  last_img: "Last image",
+  last_image_sha256: "Last image",
   match: "Match",
 };
 
@@ -19,7 +25,7 @@ const NAMES = {
 export function titleOf(path) {
   const parts = path.split(".").map((part) => {
     const [, name, index] = part.match(/^([^[]*)(?:\[(\d+)\])?/);
-    const words = { loras: "LoRA", prompts: "Prompt" }[name] ?? NAMES[name] ?? name.replaceAll("_", " ");
+    const words = { loras: "LoRA", extra_loras: "Extra LoRA", prompts: "Prompt" }[name] ?? NAMES[name] ?? name.replaceAll("_", " ");
     return index === undefined ? words : `${words} ${Number(index) + 1}`;
   });
   const text = parts.map((part, index) => (index ? part.charAt(0).toLowerCase() + part.slice(1) : part)).join(", ");

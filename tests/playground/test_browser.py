@@ -259,11 +259,12 @@ def test_problems_that_only_the_worker_finds_are_shown_at_the_fields_too(page: P
 
 
 def test_a_problem_in_a_fold_opens_it(page: Page) -> None:
-    page.get_by_text("More for this prompt").click()
-    page.locator(".prompt [name=trigger_word]").fill("x" * 501)
-    page.get_by_text("More for this prompt").click()
+    more = page.locator("#fields > .fold")
+    more.locator("summary").click()
+    more.locator("[name=trigger_word]").fill("x" * 501)
+    more.locator("summary").filter(has_text="1 set").click()
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector(".prompt [name=trigger_word][aria-invalid]:focus")
+    more.locator("[name=trigger_word][aria-invalid]:focus").wait_for()
 
 
 def test_the_form_takes_the_model_of_an_endpoint_when_an_answer_tells_it(
@@ -344,11 +345,11 @@ def test_the_problems_of_a_model_go_when_another_is_chosen(free: Page) -> None:
 
 def test_the_form_takes_the_shape_of_the_model(free: Page, tmp_path: Path) -> None:
     page = free
-    zone = page.locator(".field.image")
+    zone = page.locator(".field.image").first
     assert not zone.is_visible()
     field(page, "model").select_option("wan21_i2v_14b")
     assert zone.is_visible() and page.locator("[name=path]").count() == 1
-    assert "required" in page.locator(".readout").first.inner_text()
+    assert "image required" in page.locator(".readout").first.inner_text()
     page.locator("[name=path]").fill("a.safetensors")
     page.keyboard.press("Control+Enter")
     page.get_by_text("needs a control image").first.wait_for()
@@ -357,7 +358,7 @@ def test_the_form_takes_the_shape_of_the_model(free: Page, tmp_path: Path) -> No
     drop(page, ".field.image .zone", picture, "image/png")
     page.wait_for_selector(".zone img[src^='data:image/png']")
     assert json.loads(copied(page, "JSON"))["input"]["prompts"][0]["ctrl_img"].startswith("data:image/png;base64,")
-    page.get_by_role("button", name="Remove").click()
+    page.get_by_role("button", name="Remove the first image").click()
     assert field(page, "ctrl_img").input_value() == ""
     page.evaluate(
         """bytes => {
@@ -461,7 +462,7 @@ def test_for_an_endpoint_the_copied_code_names_the_key_and_never_contains_it(ope
 def test_what_was_typed_is_there_when_the_page_is_loaded_again_but_no_token(page: Page) -> None:
     field(page, "prompt").fill("a kept prompt")
     field(page, "seed").fill(str(2**64 - 1))
-    page.get_by_text("More for the whole request").click()
+    page.locator("#fields > .fold > summary").click()
     field(page, "hf_token").fill("hf_secret")
     page.wait_for_function("() => JSON.stringify(localStorage).includes('a kept prompt')")
     assert "hf_secret" not in page.evaluate("JSON.stringify(localStorage)")
@@ -506,6 +507,65 @@ def test_a_request_can_be_pasted_and_dropped(free: Page, tmp_path: Path) -> None
     (tmp_path / "request.json").write_text(json.dumps(EXAMPLE))
     drop(free, "#fields", tmp_path / "request.json", "application/json")
     free.wait_for_function("() => document.querySelector('[name=prompt]').value === '[trigger] a boat'")
+
+
+def test_more_loras_are_rows_with_a_side_and_a_scale(page: Page) -> None:
+    page.get_by_role("button", name="Add a LoRA").click()
+    page.keyboard.type("style.safetensors")
+    row = page.locator(".lora.extra")
+    row.locator("[name=transformer]").select_option("low")
+    row.locator("[type=range]").fill("0.5")
+    assert row.locator("[name=network_multiplier]").input_value() == "0.5"
+    row.locator("[name=network_multiplier]").press("ArrowUp")
+    assert row.locator("[type=range]").input_value() == "0.6"
+    extra = {"path": "style.safetensors", "transformer": "low", "network_multiplier": 0.6}
+    assert json.loads(copied(page, "JSON"))["input"]["extra_loras"] == [extra]
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert json.loads(copied(page, "JSON"))["input"]["extra_loras"] == [extra], "they are kept as what was typed"
+    page.keyboard.press("Control+Enter")
+    page.locator(".code", has_text="LORA_NOT_FOUND").wait_for()
+    row.locator("[name=path][aria-invalid]:focus").wait_for()
+    row.get_by_role("button", name="Remove this LoRA").press("Enter")
+    assert page.evaluate("document.activeElement.name") == "extra_loras"
+    assert "extra_loras" not in copied(page, "JSON")
+
+
+def test_a_model_with_one_transformer_has_no_sides_to_choose(free: Page) -> None:
+    free.get_by_role("button", name="Add a LoRA").click()
+    free.keyboard.type("style.safetensors")
+    field(free, "model").select_option("wan21_1b")
+    assert free.get_by_label("Extra LoRA", exact=True).get_by_role("textbox", name="Extra LoRA").first.is_visible()
+    assert json.loads(copied(free, "JSON"))["input"]["extra_loras"] == [{"path": "style.safetensors", "network_multiplier": 1}]
+    free.locator("#fields > .fold > summary").click()
+    assert not field(free, "guidance_scale_2").is_visible()
+
+
+def test_a_last_image_and_the_fit_are_there_for_the_model_that_takes_them(free: Page, tmp_path: Path) -> None:
+    last, fit = free.locator("[data-field=last_img]"), free.get_by_role("group", name="Fit of the image")
+    field(free, "model").select_option("wan21_i2v_14b")
+    assert not last.is_visible() and not fit.is_visible()
+    field(free, "model").select_option("wan22_14b_i2v")
+    picture = tmp_path / "last.png"
+    Image.new("RGB", (64, 48), "navy").save(picture)
+    drop(free, "[data-field=last_img] .zone", picture, "image/png")
+    last.locator("img[src^='data:image/png']").wait_for()
+    fit.get_by_role("button", name="Crop").click()
+    assert fit.get_by_role("button", name="Crop").get_attribute("aria-pressed") == "true"
+    prompt = json.loads(copied(free, "JSON"))["input"]["prompts"][0]
+    assert (prompt["last_img"][:15], prompt["image_fit"]) == ("data:image/png;", "crop")
+    field(free, "model").select_option("wan22_14b_t2v")
+    assert {"last_img", "image_fit"}.isdisjoint(json.loads(copied(free, "JSON"))["input"]["prompts"][0])
+
+
+def test_several_videos_of_a_prompt_have_a_tile_each(page: Page) -> None:
+    before = page.locator("#tiles .pick").count()
+    run(page, seed="7", num_videos="2")
+    names = [box.get_attribute("aria-label") or "" for box in page.locator("#tiles .pick input").all()[before:]]
+    assert [name.split(", ")[1] for name in names] == ["seed 7", "seed 8"]
+    page.locator("#tiles .open").last.click()
+    page.get_by_role("button", name="Use its settings").click()
+    assert (field(page, "seed").input_value(), field(page, "num_videos").input_value()) == ("8", "1")
 
 
 def test_four_variations_have_the_seeds_after_the_first(page: Page) -> None:
@@ -600,7 +660,7 @@ def test_without_a_worker_the_page_says_so_beside_run(free: Page) -> None:
 
 
 def test_every_kind_of_result_is_shown(page: Page) -> None:
-    page.get_by_text("More for the whole request").click()
+    page.locator("#fields > .fold > summary").click()
     page.get_by_label("Contact sheet").check()
     for kind, frames, shown in (("png", "5", "video"), ("webp", "5", "img"), ("mp4", "1", "img")):
         field(page, "output_format").select_option(kind)
@@ -652,6 +712,7 @@ def in_view(page: Page, selector: str) -> bool:
 @pytest.mark.parametrize(("colours", "rules"), [("light", []), ("dark", ["color-contrast"])], ids=["light", "dark"])
 def test_axe_finds_nothing(open_page: Open, colours: str, rules: list[str]) -> None:
     page = open_page(color_scheme=colours)
+    page.get_by_role("button", name="Add a LoRA").click()
     field(page, "width").fill("20")
     for fold in page.locator("#fields details > summary").all():
         fold.click()
