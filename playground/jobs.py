@@ -84,6 +84,10 @@ class Job:
     """The last answer to /status, of which the rest is made, once the job has ended by one."""
     trouble: str = ""
     """Why there was no answer when the job was last asked for; empty when there was one."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """What came from the worker, in its order: `seconds` since the start, `kind` (status, progress, warning or error), and
+    `text` or `progress`.
+    """
     _unknown_since: float | None = None
     _silent_since: float | None = None
 
@@ -95,32 +99,62 @@ class Job:
         """Take over an answer to /status."""
         if self.has_ended:
             return
-        self.trouble, self._silent_since = "", None
         self.seconds = round(time.time() - self.started_at, 1)
+        if self.trouble:
+            self._note("status", "the worker answers again")
+        self.trouble, self._silent_since = "", None
+        if not has_ended(answer):
+            status = "queued" if answer["status"] == "IN_QUEUE" else "running"
+            if status != self.status or not self.log:
+                self._note("status", "waiting for a worker" if status == "queued" else "a worker has the job")
+            self.status = status
         if Progress.of(self.id, answer).stage:
+            self._note_progress(answer["output"])
             self.progress = answer["output"]
         if not has_ended(answer):
-            self.status = "queued" if answer["status"] == "IN_QUEUE" else "running"
             if answer["status"] in RUNNING:
                 self._unknown_since = None
                 return
             self._unknown_since = self._unknown_since or time.time()
             if time.time() - self._unknown_since > _SECONDS_UNKNOWN:
                 self.code, self.error = "JOB_FAILED", f"the status {answer['status'][:40]!r} is not one of RunPod's"
+                self._note("error", self.error)
                 self.status = "failed"
             return
         self.answer = copy.deepcopy(answer)
         try:
             self.result = self._with_files(result_of(self.id, answer))
+            for warning in self.result.get("warnings", ()):
+                self._note("warning", warning)
+            for failed in self.result.get("errors", ()):
+                self._note("error", f"prompts[{failed['prompt_index']}]: {failed['message']}")
+            self._note("status", "done")
             self.status = "done"  # last, since other threads read it
         except (JobFailed, JobStopped) as error:
             self.code, self.error, self.problems = error.code, str(error), error.problems
             self.served_model = served_model(error.problems, self.request.get("model"))
-            self.status = "cancelled" if error.code == "CANCELLED" else "failed"
+            cancelled = error.code == "CANCELLED"
+            self._note("status" if cancelled else "error", self.error)
+            self.status = "cancelled" if cancelled else "failed"
+
+    def _note(self, kind: str, text: str) -> None:
+        self.log.append({"seconds": self.seconds, "kind": kind, "text": text})
+
+    def _note_progress(self, progress: dict[str, Any]) -> None:
+        """Of the steps of a video, a tenth is noted, so that the log stays short."""
+        last: dict[str, Any] = next((entry["progress"] for entry in reversed(self.log) if entry["kind"] == "progress"), {})
+        if all(progress.get(name) == last.get(name) for name in ("stage", "prompt_index")):
+            steps = progress.get("step", 0) - last.get("step", 0)
+            if 10 * steps < progress.get("steps", 0) or not steps:
+                return
+        self.log.append({"seconds": self.seconds, "kind": "progress", "progress": progress})
 
     def unanswered(self, error: Unreachable, patience: float) -> None:
         """Nobody answered for the job. After `patience` seconds of that it counts as failed."""
         self._silent_since = self._silent_since or time.time()
+        self.seconds = round(time.time() - self.started_at, 1)
+        if not self.trouble:
+            self._note("error", str(error))
         self.trouble = str(error)
         if time.time() - self._silent_since > patience:
             self.fail(error)
@@ -129,6 +163,7 @@ class Job:
         """The job's end is not known and will not be: it counts as failed."""
         if not self.has_ended:
             self.code, self.error, self.trouble = error.code, text or str(error), ""
+            self._note("error", self.error)
             self.status = "failed"
 
     def _with_files(self, result: Result) -> dict[str, Any]:
@@ -158,7 +193,7 @@ class Job:
 
 
 _NOT_SHOWN = ("files", "started_at", "answer", "_unknown_since", "_silent_since")
-_STORED = ("number", "id", "request", "started_at", "seconds", "code", "error", "answer")
+_STORED = ("number", "id", "request", "started_at", "seconds", "code", "error", "answer", "log")
 _INDEX = "runs.json"
 
 
@@ -211,12 +246,12 @@ class Jobs:
         jobs = {}
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             for stored in json.loads((self._folder / _INDEX).read_text()):
-                job = Job(**{name: stored[name] for name in _STORED if name not in ("answer", "code", "error")})
+                job = Job(**{name: stored[name] for name in ("number", "id", "request", "started_at")})
                 if stored["answer"]:
                     job.update(stored["answer"])
                 elif stored["code"]:
                     job.code, job.error, job.status = stored["code"], stored["error"], "failed"
-                job.seconds = stored["seconds"]
+                job.seconds, job.log = stored["seconds"], stored.get("log", [])
                 jobs[job.number] = job
         return jobs
 

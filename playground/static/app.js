@@ -5,7 +5,8 @@ import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
 import { h, prose, s, say, sentence } from "./dom.js";
 import { Form } from "./form.js";
-import { Stage, inAWord, itemsOf, placeOf, spoken } from "./stage.js";
+import { inAWord, spoken } from "./progress.js";
+import { Stage, itemsOf, placeOf } from "./stage.js";
 import { Strip } from "./strip.js";
 import { WorkerLine } from "./worker.js";
 

@@ -3,7 +3,7 @@
 import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
 import { calm, capital, h, prose, refill, say, sentence } from "./dom.js";
-import { list } from "./stage.js";
+import { list } from "./facts.js";
 import { titleOf, twoValues } from "./words.js";
 
 export class Comparison {

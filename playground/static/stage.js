@@ -1,26 +1,9 @@
 // The stage: one run with its progress, then its video and settings.
 
-import { toJson } from "./api.js";
-import { calm, h, prose, refill, s, seconds, sentence } from "./dom.js";
+import { calm, h, prose, refill, s, say, seconds, sentence } from "./dom.js";
+import { Facts, outputName } from "./facts.js";
 import { takesDrops } from "./fields.js";
-
-const STAGES = {
-  fetch: "Fetching",
-  wait: "Waiting",
-  load: "Loading",
-  denoise: "Denoising",
-  decode: "Decoding",
-  encode: "Encoding",
-  upload: "Uploading",
-};
-const DETAILS = {
-  fetch: "LoRAs and images",
-  wait: "until the GPU has finished another job",
-  load: "the LoRAs into the model",
-  decode: "the latents into frames",
-  encode: "the frames into a file",
-  upload: "the result",
-};
+import { doing, shownPercent, stageName, stageOf, timeLeft } from "./progress.js";
 
 const STEPS = ["Open the folder of your training, or enter the files of a LoRA.", "Take one of its samples, or write a prompt.", "Press Run."];
 
@@ -31,40 +14,10 @@ export const itemsOf = (job) => [...(job.result?.outputs?.videos ?? []), ...(job
 /** An output's name in the API of the playground's process: `JOB/FILE`. */
 export const placeOf = (item) => item.file.replace("/files/", "");
 
-/** What tells an output from the others of its run: "Run 3, prompt 2, seed 44". */
-export function outputName(job, item) {
-  const prompt = job.request.prompts.length > 1 ? `, prompt ${item.prompt_index + 1}` : "";
-  return `Run ${job.number}${prompt}${item.video_index === undefined ? "" : `, seed ${item.seed}`}`;
-}
-
-/** After the last step the video is decoded. The worker reports that only when the first frames are decoded. */
-const stageOf = (progress) =>
-  progress?.stage === "denoise" && progress.step === progress.steps ? "decode" : progress?.stage;
-
-/** The worker's percentage is that of the denoising steps. Until the file is there, the job is not done. */
-const shownPercent = (progress) => Math.min(progress.percent, 99);
-
-/** A running job's progress in one word: the percentage while it is denoised, or else the stage. */
-export function inAWord(job) {
-  if (job.trouble) return "No answer";
-  if (job.status === "queued" || !job.progress) return "…";
-  const stage = stageOf(job.progress);
-  return stage === "denoise" ? `${shownPercent(job.progress)}%` : STAGES[stage] ?? stage;
-}
-
-/** A running job's progress for screen readers: it changes every 25 percent, not every step. */
-export function spoken(job) {
-  if (job.trouble) return `No answer for run ${job.number}`;
-  if (job.status === "queued" || !job.progress) return `Run ${job.number} is waiting for a worker`;
-  const stage = stageOf(job.progress);
-  const quarter = Math.floor(job.progress.percent / 25) * 25;
-  return `${STAGES[stage] ?? stage}${stage === "denoise" ? `, ${quarter} percent` : ""}`;
-}
-
 export class Stage {
   /** `ready`: the form holds an example that can be run. */
   constructor(screen, facts, actions, ready) {
-    Object.assign(this, { screen, facts, actions });
+    Object.assign(this, { screen, facts: new Facts(facts), actions });
     this.#empty(ready);
     takesDrops(screen, (file) => this.item && this.actions.sample(file, placeOf(this.item)));
   }
@@ -106,7 +59,7 @@ export class Stage {
   #fill(kind, ...children) {
     this.screen.className = kind;
     refill(this.screen, ...children);
-    this.facts.replaceChildren();
+    this.facts.clear();
     this.banner = undefined;
   }
 
@@ -124,8 +77,8 @@ export class Stage {
     this.percent = h("p", { class: "percent" }, "…");
     this.bar = h("progress", { max: 100, "aria-label": "Progress of the run" });
     this.doing = h("p", { class: "doing" });
-    const notify = h("button", { type: "button", class: "quiet", onclick: async () => ((await Notification.requestPermission()), notify.remove()) }, "Notify me");
     const canAsk = globalThis.Notification?.permission === "default";
+    const notify = h("button", { type: "button", class: "quiet", onclick: () => this.#askToNotify(notify, cancel) }, "Notify me");
     this.left = h("p", { class: "left" });
     this.#fill(
       "running",
@@ -139,11 +92,19 @@ export class Stage {
         promptsOf(job),
       ),
     );
+    this.facts.show(job);
+  }
+
+  async #askToNotify(button, next) {
+    const answer = await Notification.requestPermission();
+    next.focus(); // the button goes
+    button.remove();
+    say(answer === "granted" ? "You get a notification when a run ends while you look elsewhere" : "The browser allows no notifications");
   }
 
   #progress(job) {
     const { progress } = job;
-    const name = stageOf(progress);
+    this.facts.update(job);
     if (job.trouble) {
       this.percent.textContent = "No answer";
       this.doing.replaceChildren(...prose(sentence(job.trouble)));
@@ -151,15 +112,11 @@ export class Stage {
       return;
     }
     // The percentage is that of the denoising; the stages before and after it have none.
-    if (name === "denoise") this.percent.replaceChildren(String(shownPercent(progress)), h("span", {}, "%"));
-    else this.percent.textContent = name ? STAGES[name] ?? name : "Queued";
+    if (stageOf(progress) === "denoise") this.percent.replaceChildren(String(shownPercent(progress)), h("span", {}, "%"));
+    else this.percent.textContent = progress ? stageName(progress) : "Queued";
     this.bar.value = progress ? shownPercent(progress) : 0;
-    const parts = [name === "denoise" ? `Step ${progress.step} of ${progress.steps}` : name ? DETAILS[name] ?? "" : "waiting for a worker"];
-    if (progress?.prompts > 1) parts.push(`video ${progress.prompt_index + 1} of ${progress.prompts}`);
-    this.doing.textContent = parts.filter(Boolean).join(", ");
-    const left = progress?.seconds_left;
-    const known = name === "denoise" && typeof left === "number";
-    this.left.textContent = `${known ? `about ${seconds(left)} left, ` : ""}${seconds(job.seconds)} so far`;
+    this.doing.textContent = doing(progress);
+    this.left.textContent = [timeLeft(progress), `${seconds(job.seconds)} so far`].filter(Boolean).join(", ");
   }
 
   #stop(job, button) {
@@ -194,7 +151,7 @@ export class Stage {
         h("a", { class: "button quiet", href: item.file, download: `run-${job.number}-${nameOf(item)}` }, "Download"),
       ),
     );
-    this.facts.replaceChildren(...factsOf(job, item));
+    this.facts.show(job, item);
   }
 
   #failed(job) {
@@ -213,11 +170,13 @@ export class Stage {
         this.#deleteButton(job),
       ),
     );
+    this.facts.show(job);
   }
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
     this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again, this.#deleteButton(job)));
+    this.facts.show(job);
   }
 
   /** Two presses delete a run, so that one by mistake does not. */
@@ -282,88 +241,4 @@ function sized(picture, item) {
 /** The prompts, shown until there is a result. */
 function promptsOf(job) {
   return h("ol", { class: "asked" }, job.request.prompts.map(({ prompt }) => h("li", {}, prompt)));
-}
-
-function factsOf(job, item) {
-  const { result } = job;
-  const settings = result.settings ?? {};
-  const prompt = settings.prompts?.find((other) => other.prompt_index === item.prompt_index && other.seed === item.seed) ?? {};
-  const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] failed: ${error.message}`);
-  return [
-    h("h2", {}, outputName(job, item)),
-    h("p", { class: "said" }, prompt.prompt ?? ""),
-    notes([...failed, ...(result.warnings ?? [])]),
-    ...sheet(item),
-    h("h3", {}, "Settings"),
-    list({
-      Model: result.model,
-      Match: settings.match,
-      Size: `${item.width} × ${item.height}`,
-      Frames: item.num_frames === 1 ? "1" : `${item.num_frames} at ${item.fps} fps`,
-      Seed: item.seed,
-      Steps: prompt.sample_steps,
-      Guidance: prompt.guidance_scale,
-      Scheduler: prompt.scheduler?.replace(/Scheduler$/, ""),
-      Shift: prompt.shift,
-      ...Object.fromEntries((settings.loras ?? []).map((lora) => [loraName(lora), loraText(lora)])),
-    }),
-    h("h3", {}, "Seconds"),
-    timings(result.timings ?? {}),
-    cost(result.timings?.total ?? 0),
-    json("Settings as JSON", { ...settings, prompts: [prompt] }),
-    json("Result as JSON", withoutFiles(result)),
-    json("Request as JSON", { input: job.request }),
-  ];
-}
-
-const json = (title, value) =>
-  h("details", { class: "fold" }, h("summary", {}, title), h("pre", { tabindex: "0" }, toJson(value, 2)));
-
-/** The worker's answer without the addresses that this process added to it. */
-const withoutFiles = (result) => JSON.parse(JSON.stringify(result, (name, value) => (["file", "play"].includes(name) ? undefined : value)));
-
-/** What the worker's time costs, at a price per hour that is entered once. A cold start is not in it. */
-function cost(total) {
-  const shown = h("span", { class: "sum" });
-  const price = h("input", { id: "price", type: "text", inputmode: "decimal", class: "number", autocomplete: "off", value: localStorage.price ?? "", placeholder: "0.00" });
-  const tell = () => {
-    const perHour = Number(price.value.replace(",", "."));
-    shown.textContent = perHour > 0 ? `$${((perHour * total) / 3600).toFixed(perHour * total < 36 ? 5 : 3)}` : "";
-  };
-  price.addEventListener("input", () => {
-    localStorage.price = price.value;
-    tell();
-  });
-  tell();
-  return h("div", { class: "cost" }, h("label", { for: "price" }, "$ per hour"), price, shown);
-}
-
-function sheet({ contact_sheet: picture }) {
-  if (!picture) return [];
-  const image = h("img", { src: picture.file, width: picture.width, height: picture.height, alt: "Contact sheet: frames from the first to the last" });
-  return [h("h3", {}, "Contact sheet"), h("a", { class: "sheet", href: picture.file, target: "_blank" }, image)];
-}
-
-const loraName = (lora) => (lora.transformer ? `LoRA, ${lora.transformer}` : "LoRA");
-const loraText = (lora) => [`× ${lora.network_multiplier}`, lora.step && `step ${lora.step}`, lora.sha256?.slice(0, 7)].filter(Boolean).join(", ");
-
-function notes(texts) {
-  if (!texts.length) return "";
-  return h("ul", { class: "warnings", "aria-label": "Warnings" }, texts.map((text) => h("li", {}, prose(text))));
-}
-
-export function list(values) {
-  const rows = Object.entries(values).filter(([, value]) => value !== undefined && value !== null && value !== "");
-  return h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
-}
-
-/** The seconds of each stage, with a bar for its share of the total. */
-function timings({ total, ...stages }) {
-  const row = ([name, value]) => {
-    const bar = h("span", { class: name === "total" ? "" : "share", "aria-hidden": "true" });
-    bar.style.setProperty("--share", total ? Math.min(1, value / total) : 0);
-    return h("div", {}, h("dt", {}, name), h("dd", {}, bar, value.toFixed(1)));
-  };
-  const shown = Object.entries(stages).filter(([, value]) => value >= 0.05);
-  return h("dl", { class: "timings" }, [...shown, ["total", total ?? 0]].map(row));
 }

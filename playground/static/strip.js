@@ -2,7 +2,9 @@
 
 import { h } from "./dom.js";
 import { changesBetween } from "./words.js";
-import { inAWord, itemsOf, outputName, placeOf } from "./stage.js";
+import { outputName } from "./facts.js";
+import { inAWord } from "./progress.js";
+import { itemsOf, placeOf } from "./stage.js";
 
 const HINT = "Tick two to compare them.";
 

@@ -149,12 +149,57 @@ def test_a_run_shows_its_progress_and_then_plays(page: Page) -> None:
     assert "is ready" in page.get_by_role("status").inner_text()
 
 
+def test_the_log_grows_with_the_run_and_stays_beside_its_json(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    update = {"stage": "denoise", "prompt_index": 0, "prompts": 1, "step": 2, "steps": 4, "percent": 50, "seconds_left": 3.0}
+    cloud.answer = {"status": "IN_QUEUE", "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.keyboard.press("Control+Enter")
+        lines = page.locator(".log li")
+        lines.filter(has_text="Waiting for a worker.").wait_for()
+        cloud.answer = {"status": "IN_PROGRESS", "output": update}
+        lines.filter(has_text="Denoising, step 2 of 4, about 3 s left.").wait_for()
+        cloud.answer = {"status": "FAILED", "error": "OUT_OF_MEMORY: the GPU's memory is full"}
+        lines.last.filter(has_text="the GPU's memory is full").wait_for()
+        assert page.locator(".log .error").count() == 1
+        page.get_by_role("tab", name="Log").press("ArrowLeft")
+        assert not lines.first.is_visible()
+        assert json.loads(page.get_by_label("Request", exact=True).nth(1).inner_text())["input"]["model"] == "wan22_14b_t2v"
+
+
+def test_a_notification_tells_of_the_end_to_those_who_asked_for_it(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    update = {"stage": "denoise", "prompt_index": 0, "prompts": 1, "step": 2, "steps": 4, "percent": 50, "seconds_left": 3.0}
+    cloud.answer = {"status": "IN_PROGRESS", "output": update, "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.context.clear_permissions()  # as in a browser that was never asked
+        page.reload()
+        page.wait_for_selector("body[data-ready]")
+        page.evaluate("""() => {
+            window.told = [];
+            window.Notification = new Proxy(Notification, {construct: (target, [text]) => (told.push(text), new target(text))});
+        }""")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("() => document.title === '50% · Playground'")
+        assert page.evaluate("Notification.permission") == "default", "nothing is asked for before the button"
+        page.context.grant_permissions(["notifications"], origin=server.url)  # the user's answer to the browser's question
+        page.get_by_role("button", name="Notify me").click()
+        page.get_by_role("status").filter(has_text="You get a notification").wait_for()
+        assert page.evaluate("document.activeElement.innerText") == "Cancel", "the focus stays where the button was"
+        page.evaluate("Object.defineProperty(document, 'hidden', {configurable: true, get: () => true})")
+        cloud.answer = {"status": "FAILED", "error": "OUT_OF_MEMORY: the GPU's memory is full"}
+        page.wait_for_function("() => told.length")
+        assert page.evaluate("[document.title, told]") == ["● Run 1 failed · Playground", ["Run 1 failed"]]
+        page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+        assert page.title() == "Playground"
+
+
 def test_a_run_can_be_cancelled(page: Page, worker: LocalApi) -> None:
     field(page, "sample_steps").fill("150")
     field(page, "num_frames").fill("81")
     page.keyboard.press("Control+Enter")
     page.get_by_role("button", name="Cancel").click()
-    page.get_by_text("was cancelled").wait_for()
+    page.locator("#screen").get_by_text("was cancelled").wait_for()
     assert "Stopped" in worker.log.read_text()[-3000:] or "CancelledError" in worker.log.read_text()[-3000:]
 
 
@@ -305,7 +350,7 @@ def test_a_run_whose_worker_is_gone_says_so_and_ends(open_page: Open, cloud: Fak
         page.locator("#not-sent", has_text="Not sent. No job was started").wait_for()
         page.locator("#target[data-state=gone]").wait_for()
         cloud.status = 404  # the worker was started again
-        page.get_by_text("was started again while this ran").wait_for()
+        page.locator("#screen").get_by_text("was started again while this ran").wait_for()
         cloud.status = 200
         page.locator("#not-sent:empty").wait_for(state="attached")
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from client import Client
+from client import Client, Unreachable
 from playground.__main__ import main
 from playground.jobs import Job, Jobs, NoFile
 from playground.server import STATIC
@@ -464,6 +464,24 @@ def test_a_job_with_a_status_that_runpod_does_not_have_fails_after_a_while(monke
     monkeypatch.setattr("playground.jobs._SECONDS_UNKNOWN", -1)
     job.update({"status": "PAUSED"})
     assert (job.status, job.error) == ("failed", "the status 'PAUSED' is not one of RunPod's")
+
+
+def test_the_log_has_stages_some_steps_lost_answers_and_warnings() -> None:
+    job = Job(1, "job-1", REQUEST)
+    update = {"prompt_index": 0, "prompts": 1, "steps": 40, "percent": 0, "seconds_left": None}
+    job.update({"status": "IN_QUEUE"})
+    job.update({"status": "IN_PROGRESS", "output": update | {"stage": "fetch", "step": 0}})
+    for step in range(1, 11):
+        job.update({"status": "IN_PROGRESS", "output": update | {"stage": "denoise", "step": step}})
+    for _ in range(2):
+        job.unanswered(Unreachable("no worker answers"), 60)
+    answer = completed("file:///0.mp4")
+    answer["output"]["warnings"] = ["a size was changed"]
+    job.update(answer)
+    told = [entry.get("text") or (entry["progress"]["stage"], entry["progress"]["step"]) for entry in job.log]
+    waiting = ["waiting for a worker", "a worker has the job", ("fetch", 0)]
+    steps = [("denoise", 1), ("denoise", 5), ("denoise", 9)]
+    assert told == [*waiting, *steps, "no worker answers", "the worker answers again", "a size was changed", "done"]
 
 
 # Runs that outlive the process
