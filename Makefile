@@ -3,6 +3,7 @@
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
 # make image-test   builds the image with tiny checkpoints, looks through its layers, and runs a job in it; needs root and buildah
+# make openapi-clients   generates clients of docs/openapi.json in Python and TypeScript, and uses them; needs npm and the network
 # make lint   ruff, mypy, hadolint and shellcheck
 # make docs   rewrites the generated parts of the documentation and builds it as a site
 # make playground   a page to try it with: for that model, URL=http://… or ENDPOINT=id
@@ -12,7 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := .demo
 
-.PHONY: setup run serve playground test image-test soak lint format docs clean
+.PHONY: setup run serve playground test image-test soak openapi-clients lint format docs clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +45,9 @@ image-test: setup
 
 soak: setup
 	$(PY) -m tests.soak --jobs 500
+
+openapi-clients: $(DEMO)/.ready
+	$(PY) -m tests.openapi_clients $(DEMO)
 
 lint: setup
 	$(PY) -m ruff check .

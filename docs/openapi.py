@@ -77,6 +77,7 @@ def _answers() -> Schema:
     located |= {"width": integer, "height": integer, "bytes": integer}
     video = {"prompt_index": integer, **located, "format": {"enum": ["mp4", "webp", "gif", "png"]}}
     video |= {"num_frames": integer, "fps": integer, "seed": integer}
+    numbered: Schema = {"video_index": {**integer, "description": "Among the videos of a prompt with several."}}
     pictures = {name: {"anyOf": [_ref("Picture"), {"type": "null"}]} for name in ("poster", "contact_sheet")}
     stages = ["fetch", "wait", "load", "denoise", "encode", "upload"]
     counts = ("running", "idle", "ready", "initializing", "throttled", "unhealthy")
@@ -108,12 +109,12 @@ def _answers() -> Schema:
                 "model": text,
                 "outputs": _object({"images": _list(_ref("Video")), "videos": _list(_ref("Video"))}),
                 "warnings": _list(text),
-                "settings": {"type": "object", "description": "All that decided the frames."},
+                "settings": {"type": "object", "additionalProperties": True, "description": "All that decided the frames."},
                 "timings": {"type": "object", "additionalProperties": number, "description": "Seconds by stage, and `total`."},
             },
-            errors=_list(_object({"prompt_index": integer, "code": text, "message": text})),
+            errors=_list(_object({"prompt_index": integer, "code": text, "message": text}, **numbered)),
         ),
-        "Video": _object(video, **pictures),
+        "Video": _object(video, **numbered, **pictures),
         "Picture": _object(located),
         "Health": _object(
             {

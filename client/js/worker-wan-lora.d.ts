@@ -134,7 +134,7 @@ export interface Result {
   settings: Record<string, unknown>;
   /** Seconds by stage, and `total`. */
   timings: Record<string, number>;
-  errors?: Array<{ prompt_index: number; code: string; message: string }>;
+  errors?: Array<{ prompt_index: number; code: string; message: string; video_index?: number }>;
 }
 
 export interface Video {
@@ -149,6 +149,8 @@ export interface Video {
   num_frames: number;
   fps: number;
   seed: number;
+  /** Among the videos of a prompt with several. */
+  video_index?: number;
   poster?: Picture | null;
   contact_sheet?: Picture | null;
 }
