@@ -1,0 +1,99 @@
+"""Make the strips of docs/gallery.md with the worker itself, on the demo's weights. Run it again when the weights change, and read the page again then.
+
+    python -m docs.gallery .demo
+
+Each strip is one animation: films that differ in one setting, side by side, with the setting written on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from client import Client
+from playground.__main__ import tiny_example, tiny_worker
+from tools.frames import read_clip
+
+IMAGES = Path(__file__).parent / "images"
+SIZE = (192, 144)
+"""Pixels of one film, from 128x96."""
+_GAP = 4
+_QUALITY = 60
+_MILLISECONDS = 1000 // 12
+
+Frames = npt.NDArray[np.uint8]
+"""[frames, height, width, 3], RGB."""
+
+
+def _scale(request: dict[str, Any], value: float) -> None:
+    for lora in request["loras"]:
+        lora["network_multiplier"] = value
+
+
+def _prompt(field: str) -> Callable[[dict[str, Any], Any], None]:
+    return lambda request, value: request["prompts"][0].update({field: value})
+
+
+def _match(request: dict[str, Any], value: str) -> None:
+    request["match"] = value
+
+
+STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], None]]] = {
+    "scale": ("LoRA scale {:g}", (0.0, 0.5, 1.0, 1.5), _scale),
+    "guidance": ("guidance {:g}", (1.0, 4.0, 6.0), _prompt("guidance_scale")),
+    "steps": ("{} steps", (4, 10, 25), _prompt("sample_steps")),
+    "match": ("{}", ("documented", "preview"), _match),
+}
+"""The label, the values, and how a value is put into the request of test_input.json."""
+
+
+def main(checkpoints: Path) -> None:
+    with tiny_worker(checkpoints) as url, TemporaryDirectory() as folder:
+        client = Client.local(url)
+        for name, (label, values, put) in STRIPS.items():
+            films = [_film(client, value, put, Path(folder)) for value in values]
+            target = IMAGES / f"gallery-{name}.webp"
+            first, *rest = _strip(films, [label.format(value) for value in values])
+            first.save(target, save_all=True, append_images=rest, duration=_MILLISECONDS, loop=0, quality=_QUALITY, method=6)
+            kilobytes = target.stat().st_size / 1000
+            print(f"{target.name}: {kilobytes:.0f} kB; first and last film {_psnr(films[0], films[-1]):.1f} dB", flush=True)
+
+
+def _film(client: Client, value: Any, put: Callable[[dict[str, Any], Any], None], folder: Path) -> Frames:
+    request = copy.deepcopy(tiny_example())
+    put(request, value)
+    [path] = client.download(client.run(request), folder)
+    return read_clip(path).frames
+
+
+def _psnr(a: Frames, b: Frames) -> float:
+    """In dB, over all frames."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def _strip(films: list[Frames], labels: list[str]) -> Iterator[Image.Image]:
+    font = ImageFont.load_default(size=14)
+    width = len(films) * (SIZE[0] + _GAP) - _GAP
+    for number in range(len(films[0])):
+        strip = Image.new("RGB", (width, SIZE[1]), "white")
+        draw = ImageDraw.Draw(strip)
+        for place, (film, label) in enumerate(zip(films, labels, strict=True)):
+            x = place * (SIZE[0] + _GAP)
+            strip.paste(Image.fromarray(film[number]).resize(SIZE, Image.Resampling.BICUBIC), (x, 0))
+            draw.text((x + 8, 6), label, "white", font, stroke_width=2, stroke_fill="black")
+        yield strip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m docs.gallery", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
+    main(parser.parse_args().checkpoints.resolve())
