@@ -30,6 +30,7 @@ export class Comparison {
     this.video?.pause();
     this.video?.removeAttribute("src");
     this.curve?.close();
+    this.facts.removeAttribute("tabindex");
   }
 
   #fail(text) {
@@ -91,6 +92,7 @@ export class Comparison {
     const [head, ...rest] = found.verdict.text.split(": ");
     const differ = Object.entries(found.settings ?? {});
     const rows = differ.map(([name, { a, b }]) => h("li", {}, h("h4", {}, titleOf(name)), twoValues(a, b)));
+    this.facts.tabIndex = 0; // so that the keyboard can scroll it; there is nothing in it to focus
     this.facts.replaceChildren(
       h("h2", {}, capital(head)),
       h("p", { class: "said" }, sentence(rest.join(": "))),

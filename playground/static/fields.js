@@ -45,7 +45,7 @@ export class Field extends Described {
     this.control.setAttribute("aria-describedby", this.note.id);
     this.node = h(
       "div",
-      { class: `field ${this.schema.type === "boolean" ? "tick" : ""}`, "data-field": name },
+      { class: this.control.type === "checkbox" ? "field tick" : "field", "data-field": name },
       h("label", { for: this.id }, label ?? this.schema.title, required ? null : h("span", { class: "optional" }, " optional")),
       slider ? this.#withSlider() : this.control,
       this.note,
@@ -58,9 +58,10 @@ export class Field extends Described {
   #control(id, { required, list }) {
     const { schema } = this;
     const common = { id, name: this.name, "aria-required": required ? "true" : null };
-    if (schema.enum) {
+    if (schema.enum || this.isYesOrNo) {
       const none = schema.default === null ? [h("option", { value: "" }, "the worker's default")] : [];
-      return h("select", common, none, schema.enum.map((value) => h("option", { value }, value)));
+      const options = this.isYesOrNo ? { true: "yes", false: "no" } : Object.fromEntries(schema.enum.map((value) => [value, value]));
+      return h("select", common, none, Object.entries(options).map(([value, text]) => h("option", { value }, text)));
     }
     if (schema.type === "boolean") return h("input", { ...common, type: "checkbox" });
     if (this.isNumber) {
@@ -69,15 +70,14 @@ export class Field extends Described {
       input.addEventListener("keydown", (event) => this.#stepped(event));
       return input;
     }
-    if (this.isObject) return h("textarea", { ...common, rows: 2, spellcheck: "false", class: "code-text", placeholder: "{}" });
     if (schema.maxLength >= 10000) return h("textarea", { ...common, rows: 3, spellcheck: "true" });
     const type = this.name.endsWith("token") ? "password" : "text";
     return h("input", { ...common, type, list, autocomplete: type === "password" ? "new-password" : "off", spellcheck: "false" });
   }
 
-  /** Such as `trained_with`: written as JSON. */
-  get isObject() {
-    return "$ref" in this.schema || ["object", "array"].includes(this.schema.type);
+  /** A boolean that may be left open. */
+  get isYesOrNo() {
+    return this.schema.type === "boolean" && this.schema.default === null;
   }
 
   get isNumber() {
@@ -100,14 +100,14 @@ export class Field extends Described {
     if (this.control.type === "checkbox") return this.control.checked;
     const text = this.control.value;
     if (text.trim() === "") return undefined;
-    if (this.isObject) return parsed(text);
+    if (this.isYesOrNo) return text === "true";
     return this.isNumber ? numberOf(text) : text;
   }
 
   set value(value) {
     const shown = value ?? this.schema.default;
     if (this.control.type === "checkbox") this.control.checked = Boolean(shown);
-    else this.control.value = typeof shown === "object" && shown ? JSON.stringify(shown) : shown ?? "";
+    else this.control.value = String(shown ?? "");
     if (this.slider) this.slider.value = this.control.value;
     this.showError([]);
   }
@@ -155,6 +155,34 @@ export class Choice extends Described {
   }
 }
 
+/** The fields of an object in the request, such as `trained_with`. Where none is set, the object is left out. */
+export class Group extends Described {
+  constructor(name, schema, label, fields) {
+    super(name, schema);
+    this.fields = fields;
+    this.control = h("fieldset", { name, "aria-describedby": this.note.id }, h("legend", {}, label), h("div", { class: "numbers" }, fields.map((field) => field.node)));
+    this.node = h("div", { class: "group", "data-field": name }, this.note, this.control, this.error);
+  }
+
+  get value() {
+    const given = Object.fromEntries(this.fields.map(({ name, value }) => [name, value]).filter(([, value]) => value !== undefined));
+    return Object.keys(given).length ? given : undefined;
+  }
+
+  set value(value) {
+    for (const field of this.fields) field.value = value?.[field.name];
+  }
+
+  showError(texts) {
+    showErrorAt(this.control, this.error, texts, this.note.id);
+    this.control.removeAttribute("aria-invalid"); // groups do not have this state
+  }
+
+  focus() {
+    this.fields[0].focus();
+  }
+}
+
 /** A list whose items the form shows as rows of their own; this is the button that adds one. */
 export class AddButton extends Described {
   constructor(name, schema, text, onclick) {
@@ -170,15 +198,6 @@ function showErrorAt(control, error, texts, noteId) {
   control.setAttribute("aria-describedby", texts.length ? `${error.id} ${noteId}` : noteId);
   if (texts.length && control.localName !== "button") control.setAttribute("aria-invalid", "true"); // buttons do not have this state
   else control.removeAttribute("aria-invalid");
-}
-
-/** The object in a text; the text itself if it is not JSON, for the worker's check to say so. */
-function parsed(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return text;
-  }
 }
 
 /** The number in a text. Any other text is sent to the worker's check unchanged, which says what is allowed. */

@@ -2,7 +2,7 @@
 
 import { check, toJson } from "./api.js";
 import { h, prose, say } from "./dom.js";
-import { Choice, Field, ImageField, takesDrops } from "./fields.js";
+import { Choice, Field, Group, ImageField, takesDrops } from "./fields.js";
 import { Loras } from "./loras.js";
 import { Training, droppedFolder } from "./training.js";
 
@@ -22,10 +22,18 @@ const LABELS = {
   num_videos: "Videos",
   guidance_scale_2: "Guidance, low noise",
   output_format: "Format",
-  trained_with: "How the training ran, as JSON",
   hf_token: "Hugging Face token",
+  quantize: "Quantized",
+  quantize_te: "Text encoder quantized",
+  qtype: "Format, qtype",
+  low_vram: "Low VRAM",
+  vae_tiling: "VAE tiling",
+  dtype: "Trained in, dtype",
+  save_dtype: "Saved in, dtype",
+  multipliers: "Scales of the samples",
 };
 const DEFAULTS = { sampler: "as the look says", guidance_scale_2: "as Guidance", shift: "the scheduler\u2019s" };
+const UNKNOWN = "not known";
 const LARGEST_KEPT = 500_000; // characters of an image that the browser's storage takes
 
 export class Form {
@@ -66,7 +74,7 @@ export class Form {
     this.set = h("span", { class: "soft" });
     this.request = Object.entries(properties)
       .filter(([name]) => !["model", "loras", "extra_loras", "prompts"].includes(name))
-      .map(([name, schema]) => fieldOf(name, schema));
+      .map(([name, schema]) => (name === "trained_with" ? this.#training(schema) : fieldOf(name, schema)));
     const trigger = this.request.find((field) => field.name === "trigger_word");
     const match = this.request.find((field) => field.name === "match");
     for (const option of match.control.options) option.textContent = MATCHES[option.value] ?? "The worker\u2019s default";
@@ -83,6 +91,15 @@ export class Form {
       h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt(this.#inherited(), true) }, "Add a prompt"),
       h("details", { class: "fold" }, h("summary", {}, "More", this.set), this.morePrompts, h("div", { class: "numbers" }, this.rest.map((field) => field.node))),
     );
+  }
+
+  #training(schema) {
+    const fields = Object.entries(this.schema.$defs.Training.properties).map(([name, one]) => fieldOf(name, one, { short: true }));
+    for (const { control } of fields) {
+      if (control.localName === "select") control.options[0].textContent = UNKNOWN;
+      else control.placeholder = UNKNOWN;
+    }
+    return new Group("trained_with", { ...schema, default: null }, "How the training ran", fields);
   }
 
   // Model and LoRAs
@@ -260,6 +277,7 @@ export class Form {
       const values = {};
       for (const field of fields) {
         places.set(prefix + field.name, field);
+        for (const part of field.fields ?? []) places.set(`${prefix}${field.name}.${part.name}`, part);
         const { value } = field;
         if (value !== undefined) values[field.name] = value;
       }
@@ -356,6 +374,8 @@ export class Form {
   async #showEffective() {
     const { request } = this.read();
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
+    const { match, trained_with: training } = Object.fromEntries(this.request.map((field) => [field.name, field]));
+    training.shown = match.value === "preview" || training.value !== undefined;
     this.#countSet();
     for (const prompt of request.prompts) for (const name in IMAGES) if (prompt[name]) prompt[name] = "https://example.com/";
     const mine = (this.latest = Symbol());

@@ -21,7 +21,7 @@ from tests.playground.conftest import Page as Server
 from tests.worker_process import LocalApi, free_port
 from tools.compare import as_json, compare
 from tools.frames import read_clip
-from worker.request import Lora, Prompt, Request
+from worker.request import Lora, Prompt, Request, Training
 from worker.video import VIDEO, encode
 
 if TYPE_CHECKING:
@@ -424,7 +424,7 @@ def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> 
     without_field = {"prompts", "loras", "transformer", "ctrl_img_1"}  # made of parts, by position, another name
     fields = [
         (name, info.description)
-        for model in (Request, Lora, Prompt)
+        for model in (Request, Lora, Prompt, Training)
         for name, info in model.model_fields.items()
         if name not in without_field
     ]
@@ -576,6 +576,23 @@ def test_more_loras_are_rows_with_a_side_and_a_scale(page: Page) -> None:
     assert "extra_loras" not in copied(page, "JSON")
 
 
+def test_how_the_training_ran_can_be_said_for_a_preview(page: Page) -> None:
+    training = page.get_by_role("group", name="How the training ran")
+    page.locator("#fields > .fold > summary").click()
+    assert not training.is_visible()
+    field(page, "match").select_option("preview")
+    training.wait_for()
+    assert page.evaluate("document.documentElement.scrollHeight") == 900, "the form scrolls, not the page"
+    training.get_by_label("Low VRAM").select_option("no")
+    training.get_by_label("Format, qtype").fill("fp4")
+    assert json.loads(copied(page, "JSON"))["input"]["trained_with"] == {"qtype": "fp4", "low_vram": False}
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("[name=qtype][aria-invalid]:focus")
+    training.get_by_label("Format, qtype").fill("")
+    training.get_by_label("Low VRAM").select_option("not known")
+    assert "trained_with" not in copied(page, "JSON")
+
+
 def test_a_model_with_one_transformer_has_no_sides_to_choose(free: Page) -> None:
     free.get_by_role("button", name="Add a LoRA").click()
     free.keyboard.type("style.safetensors")
@@ -638,6 +655,15 @@ def test_a_tile_says_what_changed_and_a_run_can_be_deleted(page: Page) -> None:
     page.get_by_role("button", name="Really delete").click()
     page.wait_for_function("count => document.querySelectorAll('#tiles li').length === count", arg=count - 1)
     page.wait_for_selector("#facts h2")
+
+
+def test_words_that_differ_are_marked_whole(page: Page) -> None:
+    marked = page.evaluate("""async () => {
+        const { twoValues } = await import("/static/words.js");
+        const lines = twoValues("a red boat sails", "a redder boat sails left");
+        return lines.map((line) => [...line.querySelectorAll("mark")].map((mark) => mark.textContent));
+    }""")
+    assert marked == [["red"], ["redder", "left"]]
 
 
 def test_the_price_of_an_hour_gives_that_of_the_run(page: Page) -> None:
