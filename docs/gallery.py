@@ -1,8 +1,9 @@
-"""Make the strips of docs/gallery.md with the worker itself, on the demo's weights. Run it again when the weights change, and read the page again then.
+"""Make the strips of docs/gallery.md with the worker itself, on the demo's weights.
 
     python -m docs.gallery .demo
 
 Each strip is one animation: films that differ in one setting, side by side, with the setting written on them.
+When the weights change, run it again, and then read the page again.
 """
 
 from __future__ import annotations
