@@ -40,7 +40,7 @@ def test_a_local_error_ends_with_status_1_and_says_the_code(tiny: Path, tmp_path
 
 
 def test_a_terminal_shows_a_progress_bar(tiny: Path, tmp_path: Path) -> None:
-    job = json.dumps({"input": request_for("wan21_1b", tiny, width=256, height=256, num_frames=33, sample_steps=12)})
+    job = json.dumps({"input": request_for("wan21_1b", tiny, width=128, height=128, num_frames=17, sample_steps=20)})
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     command = [sys.executable, str(ROOT / "handler.py"), "--test_input", job]
@@ -92,7 +92,7 @@ def test_sigterm_finishes_the_running_job(tiny: Path, tmp_path: Path) -> None:
     with serve() as bucket:
         env = environment(tiny, "wan22_5b", AI_TOOLKIT_PATH=STAND_IN, **bucket.environment(), **cloud.environment())
         with process(env, tmp_path / "worker.log") as worker:
-            cloud.submit("last", request_for("wan22_5b", tiny, width=256, height=256, num_frames=81, sample_steps=20))
+            cloud.submit("last", request_for("wan22_5b", tiny, width=128, height=128, num_frames=33, sample_steps=40))
             cloud.wait_for("last", stage="denoise")
             worker.terminate()
             assert "output" in cloud.wait_for("last")

@@ -23,7 +23,7 @@ from pipelines import WanModel
 from pipelines.errors import LoraInvalid, OutOfMemory
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import as_base64, file_of, frames_of, request_for
-from worker import frame_queue, logs
+from worker import frame_queue, logs, service
 from worker.files import scratch
 from worker.recovery import Recovery
 from worker.run import left_behind
@@ -153,7 +153,7 @@ def test_a_job_that_finishes_nothing_in_time_fails_with_timeout_and_the_next_one
 def test_a_cancelled_job_has_left_the_gpu_when_its_task_ends(runner: Runner, tiny: Path) -> None:
     async def cancel_and_go_on() -> dict[str, Any]:
         worker = runner()
-        task = asyncio.create_task(worker.run(job(tiny, {"width": 512, "height": 512, "num_frames": 81, "sample_steps": 150})))
+        task = asyncio.create_task(worker.run(job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 150})))
         while not worker._gpu.is_held:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
@@ -181,7 +181,7 @@ def test_two_jobs_at_once_each_get_their_own_frames(runner: Runner, tiny: Path) 
 def test_nothing_is_left_in_the_temp_folder(runner: Runner, tiny: Path) -> None:
     run(runner(), job(tiny, {}))
     run(runner(FussyStorage({0})), job(tiny, {}))
-    run(runner(job_timeout=1), job(tiny, {"width": 512, "height": 512, "sample_steps": 150}))
+    run(runner(job_timeout=1), job(tiny, {"width": 256, "height": 256, "sample_steps": 150}))
     assert list(Path(scratch().name).iterdir()) == []
 
 
@@ -385,15 +385,19 @@ def test_the_same_job_twice_at_once_is_made_once(runner: Runner, tiny: Path, mon
     assert first == second and len(made) == 1
 
 
-def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(runner: Runner, tiny: Path) -> None:
+def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(
+    runner: Runner, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_SECONDS_AHEAD", 0.4)
+
     async def watch() -> list[bool]:
         worker = runner()
         wanted = [worker.wants_a_job()]
-        task = asyncio.create_task(worker.run(job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 40})))
+        task = asyncio.create_task(worker.run(job(tiny, {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 40})))
         while not worker._runs or worker._runs[0].progress.latest["step"] < 1:
             await asyncio.sleep(0.01)
         wanted.append(worker.wants_a_job())
-        while worker._runs[0].progress.seconds_left > 5:
+        while worker._runs[0].progress.seconds_left > 0.3:
             await asyncio.sleep(0.01)
         wanted.append(worker.wants_a_job())
         await task
@@ -405,7 +409,7 @@ def test_a_job_is_wanted_when_none_waits_and_the_gpu_is_nearly_free(runner: Runn
 def test_a_job_is_wanted_while_a_duplicate_waits_for_its_twin(runner: Runner, tiny: Path) -> None:
     async def watch() -> bool:
         worker = runner()
-        twin = job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 40})
+        twin = job(tiny, {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 20})
         tasks = [asyncio.create_task(worker.run(twin)) for _ in range(2)]
         while not worker._runs or worker._runs[0].progress.seconds_left > 5:
             await asyncio.sleep(0.01)
