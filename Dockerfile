@@ -109,6 +109,10 @@ RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
     || /tools/bin/python -m builder.bake transformer --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
     || /tools/bin/python -m builder.bake transformer_2 --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+# DRAFT=1: the distilled LoRAs too, with which `draft` works without a volume.
+ARG DRAFT=0
+RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] || [ "$DRAFT" = 0 ] \
+    || /tools/bin/python -m builder.bake draft --model-id "$MODEL_ID" --revisions "$REVISIONS"
 COPY --from=tiny /tiny /tiny
 RUN [ "$CHECKPOINTS" = hub ] \
     || /tools/bin/python -m builder.bake all --model-id "$MODEL_ID" --from /tiny

@@ -42,6 +42,11 @@ variable "COMPILE" {
   default = "0"
 }
 
+# 1: baked images contain the distilled LoRAs of their model's drafts.
+variable "DRAFT" {
+  default = "0"
+}
+
 # hub: the real weights; tiny: random weights of a few MB.
 variable "CHECKPOINTS" {
   default = "hub"
@@ -105,6 +110,7 @@ target "baked" {
   args = {
     MODEL_ID  = model
     REVISIONS = REVISIONS
+    DRAFT     = DRAFT
   }
   labels = {
     "worker-wan-lora.model"       = model

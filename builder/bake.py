@@ -1,6 +1,7 @@
 """Distribute one model's checkpoints over the layers of the image. Runs while the image is built; no torch.
 
     python -m builder.bake GROUP --model-id ID         downloads the parts of one group from the Hub
+    python -m builder.bake draft --model-id ID         downloads the distilled LoRAs of its drafts, if it has any
     python -m builder.bake all --model-id ID --from DIR    takes all parts from a folder with `ORG/NAME` per repo
 
 The repos stay as they are in CHECKPOINTS, but their weights become links to `WEIGHTS/GROUP/SLOT/SHA256`. Each slot is one
@@ -52,7 +53,7 @@ GROUPS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m builder.bake", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("group", choices=[*GROUPS, "all"])
+    parser.add_argument("group", choices=[*GROUPS, "draft", "all"])
     parser.add_argument("--model-id", required=True, metavar="ID")
     parser.add_argument("--from", type=Path, metavar="DIR", dest="source", help="a folder to take the repos from, not the Hub")
     parser.add_argument("--revisions", default="", metavar="REPO=SHA,…", help="Hub commits to download; main for other repos")
@@ -63,12 +64,18 @@ def main() -> int:
     if arguments.model_id not in MODELS:
         parser.error(f"MODEL_ID {arguments.model_id!r} is not a model id; build with one of {', '.join(MODELS)}")
     spec = MODELS[arguments.model_id]
+    if arguments.group == "draft":
+        if spec.draft:
+            fetch(spec, {lora.repo for lora in spec.draft.loras}, arguments.revisions, "--draft")
+        set_mtimes(CHECKPOINTS)
+        return 0
     groups = {arguments.group: GROUPS[arguments.group]} if arguments.group in GROUPS else GROUPS
     parts = [part for group in groups.values() for part in group.parts if part in spec.sources]
     if arguments.source:
         copy(spec, arguments.source)
     elif parts:
-        fetch(spec, parts, arguments.revisions, arguments.dtype)
+        repos = {spec.sources[part].repo for part in parts}
+        fetch(spec, repos, arguments.revisions, "--parts", ",".join(parts), "--dtype", arguments.dtype)
     for name, group in groups.items():
         spread(spec, name, group)
         set_mtimes(WEIGHTS / name)
@@ -76,11 +83,9 @@ def main() -> int:
     return 0
 
 
-def fetch(spec: ModelSpec, parts: list[str], revisions: str, dtype: str) -> None:
-    """Download the parts' files to CHECKPOINTS. `revisions` can name repos of other models too: one list serves all."""
-    command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS)]
-    command += ["--parts", ",".join(parts), "--dtype", dtype]
-    repos = {spec.sources[part].repo for part in parts}
+def fetch(spec: ModelSpec, repos: set[str], revisions: str, *what: str) -> None:
+    """Download to CHECKPOINTS what the options `what` name, from `repos`. `revisions` can name other repos too."""
+    command = [sys.executable, "-m", "builder.fetch_checkpoints", "--model-id", spec.id, "--to", str(CHECKPOINTS), *what]
     for pair in filter(None, revisions.split(",")):
         command += ["--revision", pair] if pair.partition("=")[0] in repos else []
     subprocess.run(command, check=True)  # noqa: S603 our own program

@@ -5,12 +5,14 @@
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dtype bf16
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --quantize qfloat8
     python -m builder.fetch_checkpoints --model-id wan21_1b --to /checkpoints --dry-run
+    python -m builder.fetch_checkpoints --model-id wan21_14b --to /checkpoints --draft
 
 The result is `DIR/ORG/NAME` per repo, in the layout of the Hub, with a manifest of what was downloaded. An interrupted
 download resumes when the command is run again; files that are there and correct are not downloaded. A repo stays at the
 commit in its manifest until `--revision` names another. `--dtype bf16` converts each float32 file after its download: half
 the disk, half of what a start reads, and the same bits on a GPU. `--quantize` keeps what a worker with QUANTIZE holds in
-memory. The token is HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file, which only `--quantize` needs.
+memory. `--draft` downloads the distilled LoRAs of the model's drafts and no weights, at the commit of the catalog. The token is
+HF_TOKEN, or the file /run/secrets/HF_TOKEN. No torch in this file, which only `--quantize` needs.
 """
 
 from __future__ import annotations
@@ -88,6 +90,22 @@ def make_plan(hub: Hub, spec: ModelSpec, parts: Iterable[str], revisions: Mappin
             raise FetchError(f"{repo} at {commit} lacks what {spec.id} needs: {', '.join(missing)}")
         files += [hub.complete(listing[path]) for path in sorted(set(paths))]
     return Plan(spec.id, tuple(files), listings)
+
+
+def make_draft_plan(hub: Hub, spec: ModelSpec, revisions: Mapping[str, str]) -> Plan:
+    """Return the distilled LoRAs that the model's drafts need. `revisions`: by repo; the recipe's for the others.
+
+    Raises FetchError, also for a model without a recipe.
+    """
+    if spec.draft is None:
+        with_one = ", ".join(other.id for other in MODELS.values() if other.draft)
+        raise FetchError(f"--draft: there is no few-step recipe for {spec.id}, but for {with_one}")
+    wanted = {lora.repo: revisions.get(lora.repo, lora.commit) for lora in spec.draft.loras}
+    listings = {repo: hub.files_at(repo, revision)[1] for repo, revision in wanted.items()}
+    for lora in spec.draft.loras:
+        if lora.path not in listings[lora.repo]:
+            raise FetchError(f"{lora.repo} at {wanted[lora.repo]} lacks what drafts of {spec.id} need: {lora.path}")
+    return Plan(spec.id, tuple(hub.complete(listings[lora.repo][lora.path]) for lora in spec.draft.loras), listings)
 
 
 def _paths_of(hub: Hub, spec: ModelSpec, part: str, commit: str, listing: Mapping[str, RemoteFile]) -> list[str]:
@@ -237,16 +255,24 @@ def _arguments() -> argparse.Namespace:
         metavar="FORMAT",
         help="keep transformers and text encoder as codes, for a worker with this QUANTIZE, and the rest in bf16; needs torch",
     )
+    parser.add_argument(
+        "--draft", action="store_true", help="the distilled LoRAs of the model's drafts, and no weights (up to 1.4 GB)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print which files, and how large, and download nothing")
     parser.add_argument("--json", action="store_true", help="print the files as JSON")
     arguments = parser.parse_args()
-    sources = MODELS[arguments.model_id].sources
+    spec = MODELS[arguments.model_id]
+    sources = spec.sources
+    if arguments.draft and (arguments.parts is not None or arguments.dtype != "original" or arguments.quantize):
+        parser.error("--draft does not go with --parts, --dtype or --quantize: it downloads no weights")
     arguments.parts = arguments.parts.split(",") if arguments.parts is not None else list(sources)
     for part in arguments.parts:
         if part not in sources:
             parser.error(f"--parts: {arguments.model_id} has no {part!r}, but {', '.join(sources)}")
     pairs = [pair.partition("=") for pair in arguments.revision]
     repos = {source.repo for source in sources.values()}
+    if arguments.draft:
+        repos = {lora.repo for lora in spec.draft.loras} if spec.draft else repos
     for repo, _, revision in pairs:
         if repo not in repos or not revision:
             parser.error(f"--revision takes ORG/NAME=SHA, with ORG/NAME of {', '.join(sorted(repos))}")
@@ -261,8 +287,11 @@ def main() -> int:
     try:
         ignore_offline_mode()
         hub = Hub(_token())
-        repos = {spec.sources[part].repo for part in arguments.parts}
-        plan = make_plan(hub, spec, arguments.parts, folder.revisions(repos) | arguments.revisions)
+        if arguments.draft:
+            plan = make_draft_plan(hub, spec, arguments.revisions)
+        else:
+            repos = {spec.sources[part].repo for part in arguments.parts}
+            plan = make_plan(hub, spec, arguments.parts, folder.revisions(repos) | arguments.revisions)
         fetched = None if arguments.dry_run else fetch(hub, plan, folder, arguments.dtype == "bf16", arguments.quantize)
     except FetchError as error:
         print(f"fetch_checkpoints: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ _NUMBERS: dict[str, type] = {
     "num_frames": int,
     "fps": int,
 }
-_REQUEST_FIELDS = ("model", "trigger_word", "match", "trained_with", "output_format", "contact_sheet")
+_REQUEST_FIELDS = ("model", "draft", "trigger_word", "match", "trained_with", "output_format", "contact_sheet")
 _IMAGES = {"ctrl_img": "--image", "last_img": "--last-image"}
 _PROMPT_FIELDS = ("neg", *_NUMBERS, "sampler", *_IMAGES, "image_fit")
 """Fields of a prompt. An option sets them in every prompt of the request."""
@@ -132,6 +132,7 @@ def _add_fields(group: argparse._ArgumentGroup, numbers: Iterable[str]) -> None:
         metavar="[SIDE=]PATH[@SCALE]",
         help="one more LoRA on top; high=…, low=… or both=… for Wan 2.2 14B",
     )
+    group.add_argument("--draft", action="store_true", default=None, help=Request.model_fields["draft"].description)
     group.add_argument("--trigger-word", metavar="WORD")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeat it for several videos")
     group.add_argument(

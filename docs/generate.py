@@ -67,6 +67,7 @@ def filled(path: Path) -> str:
         "models": partial(models, path.parent),
         "fields": fields,
         "errors": errors,
+        "drafts": drafts,
         "environment": environment,
         "ratios": lambda: table(*figures.ratio_table()),
         "memory": lambda: table(*figures.memory_table()),
@@ -138,6 +139,22 @@ def errors() -> str:
     return table(("code", "meaning"), *((f"`{code}`", meaning) for code, meaning in MEANING.items()))
 
 
+def drafts() -> str:
+    """Return the table of few-step recipes."""
+    rows = []
+    for spec in MODELS.values():
+        if spec.draft is None:
+            rows.append((f"`{spec.id}`", "none", "", "", ""))
+            continue
+        for lora in spec.draft.loras:
+            first = {"high": 0, "low": spec.draft.low_noise_from or 0}.get(lora.side or "", 0)
+            last = (spec.draft.low_noise_from or 0) if lora.side == "high" else len(spec.draft.timesteps)
+            page = f"[`{lora.path}`](https://huggingface.co/{lora.repo}/blob/{lora.commit}/{lora.path})"
+            steps = f"{first + 1} to {last}"
+            rows.append((f"`{spec.id}`", f"{lora.side or 'the'} transformer", steps, page, f"{lora.strength:g}"))
+    return table(("model", "of", "steps", "distilled LoRA", "scale"), *rows)
+
+
 def environment() -> str:
     rows = []
     for name, info in Settings.model_fields.items():
@@ -177,6 +194,7 @@ def model(spec: ModelSpec) -> str:
         ("scheduler (`unipc`)", scheduler),
         ("scheduler (`flowmatch`)", f"FlowMatch Euler, shift {spec.trainer_shift}"),
         *([("switch between the transformers", boundary)] if spec.moe else []),
+        ("[`draft`](../drafts.md)", f"{len(spec.draft.timesteps)} steps" if spec.draft else "none"),
         ("`OFFLOAD_MODE`", ", ".join(f"`{mode}`" for mode in ("auto", *spec.offload_modes))),
     ]
     return table(("", ""), *rows)

@@ -110,7 +110,11 @@ def _answers() -> Schema:
                 "outputs": _object({"images": _list(_ref("Video")), "videos": _list(_ref("Video"))}),
                 "warnings": _list(text),
                 "settings": {"type": "object", "additionalProperties": True, "description": "All that decided the frames."},
-                "timings": {"type": "object", "additionalProperties": number, "description": "Seconds by stage, and `total`."},
+                "timings": {
+                    "type": "object",
+                    "additionalProperties": number,
+                    "description": "Seconds by stage, `total`, and of a draft `full_run_estimate`.",
+                },
             },
             errors=_list(_object({"prompt_index": integer, "code": text, "message": text}, **numbered)),
         ),

@@ -37,13 +37,14 @@ from pipelines.compiled import compile_blocks, compiler_settings
 from pipelines.decode import decode
 from pipelines.embeddings import cache_embeddings
 from pipelines.errors import DeviceLost, DeviceUnavailable, LoraError, LoraIncompatible, LoraInvalid, OutOfMemory, blamed_on
+from pipelines.few_steps import FewStepEuler
 from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora import fit
 from pipelines.lora.adapters import Adapters
 from pipelines.lora.beside import Beside
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.lora.fit import Stack
-from pipelines.lora.layers import read
+from pipelines.lora.layers import read, reading_of
 from pipelines.lora.merge import Merges
 from pipelines.lora.values import has_effect, zero_keys
 from pipelines.offload import Swap, place, refresh
@@ -116,8 +117,8 @@ class WanModel(ABC):
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
         self._checkpoint_scheduler = pipe.scheduler
-        self._fresh_schedulers: dict[tuple[str, float | None], Any] = {}
-        """By solver and shift; never run."""
+        self._fresh_schedulers: dict[tuple[object, ...], Any] = {}
+        """By solver, shift and timesteps; never run."""
         self._image_processor = getattr(pipe, "image_processor", None)
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
         self._pieces_of = privates.decode_pieces if privates.can_decode_in_pieces(pipe.vae) else privates.decode_whole
@@ -125,11 +126,9 @@ class WanModel(ABC):
         self._parts_out: dict[tuple[int, ...], int] = {}
         """How many parts of the model had to leave the device for a decode, by the shape of its latents."""
         self._shapes = {name: tuple(value.shape) for name, value in pipe.transformer.named_parameters()}
-        self._shapes |= {
-            f"{name}.weight": (module.out_features, module.in_features)
-            for name, module in pipe.transformer.named_modules()
-            if isinstance(module, CodedLinear)
-        }
+        coded = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, CodedLinear)}
+        self._coded = frozenset(coded)
+        self._shapes |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in coded.items()}
         self._adapters = Adapters(spec, pipe)
         files = {name: CheckpointFile(parts.checkpoints.folder_of(name), name) for name in (*spec.transformers, "text_encoder")}
         self._merges = Merges(pipe, files, parts.device)
@@ -167,16 +166,16 @@ class WanModel(ABC):
 
         Raises LoraInvalid, LoraIncompatible.
         """
-        reading = fit.check(adapter.file, self.spec, self._shapes)
+        reading = fit.check(adapter.file, self.spec, self._shapes, adapter.without)
         fit.check_side(adapter, reading)
         warnings = fit.hints(adapter, self.spec, reading)
         zeros = zero_keys(adapter.file)
         _, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
-        if why_merged and self.quantization:
-            raise LoraIncompatible(f"{why_merged}, which cannot be done with QUANTIZE; use a worker without it")
+        if self.quantization and (why := fit.why_not_on_codes(reading, self._coded, zeros)):
+            raise LoraIncompatible(f"{why}, which cannot be applied with QUANTIZE; use a worker without it")
         if why_merged and not OFFLOAD[self.facts["offload_mode"]].can_merge:
             raise LoraIncompatible(f"{why_merged}, which OFFLOAD_MODE={self.facts['offload_mode']} cannot do; use another mode")
-        if why_merged:
+        if why_merged and not self.quantization:
             warnings.append(why_merged)
         if idle := [key for layer in reading.all_layers if layer.kind == "full" for key in layer.keys.values() if key in zeros]:
             warnings.append(f"{len(idle)} keys of the LoRA have no effect, since they are 0, such as `{idle[0]}`")
@@ -194,18 +193,19 @@ class WanModel(ABC):
 
     def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
         """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
-        return fit.mode_for(read(adapter.file), self._possible(mode), self._shapes, zero_keys(adapter.file))[0]
+        how, _ = fit.mode_for(reading_of(adapter), self._possible(mode), self._shapes, zero_keys(adapter.file))
+        return self._possible(how)
 
     def plan(self, adapters: Sequence[Adapter], mode: LoraMode) -> dict[str, tuple[LoraMode, Stack]]:
         """How each transformer carries its LoRAs, and which, in order. Where one must be merged, all of its transformer are."""
         plan: dict[str, tuple[LoraMode, Stack]] = {}
         for name, stack in fit.by_transformer(adapters).items():
             modes = {self.mode_of(adapter, mode) for adapter, _ in stack}
-            plan[name] = ("merge" if "merge" in modes else modes.pop(), stack)
+            plan[name] = (max(modes, key=("adapter", "beside", "merge").index), stack)
         return plan
 
     def _possible(self, mode: LoraMode) -> LoraMode:
-        """Nothing is merged into codes: LoRAs lie beside them, as in the trainer."""
+        """No factors are merged into codes: they lie beside them, as in the trainer."""
         return "beside" if mode == "merge" and self.quantization else mode
 
     def apply_loras(
@@ -291,8 +291,9 @@ class WanModel(ABC):
             self._merges.apply(name, wanted)
         elif how == "beside":
             self._adapters.apply(name, ())  # first: it puts the layers back that it had wrapped
-            self._merges.apply(name, ())
-            self._beside[name].apply(wanted)
+            factors, rest = fit.split(wanted, self._shapes, zero_keys)
+            self._merges.apply(name, rest)
+            self._beside[name].apply(factors)
         else:
             self._merges.apply(name, ())
             # What is not a product of factors is zero here.
@@ -385,7 +386,7 @@ class WanModel(ABC):
 
     def scheduler_of(self, recipe: Recipe) -> Any:
         """A scheduler that was never run; a video gets a copy, so that no solver state outlives it."""
-        key = (recipe.solver, recipe.shift)
+        key = (recipe.solver, recipe.shift, recipe.timesteps)
         if key not in self._fresh_schedulers:
             if len(self._fresh_schedulers) >= _MOST_SCHEDULERS:
                 self._fresh_schedulers.clear()
@@ -393,6 +394,8 @@ class WanModel(ABC):
         return self._fresh_schedulers[key]
 
     def _make_scheduler(self, recipe: Recipe) -> Any:
+        if recipe.timesteps is not None:
+            return FewStepEuler(recipe.timesteps, recipe.shift)
         if recipe.solver == "flowmatch":
             return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
         if recipe.solver == "unipc":
@@ -402,13 +405,14 @@ class WanModel(ABC):
         return self._checkpoint_scheduler.from_config(config, **({} if recipe.shift is None else {name: recipe.shift}))
 
     def numbers_of(self, recipe: Recipe) -> dict[str, Any]:
-        """What a recipe comes to on this model: scheduler class, its shift, boundary_ratio."""
+        """What a recipe comes to on this model: scheduler class, its shift, boundary_ratio, and the timesteps of a draft."""
         scheduler = self.scheduler_of(recipe)
         config = scheduler.config
         return {
             "scheduler": type(scheduler).__name__,
             "shift": config.get("flow_shift", config.get("shift")),
             "boundary_ratio": self.boundary_ratio_of(recipe) if self.spec.moe else None,
+            **({"timesteps": scheduler.timesteps.tolist()} if recipe.is_draft else {}),
         }
 
     def boundary_ratio_of(self, recipe: Recipe) -> float | None:

@@ -1,6 +1,6 @@
 """The seven models as data. Adding a model starts here. No torch in this file.
 
-Sources: the model pages of the ids, and for the trainer's own sampling ai-toolkit 0.12.26.
+Sources: the model pages of the ids, for the trainer's own sampling ai-toolkit 0.12.26, and for drafts LightX2V's configs.
 """
 
 from __future__ import annotations
@@ -88,6 +88,56 @@ class Source:
 
 
 @dataclass(frozen=True)
+class DistilledLora:
+    """A LoRA with which a model needs few steps: a file on the Hub."""
+
+    repo: str
+    commit: str
+    path: str
+    sha256: str
+    """Of the file, as its page on the Hub says; that of Wan 2.1 I2V as programs say that pin it."""
+    side: Literal["high", "low"] | None = None
+    strength: float = 1.0
+    without: tuple[str, ...] = ()
+    """Parts of the names of layers that are left out: the file has them, and the model does not. The authors' loader leaves
+    them out too."""
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.path}"
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.repo}/resolve/{self.commit}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How the authors of distilled LoRAs sample with them: plain Euler steps, without guidance."""
+
+    loras: tuple[DistilledLora, ...]
+    source: str
+    """Where the authors say so."""
+    timesteps: tuple[int, ...]
+    """One for each step, of 1000 and before the shift."""
+    shift: float
+    low_noise_from: int | None = None
+    """The first step, counted from 0, of `transformer_2`; None for a model with one transformer."""
+
+    @property
+    def shifted_timesteps(self) -> tuple[float, ...]:
+        """What the transformer is given at each step."""
+        return tuple(1000 * self.shift * t / (1000 + (self.shift - 1) * t) for t in self.timesteps)
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        """A noise level between those of the last step of `transformer` and the first of `transformer_2`."""
+        if self.low_noise_from is None:
+            return None
+        before, after = self.shifted_timesteps[self.low_noise_from - 1 : self.low_noise_from + 1]
+        return (before + after) / 2000
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything that differs between the models by a name or a number."""
 
@@ -129,6 +179,8 @@ class ModelSpec:
     takes_last_image: bool = False
     """Whether the transformer takes a last frame among what conditions it, as the first one. Wan 2.2 I2V A14B does; Wan 2.1's
     I2V was trained with a first frame alone, and its authors have another model (FLF2V) for both."""
+    draft: Draft | None = None
+    """The few-step recipe; None where there is none."""
 
     @property
     def needs_toolkit(self) -> bool:
@@ -177,6 +229,19 @@ def _all_from(repo: str, *parts: str) -> dict[str, Source]:
     return {part: Source(repo, part) for part in parts}
 
 
+_LIGHTX2V = "ModelTC/LightX2V, commit f8aee98b5462cca8d7288888146ebd95592bf266, configs/distill/"
+"""The authors' own settings. Their scheduler is lightx2v/models/schedulers/wan/step_distill/scheduler.py at that commit."""
+_WAN21_DISTILL = ("lightx2v/Wan2.1-Distill-Loras", "27ae38da91014b947dd39cc3fa78b97cd7b386dd")
+_WAN22_DISTILL = ("lightx2v/Wan2.2-Distill-Loras", "570044187a5219776ef30a5c60c6f76428a3a10a")
+"""Hub repos with the commits at which they have the files of the recipes."""
+
+
+def _four_steps(config: str, *loras: DistilledLora) -> Draft:
+    """The recipe that all of LightX2V's configs share, and the files of one."""
+    low_noise_from = 2 if len(loras) == 2 else None
+    return Draft(loras, _LIGHTX2V + config, timesteps=(1000, 750, 500, 250), shift=5.0, low_noise_from=low_noise_from)
+
+
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 _IMAGE_PARTS = ("image_encoder", "image_processor")
 
@@ -205,6 +270,22 @@ _WAN22_I2V_14B = ModelSpec(
     boundary_ratio=0.9,
     drops_incomplete_frames=True,
     takes_last_image=True,
+    draft=_four_steps(
+        "wan22/wan_moe_i2v_distill_with_lora.json",
+        DistilledLora(
+            *_WAN22_DISTILL,
+            "wan2.2_i2v_A14b_high_noise_lora_rank64_lightx2v_4step_1022.safetensors",
+            "887c3bdeb74e83859c920438e16ca31f39ab18ce189abc5f0e36f8348c5bbb19",
+            "high",
+        ),
+        DistilledLora(
+            *_WAN22_DISTILL,
+            "wan2.2_i2v_A14b_low_noise_lora_rank64_lightx2v_4step_1022.safetensors",
+            "8833bd4fd7c8eabebf0bc8ee5cfaf47f4f310ce116928a02c1adf8941dd4b0f1",
+            "low",
+            without=("image_embedder", "add_k_proj", "add_v_proj", "norm_added_k"),  # it is the file of Wan 2.1 I2V
+        ),
+    ),
 )
 
 _WAN22_T2V_14B = ModelSpec(
@@ -226,6 +307,21 @@ _WAN22_T2V_14B = ModelSpec(
     hidden_size=5120,
     num_blocks=40,
     ffn_dim=13824,
+    draft=_four_steps(
+        "wan22/wan_moe_t2v_distill_lora.json",
+        DistilledLora(
+            *_WAN22_DISTILL,
+            "wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors",
+            "89003385f8a9d53ba58fd6ede647fdc90292e8568a54683fcfe6db5556a31769",
+            "high",
+        ),
+        DistilledLora(
+            *_WAN22_DISTILL,
+            "wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors",
+            "4df7c206f3189472da2f92c0a42dcf308f04433d9c14302d08d56e99a3f51322",
+            "low",
+        ),
+    ),
 )
 
 _WAN22_5B = ModelSpec(
@@ -269,6 +365,14 @@ _WAN21_I2V_14B = ModelSpec(
     ffn_dim=13824,
     in_channels=36,
     image_dim=1280,
+    draft=_four_steps(
+        "wan21/wan_i2v_distill_lora_4step_cfg.json",
+        DistilledLora(
+            *_WAN21_DISTILL,
+            "wan2.1_i2v_lora_rank64_lightx2v_4step.safetensors",
+            "8833bd4fd7c8eabebf0bc8ee5cfaf47f4f310ce116928a02c1adf8941dd4b0f1",
+        ),
+    ),
 )
 
 _WAN21_I2V_14B_480P = replace(
@@ -294,6 +398,14 @@ _WAN21_14B = ModelSpec(
     hidden_size=5120,
     num_blocks=40,
     ffn_dim=13824,
+    draft=_four_steps(
+        "wan21/wan_t2v_distill_lora_4step_cfg.json",
+        DistilledLora(
+            *_WAN21_DISTILL,
+            "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors",
+            "1c918df9eaa102766d8f99104209ce55fe7a892278a667a63d721c5d1c18efb1",
+        ),
+    ),
 )
 
 _WAN21_1B = replace(
@@ -304,6 +416,7 @@ _WAN21_1B = replace(
     hidden_size=1536,
     num_blocks=30,
     ffn_dim=8960,
+    draft=None,
 )
 
 MODELS: Mapping[str, ModelSpec] = MappingProxyType(

@@ -82,18 +82,27 @@ class Recipe:
     decodes_in_tiles: bool = False
     image_resize: Literal["pil", "torch"] = "pil"
     """What brings the control image to the size of the image encoder."""
+    timesteps: tuple[int, ...] | None = None
+    """The steps of a draft, of 1000 and before the shift. They replace the number of steps, and there is no guidance."""
     era: Era | None = None
     """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
     era_why: str | None = None
 
+    @property
+    def is_draft(self) -> bool:
+        return self.timesteps is not None
+
     def with_shift(self, shift: float | None) -> Recipe:
-        """The recipe with another shift of the noise schedule; None: its own."""
-        return self if shift is None else replace(self, shift=shift)
+        """The recipe with another shift of the noise schedule; None: its own. A draft keeps its own."""
+        return self if shift is None or self.is_draft else replace(self, shift=shift)
 
     def fit(self, sampling: Sampling) -> Sampling:
-        """`sampling` with the size and the frame count that are made; the control image is left as it is."""
+        """`sampling` with the size, the frame count and the steps that are made; the control image is left as it is."""
         width, height = self.effective_size(sampling.width, sampling.height)
-        return replace(sampling, width=width, height=height, num_frames=self.effective_frames(sampling.num_frames))
+        made = replace(sampling, width=width, height=height, num_frames=self.effective_frames(sampling.num_frames))
+        if self.timesteps is None:
+            return made
+        return replace(made, num_inference_steps=len(self.timesteps), guidance_scale=1.0, guidance_scale_2=None)
 
     def effective_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height in pixels, each floored to a multiple of `size_divisor`."""
@@ -127,6 +136,19 @@ def documented(spec: ModelSpec, sampler: Sampler | None = None) -> Recipe:
         drops_incomplete_frames=spec.drops_incomplete_frames,
         trainer_dtypes=False,
         why=why,
+    )
+
+
+def draft_of(spec: ModelSpec) -> Recipe:
+    """The few-step recipe of `spec`, which must have one; sizes and frame counts are those of the model page."""
+    assert spec.draft is not None
+    return replace(
+        documented(spec),
+        solver="flowmatch",
+        shift=spec.draft.shift,
+        boundary_ratio=spec.draft.boundary_ratio,
+        timesteps=spec.draft.timesteps,
+        why="a draft takes the steps of its distilled LoRA",
     )
 
 

@@ -108,6 +108,7 @@ class Playground:
                 "takes_last_image": spec.takes_last_image,
                 "moe": spec.moe,
                 "needs_toolkit": spec.needs_toolkit,
+                "draft": spec.draft is not None,
                 "sizes": SIZES[spec.id],
                 "size_divisor": {match: recipe_of(spec, match).size_divisor for match in ("documented", "preview")},
             }

@@ -69,7 +69,7 @@ class Deadline:
 def _fitting(shot: Shot, part: float) -> Iterator[str]:
     """Yield changes to the request that reduce its time to `part`. A step's time grows at least as frames and pixels do."""
     video = shot.sampling
-    if steps := int(video.num_inference_steps * part):
+    if (steps := int(video.num_inference_steps * part)) and not shot.recipe.is_draft:
         yield f"{steps} steps"
     if (frames := int(video.num_frames * part - 1) // 4 * 4 + 1) > 1:
         yield f"{frames} frames"

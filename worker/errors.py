@@ -43,7 +43,7 @@ MEANING: dict[Code, str] = {
     Code.MOE_FORMAT_REQUIRED: "`transformer` is missing, and the model has a high and a low side",
     Code.MOE_FORMAT_NOT_SUPPORTED: "`transformer` is given, and the model has one transformer",
     Code.SINGLE_MOE_CONFIG_ONLY: "one side is given twice, or there are more than two items",
-    Code.LORA_NOT_FOUND: "LORA_DIR has no such file",
+    Code.LORA_NOT_FOUND: "LORA_DIR has no such file, or the worker lacks a distilled LoRA for `draft`",
     Code.LORA_DOWNLOAD_FAILED: "the file could not be downloaded",
     Code.LORA_INVALID: "not a safetensors file, a web page, or cut short",
     Code.LORA_INCOMPATIBLE: "keys or shapes do not fit this model",

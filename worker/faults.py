@@ -54,8 +54,9 @@ def worker_error(error: Exception) -> WorkerError | None:
 
 
 def lora_error(error: LoraError, field: str) -> WorkerError:
-    """Return the error of the LoRA that `field` names, such as `extra_loras[1]`."""
-    return WorkerError.of([Problem(_CODE_OF[type(error)], f"{field}.path", str(error))])
+    """Return the error of the LoRA that `field` names: `extra_loras[1]` or the like, or `draft`."""
+    where = field if field == "draft" else f"{field}.path"
+    return WorkerError.of([Problem(_CODE_OF[type(error)], where, str(error))])
 
 
 def _search_log(job_id: str) -> str:

@@ -14,6 +14,7 @@ from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
 from worker.faults import lora_error
 from worker.frame_queue import FrameQueue
+from worker.full_run import StepClock, full_run_seconds
 from worker.logs import stage
 from worker.ranks import Ranks
 from worker.request import Shot
@@ -82,12 +83,13 @@ class Gpu:
             raise lora_error(error, run.request.lora_fields[error.position or 0]) from error
 
     def _generate(self, run: Run, shot: Shot, frames: FrameQueue) -> None:
-        check_speed = run.deadline.watch(shot)
+        check_speed, clock = run.deadline.watch(shot), StepClock()
 
         def on_step(step: int) -> None:
             run.check()
             run.progress.step(shot.index, step)
             check_speed(step)
+            clock.tick()
 
         on_step(0)
         shared = self.model.shares(shot.sampling, shot.recipe)
@@ -102,6 +104,10 @@ class Gpu:
                 colour = _has_one_colour(chunk) if colour is None else colour and _has_one_colour(chunk)
                 run.progress.stage("encode", shot.index, shot.sampling.num_inference_steps)
                 frames.put(chunk, run.stop)
+        if shot.recipe.is_draft:
+            clock.tick()
+            seconds = full_run_seconds(shot, run.request.prompts[shot.prompt_index], clock, self.model.facts["gpus"])
+            run.timings["full_run_estimate"] = round(run.timings.get("full_run_estimate", 0.0) + seconds, 1)
         if colour:
             said = "every pixel of the video has the same colour; the LoRA may be too strong, or its training may have failed"
             run.warnings.append(f"{shot.field}: {said}")

@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from pipelines.catalog import Sampler
+from pipelines.catalog import DistilledLora, Sampler
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
-from pipelines.recipes import Recipe, documented, era_of, preview, version_of
+from pipelines.recipes import Recipe, documented, draft_of, era_of, preview, version_of
 from worker.errors import Code, Problem, WorkerError
 from worker.faults import lora_error, report
 from worker.gpu import Gpu
 from worker.image_decode import Allowance
 from worker.images import load_control_image
 from worker.logs import stage
-from worker.loras import fetch_lora, fetch_recovery_adapter
+from worker.loras import fetch_distilled_lora, fetch_lora, fetch_recovery_adapter
 from worker.report import (
     Output,
     extra_warnings,
@@ -102,7 +102,10 @@ class Job:
             asked = [*run.request.loras, *run.request.extra_loras]
             loras = [
                 in_thread(run.stop, self._fetch_lora, lora, field, executor=pool)
-                for lora, field in zip(asked, run.request.lora_fields, strict=True)
+                for lora, field in zip(asked, run.request.lora_fields, strict=False)
+            ]
+            loras += [
+                in_thread(run.stop, self._fetch_distilled_lora, lora, executor=pool) for lora in run.request.distilled_loras
             ]
             images = [
                 in_thread(run.stop, self._fetch_image, source, fields, allowance, executor=pool)
@@ -153,6 +156,19 @@ class Job:
             raise lora_error(error, field) from error
         return adapter
 
+    def _fetch_distilled_lora(self, lora: DistilledLora) -> Adapter:
+        run, model = self._run, self._gpu.model
+        file = fetch_distilled_lora(lora, model.spec.id, self._settings, run.stop, run.held)
+        adapter = Adapter(file, lora.strength, lora.side, lora.path, is_extra=True, distilled=lora)
+        try:
+            warnings = model.check_lora(adapter, run.mode)
+        except LoraError as error:
+            raise lora_error(error, "draft") from error
+        if file.sha256 != lora.sha256:
+            other = f"the worker's file {lora} is not the one that its authors published (sha256 {lora.sha256[:8]}…)"
+            run.lora_warnings.setdefault("draft", []).extend([other, *warnings])
+        return adapter
+
     def _fetch_image(self, source: str, fields: list[str], allowance: Allowance) -> Image.Image:
         run, settings = self._run, self._settings
         run.check()
@@ -172,6 +188,8 @@ class Job:
             run.quantization = trained.quantization(model.spec, version)
 
         def recipe_for(sampler: Sampler | None) -> Recipe:
+            if run.request.draft:
+                return draft_of(model.spec)
             if run.match == "preview":
                 return preview(model.spec, era, why, sampler, trained, version)
             return documented(model.spec, sampler)
@@ -183,7 +201,7 @@ class Job:
             *length_warnings(run.shots, model.tokens_of),
             *idle_gpu_warnings(run.shots, model.facts["gpus"]),
         ]
-        run.settings = settings_of(model.facts, adapters, run.match, plan)
+        run.settings = settings_of(model.facts, adapters, run.match, plan, model.spec.draft)
         run.settings |= {"trained_with": run.training.trained.as_words() or None, "trained_with_because": run.training.why}
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:

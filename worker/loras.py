@@ -18,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
+from pipelines.catalog import DistilledLora
 from pipelines.errors import LoraInvalid
 from pipelines.lora.file import LoraFile, why_unreadable
 from worker.errors import Code, Problem, WorkerError
 from worker.files import below
+from worker.logs import log
 from worker.lora_cache import LoraCache, Source
 from worker.net.download import Answer, DownloadError, fetch_into
 from worker.request import is_hub, is_url
@@ -78,6 +80,39 @@ def fetch_recovery_adapter(
         return fetch_lora(name, where, hf_token, settings, stop, held)
     text = f"the accuracy recovery adapter `{_shown(file)}` is not in the worker's LoRA folder; put it there, or give its URL"
     raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, where, text)])
+
+
+def fetch_distilled_lora(
+    lora: DistilledLora, model_id: str, settings: Settings, stop: threading.Event, held: ExitStack
+) -> LoraFile:
+    """Return a LoRA that a draft needs, from the first place that has it. With ALLOW_DOWNLOAD it is downloaded otherwise.
+
+    Raises the same errors as `fetch_lora`, at the field `draft`.
+    """
+    for place in settings.accelerator_places:
+        folders = [*place.folders_of(lora.repo), *([] if place.is_hub_cache else [place.path])]
+        if found := next((file for folder in folders if _is_there(file := folder / lora.path)), None):
+            try:
+                return LoraFile.read(found)
+            except LoraInvalid as error:
+                text = f"the distilled LoRA {lora} in {place.name}: {error}"
+                raise WorkerError.of([Problem(Code.LORA_INVALID, "draft", text)]) from error
+    if settings.allow_download:
+        log.info("downloading the distilled LoRA %s, since ALLOW_DOWNLOAD is set", lora)
+        return fetch_lora(lora.url, "draft", None, settings, stop, held)
+    places = " or ".join(place.name for place in settings.accelerator_places)
+    text = (
+        f"the worker does not have the distilled LoRA {lora} in {places}; its operator fetches it with `python -m "
+        f"builder.fetch_checkpoints --draft --model-id {model_id} --to DIR`, or sets ALLOW_DOWNLOAD=1"
+    )
+    raise WorkerError.of([Problem(Code.LORA_NOT_FOUND, "draft", text)])
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a volume that went away; another place may do
+        return False
 
 
 def _find(name: str, where: str, folder: Path) -> Path:

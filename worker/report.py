@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode, Match
+from pipelines.catalog import MAX_TOKENS, MODELS, Draft, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from pipelines.trained import Quantization
@@ -51,7 +51,8 @@ def result_of(run: Run, outcomes: Sequence[Output | WorkerError]) -> dict[str, A
             else:
                 pictures = {kind: outcome.pictures.get(kind) for kind in get_args(Kind)}
                 outputs["videos"].append(_item(outcome, run.request.output_format) | pictures)
-    warnings = [f"{field}: {text}" for field in run.request.lora_fields for text in run.lora_warnings.get(field, ())]
+    fields = dict.fromkeys(run.request.lora_fields)
+    warnings = [f"{field}: {text}" for field in fields for text in run.lora_warnings.get(field, ())]
     warnings += run.warnings
     warnings += [warning for shot in run.shots for warning in shot.warnings]
     return {
@@ -94,20 +95,27 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
     }
 
 
+_OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha256")
+"""What is said of it as of other LoRAs."""
+
 Plan = Mapping[str, tuple[LoraMode, Sequence[tuple[Adapter, Any]]]]
 """How each transformer carries its LoRAs, and which; see `WanModel.plan`."""
 
 
-def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, plan: Plan) -> dict[str, Any]:
+def settings_of(
+    facts: dict[str, Any], adapters: Sequence[Adapter], match: Match, plan: Plan, draft: Draft | None
+) -> dict[str, Any]:
     """Return what decides the frames of all prompts of a job alike. `facts`: those of the loaded model.
 
-    An extra LoRA has an item for each transformer that it is applied to.
+    An extra LoRA has an item for each transformer that it is applied to. `draft`: the model's recipe, for a job whose
+    adapters have its LoRAs.
     """
     modes_of = [
         {name: how for name, (how, stack) in plan.items() if any(each is adapter for each, _ in stack)} for adapter in adapters
     ]
     loras: list[dict[str, Any]] = []
     extra: list[dict[str, Any]] = []
+    distilled: list[dict[str, Any]] = []
     for adapter, modes in zip(adapters, modes_of, strict=True):
         applied = {
             "transformer": adapter.side,
@@ -117,14 +125,21 @@ def settings_of(facts: dict[str, Any], adapters: Sequence[Adapter], match: Match
             "trainer_version": adapter.file.trainer_version or None,
             "step": adapter.file.training_step,
         }
-        if adapter.is_extra:
+        if adapter.distilled:
+            lora = adapter.distilled
+            own = {"repo": lora.repo, "file": lora.path, "commit": lora.commit}
+            distilled.append(own | {name: applied[name] for name in _OF_A_DISTILLED_LORA})
+        elif adapter.is_extra:
             number = len({each["extra_lora"] for each in extra})
             for name, how in modes.items():
                 side = None if adapter.side is None else "low" if name == "transformer_2" else "high"
                 extra.append({"extra_lora": number, **applied, "transformer": side, "applied_by": how})
         else:
             loras.append(applied)
-    return {**facts, "match": match, "loras": loras} | ({"extra_loras": extra} if extra else {})
+    settings = {**facts, "match": match, "loras": loras} | ({"extra_loras": extra} if extra else {})
+    if distilled and draft:
+        settings["draft"] = {"loras": distilled, "low_noise_from_step": draft.low_noise_from, "source": draft.source}
+    return settings
 
 
 def extra_warnings(
@@ -139,7 +154,7 @@ def extra_warnings(
             "match preview: the trainer made its samples without `extra_loras`, so that these frames are not those samples; "
             "all else is as in the preview"
         )
-    for how, stack in plan.values():
+    for how, stack in () if run.request.draft else plan.values():  # it says itself how its LoRAs are applied
         also = [adapter for adapter, _ in stack if how == "merge" != mode_of(adapter, run.mode)]
         fields = dict(zip(map(id, adapters), run.request.lora_fields, strict=True))
         if also:
@@ -203,11 +218,10 @@ def teaching_warnings(
     run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str, kept: Quantization | None
 ) -> list[str]:
     """Return hints that bring the video closer to the trainer's samples. `kept`: how the worker's weights are quantized."""
-    return [
-        *_era_warnings(run, files, numbers_of),
-        *_training_warnings(run, files, dtype, kept),
-        *_trigger_warnings(files, run.shots),
-    ]
+    of_trigger = _trigger_warnings(files, run.shots)
+    if run.request.draft:  # it is not meant to look like the samples
+        return of_trigger
+    return [*_era_warnings(run, files, numbers_of), *_training_warnings(run, files, dtype, kept), *of_trigger]
 
 
 def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
@@ -222,7 +236,7 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
 def idle_gpu_warnings(shots: Sequence[Shot], gpus: int) -> Iterator[str]:
     """Yield a warning for each prompt that leaves one of two GPUs without work."""
     for shot in (shot for shot in shots if gpus > 1 and not shot.video_index):
-        if shot.sampling.guidance_scale <= 1:
+        if shot.sampling.guidance_scale <= 1 and not shot.recipe.is_draft:
             said = "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video"
             yield f"prompts[{shot.prompt_index}]: {said}"
 

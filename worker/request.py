@@ -24,6 +24,7 @@ from pipelines.catalog import (
     DEFAULT_SIZE,
     DEFAULT_STEPS,
     MODELS,
+    DistilledLora,
     ImageFit,
     Match,
     ModelSpec,
@@ -265,6 +266,12 @@ class Request(_Strict):
         description="More LoRAs on top of `loras`, applied in their order.",
         examples=[[{"path": "style/style.safetensors", "network_multiplier": 0.5}]],
     )
+    draft: bool = Field(
+        default=False,
+        description="A quick look: 4 steps without guidance, with a distilled LoRA on top; for "
+        f"{', '.join(f'`{spec.id}`' for spec in MODELS.values() if spec.draft)}.",
+        examples=[True],
+    )
     trigger_word: str | None = Field(
         default=None, max_length=MAX_WORD, description="Replaces `[trigger]` in every prompt.", examples=["sks"]
     )
@@ -294,10 +301,16 @@ class Request(_Strict):
 
     @property
     def lora_fields(self) -> list[str]:
-        """The field of each LoRA, those of `loras` first."""
-        return [f"loras[{index}]" for index in range(len(self.loras))] + [
-            f"extra_loras[{index}]" for index in range(len(self.extra_loras))
-        ]
+        """The field of each LoRA: those of `loras`, of `extra_loras`, and of the draft."""
+        fields = [f"loras[{index}]" for index in range(len(self.loras))]
+        fields += [f"extra_loras[{index}]" for index in range(len(self.extra_loras))]
+        return fields + ["draft"] * len(self.distilled_loras)
+
+    @property
+    def distilled_loras(self) -> tuple[DistilledLora, ...]:
+        """Those that the draft needs; none for a request that is no draft."""
+        recipe = MODELS[self.model].draft
+        return recipe.loras if self.draft and recipe else ()
 
 
 OBJECTS: Mapping[str, type[BaseModel]] = {
@@ -391,6 +404,9 @@ def _shot(
     trigger_word = (prompt.trigger_word or request.trigger_word or "").strip()
     text = prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt
     warnings += [f"prompts[{index}]: {warning}" for warning in _text_warnings(text, prompt.neg, trigger_word)]
+    if recipe.is_draft and (unused := _unused_in_a_draft(prompt)):
+        steps = f"a draft takes its own {made.num_inference_steps} steps, without guidance"
+        warnings.append(f"prompts[{index}]: no effect of {', '.join(f'`{name}`' for name in unused)}: {steps}")
     for name, image in (("control image", control_image), ("last image", last_image)):
         if image and prompt.image_fit == "stretch" and _is_stretched(image.size, (made.width, made.height)):
             sizes = "the {} has {}x{} pixels and is stretched to {}x{}".format(name, *image.size, made.width, made.height)
@@ -398,6 +414,12 @@ def _shot(
     seed = DEFAULT_SEED + index if prompt.seed is None else prompt.seed
     made = replace(made, prompt=text, seed=draw_seed(index) if seed == -1 else seed)
     return Shot(index, recipe, made, prompt.fps, tuple(warnings), index)
+
+
+def _unused_in_a_draft(prompt: Prompt) -> list[str]:
+    """The fields with other values than the defaults that a draft does not look at."""
+    names = ("neg", "sample_steps", "guidance_scale", "guidance_scale_2", "shift", "sampler")
+    return [name for name in names if getattr(prompt, name) != Prompt.model_fields[name].default]
 
 
 _FLAG = re.compile(r"(?:^|\s)--(n|w|h|d|seed|l|cfg|s|steps|m|network_multiplier|frames|num_frames|fps|ctrl_img)\s")
@@ -443,7 +465,7 @@ def parse(raw: Any, served: ModelSpec) -> Request:
     # That there is no `loras` at all has a code of its own, from `_lora_problems`.
     of_schema = (problem for problem in found if problem.field != "loras" or raw.get("loras") is not None)
     of_loras = chain(_lora_problems(raw, spec), _extra_lora_problems(raw, spec)) if spec else ()
-    of_prompts = _prompt_problems(raw, spec) if spec else ()
+    of_prompts = chain(_draft_problems(raw, spec), _prompt_problems(raw, spec)) if spec else ()
     _raise_if_any(chain(_model_problems(raw, served), of_schema, of_loras, of_prompts))
     assert request
     _raise_if_any(chain(_gif_problems(request), _training_problems(request), _count_problems(request)))
@@ -539,6 +561,18 @@ def _extra_lora_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Pr
         if not spec.moe and side is not None:
             text = f"{spec.id} has one transformer; leave `transformer` out"
             yield Problem(Code.MOE_FORMAT_NOT_SUPPORTED, where, text)
+
+
+def _draft_problems(raw: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    if raw.get("draft") is not True:
+        return
+    if spec.draft is None:
+        with_one = ", ".join(other.id for other in MODELS.values() if other.draft)
+        text = f"there is no few-step recipe for {spec.id}; leave it out, or use one of {with_one}"
+        yield Problem(Code.INVALID_INPUT, "draft", text)
+    elif raw.get("match") == "preview":
+        text = "a draft does not look like the samples of the training; leave out `draft`, or set `match` to documented"
+        yield Problem(Code.INVALID_INPUT, "draft", text)
 
 
 def _path_problems(where: str, item: Any) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from pipelines import WanModel
-from pipelines.catalog import OFFLOAD
+from pipelines.catalog import OFFLOAD, ModelSpec
 from worker import logs
 from worker.deadline import Deadline
 from worker.delivery import Delivery, Identity
@@ -27,7 +27,7 @@ from worker.logs import log, stage
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.ranks import Ranks
 from worker.recovery import Recovery
-from worker.request import parse
+from worker.request import Request, parse
 from worker.run import Run, left_behind
 from worker.settings import Settings
 from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job
@@ -82,7 +82,7 @@ class Service:
         """Check the request and create a run, with a folder for its files. Nothing is downloaded yet."""
         settings, raw_input, s3_config = self._settings, raw_job.get("input"), raw_job.get("s3Config")
         request = parse(raw_input, self._gpu.model.spec)
-        match = request.match or settings.default_match
+        match = request.match or ("documented" if request.draft else settings.default_match)
         offload_mode = self._gpu.model.facts["offload_mode"]
         if match == "preview" and not OFFLOAD[offload_mode].can_merge:
             text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; send documented"
@@ -98,7 +98,7 @@ class Service:
                 mode="merge" if match == "preview" else settings.lora_mode,
                 delivery=Delivery(storage, not s3_config, self._recovery, job_id, identity),
                 folder=Path(folder),
-                progress=Progress([prompt.sample_steps for prompt in request.prompts for _ in range(prompt.num_videos)]),
+                progress=Progress(_step_counts(request, self._gpu.model.spec)),
                 deadline=Deadline(settings.seconds_per_job),
                 upload_timeout=settings.upload_timeout,
             )
@@ -128,6 +128,12 @@ class Service:
         if self.must_be_replaced and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             log.error("the GPU failed, or a thread does not stop; the worker shuts down and must be replaced")
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _step_counts(request: Request, spec: ModelSpec) -> list[int]:
+    """Return the denoising steps of each video."""
+    of_draft = len(spec.draft.timesteps) if request.draft and spec.draft else None
+    return [of_draft or prompt.sample_steps for prompt in request.prompts for _ in range(prompt.num_videos)]
 
 
 def _safe_id(job_id: Any) -> str:

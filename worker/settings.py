@@ -56,10 +56,15 @@ class Settings(BaseSettings):
         default=Path("/runpod-volume/checkpoints"),
         description="The last place: a folder on a network volume, in the layout of `CHECKPOINT_DIR`.",
     )
+    accelerator_dir: Path | None = Field(
+        default=None,
+        description="The first place to look for the distilled LoRAs of drafts, as `ORG/NAME/FILE` or `FILE`; then they are "
+        "looked for in the places of the weights.",
+    )
     allow_download: bool = Field(
         default=False,
         description="`1`: at start, download missing weights from the Hugging Face Hub to `VOLUME_CHECKPOINT_DIR` or, without "
-        "a volume, to `CHECKPOINT_DIR`.",
+        "a volume, to `CHECKPOINT_DIR`. A draft downloads its missing distilled LoRAs to `LORA_CACHE_DIR`.",
     )
     ai_toolkit_path: Path | None = Field(
         default=None, description="Checkout of ostris/ai-toolkit; needed by `wan22_14b_i2v` and `wan22_5b`."
@@ -206,6 +211,12 @@ class Settings(BaseSettings):
             Place("MODEL_CACHE_DIR", self.model_cache_dir, is_hub_cache=True),
             Place("VOLUME_CHECKPOINT_DIR", self.volume_checkpoint_dir),
         ]
+
+    @property
+    def accelerator_places(self) -> list[Place]:
+        """The places to look for distilled LoRAs, in this order."""
+        own = [Place("ACCELERATOR_DIR", self.accelerator_dir)] if self.accelerator_dir else []
+        return [*own, *self.checkpoint_places]
 
     @property
     def in_cloud(self) -> bool:

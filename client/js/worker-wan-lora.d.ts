@@ -7,6 +7,8 @@ export interface Request {
   loras: Array<Lora>;
   /** More LoRAs on top of `loras`, applied in their order. */
   extra_loras?: Array<ExtraLora>;
+  /** A quick look: 4 steps without guidance, with a distilled LoRA on top; for `wan22_14b_i2v`, `wan22_14b_t2v`, `wan21_i2v_14b`, `wan21_i2v_14b480p`, `wan21_14b`. */
+  draft?: boolean;
   /** Replaces `[trigger]` in every prompt. */
   trigger_word?: string | null;
   /** Bearer token for LoRAs on the Hugging Face Hub. */
@@ -132,7 +134,7 @@ export interface Result {
   warnings: Array<string>;
   /** All that decided the frames. */
   settings: Record<string, unknown>;
-  /** Seconds by stage, and `total`. */
+  /** Seconds by stage, `total`, and of a draft `full_run_estimate`. */
   timings: Record<string, number>;
   errors?: Array<{ prompt_index: number; code: string; message: string; video_index?: number }>;
 }

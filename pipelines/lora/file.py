@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from pipelines.catalog import DistilledLora
 from pipelines.errors import LoraInvalid
 from pipelines.lora.names import Side
 from pipelines.safetensors_header import SafetensorsError, looks_like_safetensors, read_header
@@ -146,10 +147,17 @@ class Adapter:
     """The name that the user gave the file, such as the end of its URL; "" for the file's own."""
     is_extra: bool = False
     """Whether it lies on top of the LoRAs that the model page knows."""
+    distilled: DistilledLora | None = None
+    """What it is of a draft."""
 
     @property
     def name(self) -> str:
         return self.source or self.file.path.name
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Parts of the names of layers that are left out."""
+        return self.distilled.without if self.distilled else ()
 
 
 @lru_cache(maxsize=64)

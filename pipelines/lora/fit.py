@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Literal
 
 from pipelines.catalog import LoraMode, ModelSpec
 from pipelines.errors import LoraIncompatible, LoraInvalid
 from pipelines.lora.file import Adapter, LoraFile
-from pipelines.lora.layers import BIAS_PARTS, Layer, Layers, Reading, read
+from pipelines.lora.layers import BIAS_PARTS, Layer, Layers, Reading, read, reading_of
 from pipelines.lora.names import Side
 from pipelines.lora.origin import fitting_models, looks_trained_for
 
@@ -34,9 +36,12 @@ def target(layer: str, parameters: Container[str]) -> str | None:
     return next((name for name in (f"{layer}.weight", layer) if name in parameters), None)
 
 
-def check(file: LoraFile, spec: ModelSpec, shapes: Shapes) -> Reading:
-    """Read the file and compare every layer with `shapes`. Raises LoraInvalid, LoraIncompatible."""
-    reading = read(file)
+def check(file: LoraFile, spec: ModelSpec, shapes: Shapes, without: tuple[str, ...] = ()) -> Reading:
+    """Read the file and compare every layer with `shapes`. Raises LoraInvalid, LoraIncompatible.
+
+    `without`: parts of the names of layers that are left out.
+    """
+    reading = read(file, without)
     if reading.has_both_sides and not spec.moe:
         raise LoraIncompatible(
             f"it holds a high and a low side (transformer_1, transformer_2), and {spec.id} has one transformer; "
@@ -99,6 +104,45 @@ def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSe
     return mode, ""
 
 
+def why_not_on_codes(reading: Reading, coded: Container[str], zeros: AbstractSet[str] = frozenset()) -> str:
+    """Why a file cannot be applied to a model that keeps codes in place of the weights of the layers `coded`, or ""."""
+    for layer in reading.all_layers:
+        parts = {part for part, key in layer.keys.items() if key not in zeros}
+        if layer.kind == "full" and layer.name in coded and parts & {"A", "diff"}:
+            return f"it has a difference of a weight (layer {layer.name})"
+        if parts & {"magnitude", "B.bias"}:
+            return f"it has a bias or magnitude beside its factors (layer {layer.name})"
+    return ""
+
+
+def split(stack: Stack, shapes: Shapes, zeros_of: Callable[[LoraFile], AbstractSet[str]]) -> tuple[Stack, Stack]:
+    """(factors that lie beside linear layers, differences that are merged) of a stack, each with all of its LoRAs or ().
+
+    `zeros_of`: the keys of a file whose values are all 0.
+    """
+    beside: list[Carried] = []
+    merged: list[Carried] = []
+    for adapter, layers in stack:
+        factors: dict[str, Layer] = {}
+        rest: dict[str, Layer] = {}
+        for path, layer in layers.items():
+            if layer.kind == "full" or len(_shape_of(layer.name, shapes) or ()) != 2:
+                rest[path] = layer
+                continue
+            factors[path] = _of_parts(layer, layer.kind, layer.keys.keys() - {"diff_b"})
+            if "diff_b" in layer.keys:
+                rest[path] = _of_parts(layer, "full", {"diff_b"})
+        zeros = zeros_of(adapter.file)
+        beside.append((adapter, factors))
+        merged.append((adapter, {path: layer for path, layer in rest.items() if not set(layer.keys.values()) <= zeros}))
+    return tuple(beside), tuple(merged) if any(layers for _, layers in merged) else ()
+
+
+def _of_parts(layer: Layer, kind: Literal["lora", "lokr", "full"], parts: AbstractSet[str]) -> Layer:
+    keys = {part: key for part, key in layer.keys.items() if part in parts or part.removesuffix(".scale") in parts}
+    return replace(layer, kind=kind, keys=keys, shapes={part: layer.shapes[part] for part in keys})
+
+
 def check_side(adapter: Adapter, reading: Reading) -> None:
     """An extra LoRA goes to the sides that it is sent for alone. Raises LoraIncompatible where it has nothing for them."""
     if adapter.is_extra and not _sides_of_extra(adapter, reading):
@@ -145,7 +189,7 @@ def by_transformer(adapters: Sequence[Adapter]) -> dict[str, Stack]:
     sent = {adapter.side for adapter in adapters if not adapter.is_extra}
     wanted: dict[str, Stack] = {}
     for adapter in sorted(adapters, key=lambda adapter: adapter.is_extra):
-        reading = read(adapter.file)
+        reading = reading_of(adapter)
         if adapter.is_extra:
             for name, layers in _sides_of_extra(adapter, reading).items():
                 wanted[name] = (*wanted.get(name, ()), (adapter, layers))

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora.file import LoraFile
+from pipelines.lora.file import Adapter, LoraFile
 from pipelines.lora.header_config import HeaderConfig
 from pipelines.lora.names import Side, is_of_first_transformer, is_of_text_encoder, parse
 
@@ -109,11 +109,17 @@ class Reading:
         return [layer for layers in self.sides.values() for layer in layers.values()]
 
 
+def reading_of(adapter: Adapter) -> Reading:
+    """What is applied of an adapter's file. Raises what `read` raises."""
+    return read(adapter.file, adapter.without)
+
+
 @lru_cache(maxsize=_KEPT)
-def read(file: LoraFile) -> Reading:
+def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
     """Read the layers of a file. The same file is read once; what is returned must not be changed.
 
-    Raises LoraInvalid for a file that contradicts itself, LoraIncompatible for a kind of file that cannot be applied.
+    `without`: parts of the names of layers that are left out. Raises LoraInvalid for a file that contradicts itself,
+    LoraIncompatible for a kind of file that cannot be applied.
     """
     parts: dict[Side | None, dict[str, dict[str, str]]] = {}
     ignored = []
@@ -122,6 +128,9 @@ def read(file: LoraFile) -> Reading:
         if name is None:
             if _PART_OF_A_LORA.search(key) and not is_of_text_encoder(key):
                 raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has")
+            ignored.append(key)
+            continue
+        if any(part in name.layer for part in without):
             ignored.append(key)
             continue
         keys = parts.setdefault(name.side, {}).setdefault(name.layer, {})

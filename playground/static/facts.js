@@ -1,7 +1,7 @@
 // The facts beside the screen, in tabs: the details of a result, the JSON of a run, and its log.
 
 import { toJson } from "./api.js";
-import { h, prose, sentence } from "./dom.js";
+import { h, prose, seconds, sentence } from "./dom.js";
 import { doing, stageName, stageOf, timeLeft } from "./progress.js";
 
 /** What tells an output from the others of its run: "Run 3, prompt 2, seed 44". */
@@ -43,7 +43,8 @@ export class Facts {
       next.focus();
     });
     choose(this.chosen in panels ? this.chosen : item ? "Details" : "Log", false);
-    this.root.replaceChildren(h("h2", {}, item ? outputName(job, item) : `Run ${job.number}`), list, ...nodes);
+    const word = job.request.draft ? h("span", { class: "draft" }, "draft") : "";
+    this.root.replaceChildren(h("h2", {}, item ? outputName(job, item) : `Run ${job.number}`, word), list, ...nodes);
     this.update(job);
   }
 
@@ -69,6 +70,7 @@ function details(job, item) {
   const failed = (result.errors ?? []).map((error) => `prompts[${error.prompt_index}] failed: ${error.message}`);
   return [
     h("p", { class: "said" }, prompt.prompt ?? ""),
+    draftNote(result),
     notes([...failed, ...(result.warnings ?? [])]),
     ...sheet(item),
     h("h3", {}, "Settings"),
@@ -134,8 +136,14 @@ export function list(values) {
   return h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
 }
 
+/** Of a draft: how long the video takes without it. */
+function draftNote({ timings: { full_run_estimate: full, generate } = {} }) {
+  if (!full) return "";
+  return h("p", { class: "soft" }, `A draft. The full run would take about ${seconds(full)} instead of ${seconds(generate)}.`);
+}
+
 /** The seconds of each stage, with a bar for its share of the total. */
-function timings({ total, ...stages }) {
+function timings({ total, full_run_estimate: _, ...stages }) {
   const row = ([name, value]) => {
     const bar = h("span", { class: name === "total" ? "" : "share", "aria-hidden": "true" });
     bar.style.setProperty("--share", total ? Math.min(1, value / total) : 0);

@@ -13,6 +13,7 @@ const NUMBERS = ["width", "height", "num_frames", "fps", "sample_steps", "guidan
 const SHOWN = ["prompt", ...Object.keys(IMAGES), "image_fit", ...NUMBERS];
 const MATCHES = { documented: "Recommended: as the model page says", preview: "Like my training samples" };
 const LABELS = {
+  draft: "Draft: a quick look in 4 steps",
   neg: "Negative prompt",
   sample_steps: "Steps",
   guidance_scale: "Guidance",
@@ -79,13 +80,14 @@ export class Form {
     const match = this.request.find((field) => field.name === "match");
     for (const option of match.control.options) option.textContent = MATCHES[option.value] ?? "The worker\u2019s default";
     match.node.querySelector("label").textContent = "Look";
-    this.rest = this.request.filter((field) => ![trigger, match].includes(field));
+    this.draft = this.request.find((field) => field.name === "draft");
+    this.rest = this.request.filter((field) => ![trigger, match, this.draft].includes(field));
     const folder = h("section", { "aria-label": "Training folder" });
     this.training = new Training(folder, (request) => this.write(request));
     this.root.replaceChildren(
       this.summary,
       folder,
-      h("section", {}, this.modelField.node, this.needs, match.node),
+      h("section", {}, this.modelField.node, this.needs, match.node, this.draft.node),
       h("section", {}, h("h2", {}, "LoRAs"), this.loras.nodes, trigger.node),
       this.promptList,
       h("button", { type: "button", class: "quiet add", onclick: () => this.#addPrompt(this.#inherited(), true) }, "Add a prompt"),
@@ -119,6 +121,8 @@ export class Form {
       this.needs.append(". The worker serves another: ", use);
     }
     this.loras.shape(model.moe);
+    this.draft.node.hidden = !model.draft;
+    if (!model.draft) this.draft.value = false;
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
   }
 

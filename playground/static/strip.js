@@ -70,7 +70,7 @@ export class Strip {
         onclick: () => this.actions.open(job, item),
       },
       h("span", { class: "poster" }, poster(item)),
-      h("span", { class: "caption" }, h("b", {}, String(job.number)), this.#whatChanged(job, item)),
+      h("span", { class: "caption" }, h("b", {}, String(job.number)), job.request.draft ? h("b", { class: "draft" }, "draft") : "", this.#whatChanged(job, item)),
     );
     const pick = h("input", { type: "checkbox", "aria-label": `Compare ${name}` });
     pick.addEventListener("change", () => this.#pick(pick, placeOf(item)));
@@ -81,7 +81,8 @@ export class Strip {
   #whatChanged(job, item) {
     const before = [...this.requests.keys()].filter((number) => number < job.number).sort((one, other) => other - one)[0];
     const several = itemsOf(job).length > 1;
-    const changes = before && !several ? changesBetween(this.requests.get(before), job.request) : "";
+    const rest = ({ draft, ...request }) => request; // the tile says by itself whether it is a draft
+    const changes = before && !several ? changesBetween(rest(this.requests.get(before)), rest(job.request)) : "";
     return changes || `seed ${item.seed}`;
   }
 

@@ -80,7 +80,7 @@ def test_every_component_with_weights_has_a_group_and_every_slot_is_copied() -> 
     slots = [str(folder) for name, group in bake.GROUPS.items() for folder in group.folders(name)]
     copied = re.findall(r"^COPY --from=checkpoints (/weights/\S+) (\S+)$", DOCKERFILE, re.MULTILINE)
     assert copied == [(slot, slot) for slot in slots]
-    assert set(re.findall(r"builder\.bake (\w+)", DOCKERFILE)) == {*bake.GROUPS, "all"}
+    assert set(re.findall(r"builder\.bake (\w+)", DOCKERFILE)) == {*bake.GROUPS, "draft", "all"}
 
 
 STAGES = {
@@ -152,6 +152,23 @@ def test_a_layer_of_weights_holds_nothing_but_weights_named_by_their_content(bak
     assert {path.relative_to(baked / "weights").parts[0] for path in files} == {"text", "vae", "image", "transformer"}
     assert all(path.name == bake.sha256_of(path) for path in files)
     assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(REPRODUCIBLE_MTIME)}
+
+
+def test_distilled_loras_are_fetched_beside_the_weights_for_models_that_have_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(bake, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(bake.subprocess, "run", lambda command, check: commands.append(command))
+    revisions = "lightx2v/Wan2.2-Distill-Loras=abc,Wan-AI/Wan2.1-T2V-1.3B-Diffusers=def"
+    for model_id in ("wan22_14b_i2v", "wan21_1b"):
+        monkeypatch.setattr("sys.argv", ["bake", "draft", "--model-id", model_id, "--revisions", revisions])
+        assert bake.main() == 0
+    (command,) = commands
+    assert command[1:] == [
+        *("-m", "builder.fetch_checkpoints", "--model-id", "wan22_14b_i2v", "--to", str(tmp_path), "--draft"),
+        *("--revision", "lightx2v/Wan2.2-Distill-Loras=abc"),
+    ]
 
 
 def test_an_unknown_model_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

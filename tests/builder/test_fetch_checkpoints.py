@@ -225,6 +225,29 @@ def test_a_model_of_two_repos_is_fetched_by_parts_of_either(hub: HubServer, fetc
     assert not (tmp_path / "out" / base / "transformer").exists()
 
 
+def test_the_distilled_loras_of_drafts_are_fetched_at_the_recipes_commit_and_no_weights(
+    hub: HubServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    recipe = MODELS["wan22_14b_t2v"].draft
+    assert recipe is not None
+    ((repo, commit),) = {(lora.repo, lora.commit) for lora in recipe.loras}
+    newest = hub.put(repo, {lora.path: b"newest" for lora in recipe.loras})
+    hub.repos[repo][commit] = {lora.path: lora.path.encode() for lora in recipe.loras} | {"README.md": b"# LoRAs"}
+    status, said = fetch("--draft", model_id="wan22_14b_t2v")
+    assert (status, f"{repo} at {commit}" in said) == (0, True), said
+    wanted = {f"{repo}/{lora.path}": lora.path.encode() for lora in recipe.loras}
+    there = files_below(tmp_path / "out")
+    assert {path: there[path] for path in wanted} == wanted and there.keys() == {*wanted, f"{repo}/{NAME}"}
+    assert "0 fetched, 2 were there" in fetch("--draft", model_id="wan22_14b_t2v")[1]
+    assert fetch("--draft", "--revision", f"{repo}={newest}", model_id="wan22_14b_t2v")[0] == 0
+    assert files_below(tmp_path / "out")[f"{repo}/{recipe.loras[0].path}"] == b"newest"
+    assert fetch("--draft")[1].startswith(
+        "fetch_checkpoints: --draft: there is no few-step recipe for wan21_1b, but for wan22_"
+    )
+    with pytest.raises(SystemExit):
+        fetch("--draft", "--parts", "vae", model_id="wan22_14b_t2v")
+
+
 def test_the_same_files_make_the_same_layer(hub: HubServer, fetch: Fetch, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:

@@ -70,6 +70,17 @@ def test_json_prints_one_object(run: list[str], tmp_path: Path, capsys: pytest.C
     assert printed["result"]["model"] == "wan21_1b"
 
 
+def test_a_draft_says_how_long_the_full_run_takes(
+    run: list[str], script: Script, web: Web, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = result(web.url("/0.mp4"))
+    answer["output"]["timings"] |= {"generate": 9.4, "full_run_estimate": 92.3}
+    script.answers = [answer]
+    assert main([*run, "--model", "wan21_14b", "--draft"]) == 0
+    assert script.submitted[-1]["input"]["draft"] is True
+    assert "a draft: the full run would take about 92 s of the GPU\n" in capsys.readouterr().err
+
+
 def test_pictures_are_printed_after_their_video(
     run: list[str], script: Script, web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

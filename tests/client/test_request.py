@@ -68,6 +68,7 @@ def test_options_make_a_whole_request() -> None:
     assert [(lora.transformer, lora.network_multiplier) for lora in parsed.extra_loras] == [("both", 0.3)]
     assert [(prompt.shift, prompt.num_videos, prompt.guidance_scale_2) for prompt in parsed.prompts] == [(7.0, 2, 3.0)] * 2
     assert (parsed.trigger_word, parsed.match, parsed.output_format) == ("sks", "preview", "gif")
+    assert not parsed.draft and parse(given(*words, "--draft"), MODELS["wan22_14b_t2v"]).draft
 
 
 def test_every_field_has_an_option() -> None:

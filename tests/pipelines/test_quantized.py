@@ -253,10 +253,11 @@ def test_codes_take_the_memory_that_the_table_says(tiny: Path) -> None:
         assert there == bytes_by_mode(checkpoints, BF16.itemsize, model.quantization)["none"].device
 
 
-def test_a_lora_that_has_to_be_merged_is_refused_over_codes(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["differences", "fullrank", "dora", "bias"])
+def test_a_lora_that_would_change_a_coded_weight_is_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     coded = load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16, quantize="qfloat8")
-    save_file(lora_zoo.merged()["differences"][0], tmp_path / "lora.safetensors")
-    with pytest.raises(LoraIncompatible, match="which cannot be done with QUANTIZE; use a worker without it"):
+    save_file(lora_zoo.merged()[name][0], tmp_path / "lora.safetensors")
+    with pytest.raises(LoraIncompatible, match="which cannot be applied with QUANTIZE; use a worker without it"):
         coded.check_lora(Adapter(LoraFile.read(tmp_path / "lora.safetensors")))
 
 

@@ -355,6 +355,23 @@ def test_a_run_whose_worker_is_gone_says_so_and_ends(open_page: Open, cloud: Fak
         page.locator("#not-sent:empty").wait_for(state="attached")
 
 
+def test_a_draft_is_called_one_and_says_how_long_the_full_run_takes(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    file = {"url": f"{cloud.base}/0.mp4", "expires_at": None, "key": "a/0.mp4", "width": 64, "height": 64, "bytes": 4}
+    video = {"prompt_index": 0, **file, "format": "mp4", "num_frames": 5, "fps": 16, "seed": 1}
+    timings = {"generate": 9.4, "total": 12.0, "full_run_estimate": 92.3}
+    output = {"model": "wan22_14b_t2v", "outputs": {"images": [], "videos": [video]}, "warnings": [], "timings": timings}
+    cloud.files["/0.mp4"] = b"film"
+    cloud.answer = {"status": "COMPLETED", "output": output | {"settings": {"prompts": [], "draft": {}}}, "workers": {}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE | {"draft": True}) as server:
+        page = open_page(server)
+        assert field(page, "draft").is_checked()
+        page.keyboard.press("Control+Enter")
+        page.locator("#facts h2 .draft", has_text="draft").wait_for()
+        assert "The full run would take about 1 min 32 s instead of 9.4 s." in page.locator("#facts").inner_text()
+        assert "full_run" not in page.locator("#facts .timings").inner_text()
+        assert page.locator("#tiles .draft").inner_text() == "draft"
+
+
 def test_a_long_prompt_leaves_the_progress_and_cancel_in_view(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
     cloud.answer = {"status": "IN_PROGRESS", "workers": {"running": 1}, "model": "wan22_14b_t2v"}
     with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
@@ -414,10 +431,12 @@ def test_the_form_takes_the_shape_of_the_model(free: Page, tmp_path: Path) -> No
         list(picture.read_bytes()),
     )
     page.wait_for_selector(".zone img[src^='data:image/png']")
+    field(page, "draft").check()
     field(page, "model").select_option("wan22_5b")
     assert "optional" in zone.locator("label").inner_text()
+    assert not field(page, "draft").is_visible() and '"draft": true' not in copied(page, "JSON")
     field(page, "model").select_option("wan22_14b_t2v")
-    assert "ctrl_img" not in copied(page, "JSON")
+    assert "ctrl_img" not in copied(page, "JSON") and not field(page, "draft").is_checked()
 
 
 def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> None:

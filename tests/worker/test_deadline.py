@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.catalog import MODELS
-from pipelines.recipes import Sampling, documented
+from pipelines.recipes import Sampling, documented, draft_of
 from worker import deadline
 from worker.deadline import Deadline
 from worker.errors import WorkerError
@@ -96,3 +96,9 @@ def test_the_time_left_runs_down(clock):
     ends = Deadline(100)
     clock.now += 30
     assert ends.left() == 70
+
+
+def test_of_a_draft_fewer_steps_are_not_proposed(clock):
+    spec = MODELS["wan21_14b"]
+    shot = replace(SHOT, recipe=draft_of(spec), sampling=draft_of(spec).fit(SHOT.sampling))
+    assert "25 frames or 688x400 pixels would fit" in failure(clock, limit=31, seconds_per_step=10, shot=shot)[1]

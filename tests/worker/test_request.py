@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.catalog import MODELS, ModelSpec
-from pipelines.recipes import documented, preview
+from pipelines.recipes import documented, draft_of, preview
 from worker.delivery import Identity
 from worker.errors import Code, WorkerError
 from worker.request import MAX_SEED, Prompt, Request, Shot, parse, shots_of
@@ -850,3 +850,39 @@ def test_several_videos_of_a_prompt_have_the_seeds_that_follow() -> None:
 )
 def test_more_videos_than_can_be_made_are_refused(prompts: list[dict[str, Any]], field: str) -> None:
     assert [problem.field for problem in error_of(an_input(prompts=prompts)).problems] == [field]
+
+
+# Drafts
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_draft_needs_a_recipe_of_its_model(model: ModelSpec) -> None:
+    with_one = ["wan22_14b_i2v", "wan22_14b_t2v", "wan21_i2v_14b", "wan21_i2v_14b480p", "wan21_14b"]
+    raw = an_input(model, draft=True)
+    if model.id in with_one:
+        assert parse(raw, model).lora_fields == ["loras[0]", *["draft"] * (2 if model.moe else 1)]
+        assert parse(raw | {"draft": False}, model).lora_fields == ["loras[0]"]
+    else:
+        text = f"there is no few-step recipe for {model.id}; leave it out, or use one of {', '.join(with_one)}"
+        assert str(error_of(raw, model)) == f"INVALID_INPUT: `draft`: {text}"
+
+
+def test_a_draft_is_no_preview() -> None:
+    assert found(an_input(MOE, draft=True, match="preview"), MOE) == [("INVALID_INPUT", "draft")]
+    assert parse(an_input(MOE, draft=True, match="documented"), MOE).draft
+    assert found(an_input(MOE, draft="yes"), MOE) == [("INVALID_INPUT", "draft")]
+
+
+def test_a_draft_takes_its_own_steps_and_says_which_fields_it_does_not_look_at() -> None:
+    prompt = {"width": 70, "sample_steps": 30, "guidance_scale_2": 3.0, "shift": 7.0, "sampler": "unipc", "neg": "blurry"}
+    raw = an_input(MOE, prompt, draft=True)
+    raw["prompts"] += [{"prompt": "b", "sample_steps": 25, "guidance_scale": 4.0, "seed": 5}]
+    first, second = shots_of(parse(raw, MOE), lambda _: draft_of(MOE), Identity.of(None, raw).seed, {})
+    for shot in (first, second):
+        sampling = shot.sampling
+        assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.guidance_scale_2) == (4, 1.0, None)
+        assert (shot.recipe.shift, shot.recipe.timesteps) == (5.0, (1000, 750, 500, 250))
+    assert (first.sampling.seed, first.sampling.width, second.sampling.seed) == (42, 64, 5)
+    named = "`neg`, `sample_steps`, `guidance_scale_2`, `shift`, `sampler`"
+    assert first.warnings[1:] == (f"prompts[0]: no effect of {named}: a draft takes its own 4 steps, without guidance",)
+    assert second.warnings == ()
