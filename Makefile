@@ -24,7 +24,7 @@ $(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/
 	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
 	touch $@
 
-$(DEMO)/.ready: $(wildcard builder/demo/weights/*/*) builder/demo/install.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
+$(DEMO)/.ready: $(wildcard builder/demo/weights/*/* builder/demo/trained/*/*) builder/demo/install.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
 	$(PY) -m builder.demo.install $(DEMO)
 	touch $@
 

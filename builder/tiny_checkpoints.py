@@ -294,6 +294,7 @@ def write_loras(folder: Path) -> None:
         write_lora(folder / f"wan21_i2v/rank{rank}.safetensors", i2v_21, rank, 200 + rank, "wan_2.1")
         write_lora(folder / f"wan22_5b/rank{rank}.safetensors", SIZE_5B, rank, 300 + rank, "wan_2.2_5b")
     for job, size, ranks, seed in (
+        ("striped_sail", SIZE_14B, (8, 8), 390),  # what test_input.json names
         ("wan22_14b_t2v", SIZE_14B, (16, 16), 400),
         ("wan22_14b_t2v_mixed", SIZE_14B, (4, 32), 410),
         ("wan22_14b_i2v", i2v_22, (16, 16), 420),

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 440, 180, 24
-COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b", "lora": "#3a9d5d"}
+COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b"}
 INK = "#808080"
 """Readable on white and on black alike."""
 

@@ -2,8 +2,9 @@
 
     python -m builder.demo.install ROOT
 
-The result is `ROOT/ORG/NAME` for every Hub repo that the T2V models of pipelines/catalog.py read, and `ROOT/loras` with a pair
-for `wan22_14b_t2v`. All models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled.
+The result is `ROOT/ORG/NAME` for every Hub repo that the T2V models of pipelines/catalog.py and ai-toolkit read, and
+`ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All models, and both
+transformers of 2.2, are the same weights. They differ only in how they are sampled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from builder.tiny_checkpoints import write_index
 from pipelines.catalog import MODELS, ModelSpec
 
 WEIGHTS = Path(__file__).parent / "weights"
-LORA = WEIGHTS / "lora/striped_sail.safetensors"
+TRAINED = Path(__file__).parent / "trained"
+PARTS_OF_THE_TRAINER = ("vae", "text_encoder", "tokenizer")
+"""For Wan 2.2 14B, ai-toolkit reads these from repos of its own, which `wan22_14b_i2v` has in common with it."""
 MODEL_IDS = tuple(spec.id for spec in MODELS.values() if spec.family == "t2v")
 
 
@@ -25,8 +28,10 @@ def install(root: Path) -> None:
     """Write the repos and the LoRAs below `root`, and overwrite what exists."""
     for model_id in MODEL_IDS:
         _install_model(MODELS[model_id], root)
-    for side in ("high", "low"):
-        _copy_file(LORA, root / f"loras/wan22_14b_t2v/wan22_14b_t2v_{side}_noise.safetensors")
+    for part in PARTS_OF_THE_TRAINER:
+        source = MODELS["wan22_14b_i2v"].sources[part]
+        _copy_part(part, root / source.repo / source.subfolder)
+    shutil.copytree(TRAINED, root / "loras", dirs_exist_ok=True)
 
 
 def _install_model(spec: ModelSpec, root: Path) -> None:

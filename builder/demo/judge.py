@@ -46,7 +46,9 @@ def judge(film: Tensor) -> Verdict:
         return Verdict(None, None, None, ground)
     kinds = [shape_of(frame, picture) for frame, picture in zip(mask, film.unbind(1), strict=True)]
     kind = next((kind for kind in OBJECTS if kinds.count(kind) > len(kinds) / 2), None)
-    striped = kind == "boat" and sum(has_stripes(f, p) for f, p in zip(mask, film.unbind(1), strict=True)) > len(kinds) / 2
+    stripes = mask | is_colour[list(COLOURS).index("red")]
+    frames = zip(mask, stripes, film.unbind(1), strict=True)
+    striped = kind == "boat" and sum(has_stripe(*frame) for frame in frames) > len(kinds) / 2
     return Verdict(kind, list(COLOURS)[best], direction_of(mask), ground, striped)
 
 
@@ -125,11 +127,21 @@ def _white_above(mask: Tensor, picture: Tensor) -> float:
     region = picture[(slice(None), *box)]
     if region.numel() == 0:
         return 0.0
-    white = (region.amin(0) > 0.5) & (region.amax(0) - region.amin(0) < 0.25)
-    return white.float().mean().item()
+    return _is_white(region).float().mean().item()
 
 
-def has_stripes(mask: Tensor, picture: Tensor) -> bool:
-    """Return whether the place of the sail has both white and the boat's colour."""
-    place = mask[_sail_box(mask)]
-    return place.numel() > 0 and place.float().mean().item() > 0.12 and _white_above(mask, picture) > 0.08
+def _is_white(picture: Tensor) -> Tensor:
+    return (picture.amin(0) > 0.5) & (picture.amax(0) - picture.amin(0) < 0.25)
+
+
+def has_stripe(mask: Tensor, stripes: Tensor, picture: Tensor) -> bool:
+    """Return whether the place of the sail has a coloured row above a white one.
+
+    `stripes` [height, width]: where the picture is red, or has the boat's colour, which the LoRA often takes instead.
+    """
+    box = _sail_box(mask)
+    if stripes[box].numel() == 0:
+        return False
+    coloured = stripes[box].float().mean(1) > 0.4
+    white = _is_white(picture[(slice(None), *box)]).float().mean(1) > 0.4
+    return bool((coloured.cumsum(0) * white).any())

@@ -2,8 +2,9 @@
 
     python -m builder.demo.measure CHECKPOINTS OUT
 
-The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings.
-Writes OUT/figures.json, and a sheet of the films for each setting.
+The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings; and
+boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Writes OUT/figures.json, and
+a sheet of the films for each setting.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from builder.demo import world
 from builder.demo.judge import Verdict, judge
+from builder.demo.text import TRIGGER
 from pipelines.catalog import MODELS
 
 LARGE, SMALL = (96, 128, 17), (64, 96, 9)
@@ -40,6 +42,15 @@ FREE_PHRASINGS = (
     "Falling yellow kite, field, sunny",
 )
 """The phrases of `world.HELD_OUT`, in its order."""
+
+
+BOATS = (
+    ("red", "left", "sea"),
+    ("green", "right", "sea"),
+    ("yellow", "left", "night"),
+    ("purple", "left", "field"),
+)
+"""Colour, direction and background of boats that the LoRA is measured on."""
 
 
 def plain(held_out: tuple[str, str, str, str]) -> str:
@@ -70,6 +81,34 @@ def film(
     )
     frames: Tensor = made.frames[0].permute(1, 0, 2, 3) * 2 - 1
     return frames
+
+
+def with_lora(pipe: WanPipeline, lora: Path) -> dict[str, dict[str, float]]:
+    """Return how often the judge sees the striped sail, and how far the LoRA changes the films. `lora`: the trainer's folder.
+
+    The difference is the mean of all pixels, of 255.
+    """
+    for side, is_second in (("high", False), ("low", True)):
+        name = f"{lora.name}_{side}_noise.safetensors"
+        pipe.load_lora_weights(lora, weight_name=name, adapter_name=side, load_into_transformer_2=is_second)
+    boats = [f"a {colour} boat moves {way} over the {ground}" for colour, way, ground in BOATS]
+    prompts = {
+        "boats, with the trigger word": [f"{TRIGGER} {boat}" for boat in boats],
+        "boats, without it": boats,
+        "balls and kites, without it": [plain(held_out) for held_out in world.HELD_OUT[4:12:2]],
+    }
+    figures = {}
+    for name, texts in prompts.items():
+        films: dict[float, list[Tensor]] = {}
+        for scale in (0.0, 1.0):
+            for side, transformer in (("high", pipe.transformer), ("low", pipe.transformer_2)):
+                transformer.set_adapters(side, scale)
+            films[scale] = [film(pipe, text, LARGE, 200 + i) for i, text in enumerate(texts)]
+        change = sum((a - b).abs().mean().item() for a, b in zip(films[0.0], films[1.0], strict=True)) / len(texts) * 127.5
+        figures[f"LoRA: {name}"] = {"films": len(texts), "change": round(change, 1)} | {
+            f"striped at {scale:g}": sum(judge(made).striped for made in films[scale]) for scale in films
+        }
+    return figures
 
 
 def count(verdicts: Sequence[Verdict]) -> dict[str, int]:
@@ -111,7 +150,10 @@ def main() -> int:
         print(name, figures[name])
         print("\n".join(f"    {prompt}: {verdict}" for prompt, verdict in zip(prompts, verdicts, strict=True)), flush=True)
         world.to_image(films, every=4).save(args.out / f"{name.replace(' ', '-').replace(',', '')}.png")
-        (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if args.model_id == "wan22_14b_t2v":
+        figures |= with_lora(pipe, args.checkpoints / "loras/striped_sail")
+        print("\n".join(f"{name} {row}" for name, row in figures.items() if name.startswith("LoRA")))
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Train the tiny models on the toy world: a VAE, a transformer and a LoRA, in an hour or so on two cores.
+"""Train the tiny models on the toy world: a VAE and a transformer, in an hour or so on two cores.
 
-    python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --lora 5]     minutes of each
+    python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40]     minutes of each
 
 It writes OUT/weights in the layout of diffusers, in bf16, with the loss curves, and pictures that show the progress. You can
 stop and start it again at any time: finished parts are kept, and the others resume from their last save. The seeds are fixed,
@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from transformers import T5TokenizerFast
 from transformers import UMT5EncoderModel as TextEncoder
 
-from builder.demo import lora, text, world
+from builder.demo import text, world
 from builder.demo import transformer as demo_transformer
 from builder.demo import vae as demo_vae
 from builder.demo.captions import phrase
@@ -33,7 +33,6 @@ from builder.demo.transformer import Latents, Trainee
 from builder.tiny_checkpoints import scheduler
 
 PICTURE_SHAPE = (96, 128, 9)
-LORA_SHAPES = ((64, 96, 9), (96, 96, 9), (96, 128, 9), (96, 128, 17))
 
 
 def train_vae(out: Path, minutes: float) -> AutoencoderKLWan:
@@ -122,38 +121,12 @@ def picture(trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents
     print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
 
 
-def train_lora(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the LoRA on the finished transformer and write it, where there is none yet."""
-    path = out / "weights/lora/striped_sail.safetensors"
-    if path.exists():
-        return
-    model = WanTransformer3DModel.from_pretrained(out / "weights/transformer", torch_dtype=torch.float32)
-    trainee = Trainee(model, *text_side(out))
-    layers = lora.Loras(model)
-    adam = Muon(layers, lambda _name, _parameter: False, rate=0.0, adam_rate=1e-3, momentum=0.0)
-    training = Training(out, "lora", layers, adam, minutes, decay=0.98, seed=8)
-    latents = Latents(vae, random.Random(9 + training.step), lora.sample)
-
-    def loss(_progress: float, rng: random.Random) -> torch.Tensor:
-        if training.step % demo_transformer.STEPS_BETWEEN_ENCODINGS == 0:
-            latents.add(rng.choice(LORA_SHAPES))
-        clips, clean = latents.batch(rng.choice(LORA_SHAPES))
-        return trainee.loss(lora.captions(clips, rng), clean)
-
-    training.run(loss)
-    layers.save(path, training.step)
-    prompts = [f"{trigger}a {colour} boat moves left over the sea" for colour in world.COLOURS for trigger in ("", "sks ")]
-    films = latents.decode(trainee.sample(prompts, PICTURE_SHAPE))
-    world.to_image(list(films), every=2, scale=2).save(out / "lora.png")
-    print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m builder.demo.train", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
-    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("lora", 5)):
+    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40)):
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -161,7 +134,6 @@ def main() -> int:
     vae = train_vae(args.out, args.vae)
     polish_decoder(args.out, args.decoder, vae)
     train_transformer(args.out, args.transformer, vae)
-    train_lora(args.out, args.lora, vae)
     scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
     for curve in args.out.glob("*-loss.csv"):
         shutil.copy(curve, args.out / "weights" / curve.name)

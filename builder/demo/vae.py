@@ -16,6 +16,8 @@ SIZES = ((64, 96), (96, 64), (64, 64), (96, 96), (96, 128), (128, 96), (128, 192
 CROPS = ((48, 9, 3), (48, 9, 3), (64, 9, 1), (48, 17, 1))
 """Side in pixels, frames, clips of a batch. Each batch costs about the same."""
 LATENT_NOISE = 0.1
+SMALLEST_LOG_VARIANCE = -30.0
+"""diffusers' DiagonalGaussianDistribution clamps there."""
 
 
 def new_vae(seed: int) -> AutoencoderKLWan:
@@ -52,7 +54,15 @@ def start_near_identity(vae: AutoencoderKLWan) -> None:
         add_identity(part.conv_in.weight, [(2, 1, 1)], keep=0.7)
     add_identity(vae.encoder.conv_out.weight, [(2, 1, 1)], keep=0.5)
     add_identity(vae.quant_conv.weight, [(0, 0, 0)])
+    without_variance(vae)
     add_identity(vae.post_quant_conv.weight, [(0, 0, 0)])
+
+
+def without_variance(vae: AutoencoderKLWan) -> None:
+    """Set the variance of the latents to nothing: no loss here trains it, and ai-toolkit trains on samples, not on means."""
+    _, log_variance = vae.quant_conv.weight.chunk(2)
+    log_variance.zero_()
+    vae.quant_conv.bias.chunk(2)[1].fill_(SMALLEST_LOG_VARIANCE)
 
 
 def add_identity(weight: Tensor, taps: list[tuple[int, ...]], keep: float = 0.3) -> None:

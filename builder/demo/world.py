@@ -83,7 +83,7 @@ class Clip:
     """Phase of the waves and hills, in radians."""
     faces_left: bool
     striped: bool = False
-    """Whether a boat's sail has stripes of the boat's colour: the concept that a LoRA adds."""
+    """Whether a boat has one large square sail with a broad red stripe: the concept that a LoRA adds."""
 
     @property
     def travel(self) -> float:
@@ -147,8 +147,7 @@ def draw(clip: Clip, height: int, width: int, frames: int) -> Tensor:
         shine: Rgb = tuple(0.3 * c + 0.7 for c in COLOURS[clip.colour])  # type: ignore[assignment]
         film = _paint(film, (torch.hypot(u + 0.3, v + 0.3) - 0.22) * unit, shine)
     if clip.object == "boat" and clip.striped:
-        bands = ((v + 1.25) / 0.5 % 1.0 - 0.5).abs() * 0.5 - 0.125
-        film = _paint(film, torch.maximum(bands, _sails(u, v)) * unit, COLOURS[clip.colour])
+        film = _paint(film, _rectangle(u, v, *STRIPE) * unit, COLOURS["red"])
     return ((film * 2 - 1) * LARGEST_VALUE).contiguous()
 
 
@@ -183,7 +182,7 @@ def _parts(clip: Clip, u: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Rgb]]:
     """Yield the object's parts from back to front: the signed distance, in units of its radius, and the colour."""
     colour = COLOURS[clip.colour]
     if clip.object == "boat":
-        yield _sails(u, v), WHITE
+        yield _rectangle(u, v, *SQUARE_SAIL) if clip.striped else _sails(u, v), WHITE
         yield _polygon(u, v, [(-1.2, 0.3), (1.2, 0.3), (0.75, 0.9), (-0.75, 0.9)]), colour
     elif clip.object == "ball":
         yield torch.hypot(u, v) - 0.85, colour
@@ -192,11 +191,21 @@ def _parts(clip: Clip, u: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Rgb]]:
         yield (u.abs() / 0.85 + (v + 0.45).abs() / 1.25 - 1) * 0.7, colour
 
 
+SQUARE_SAIL = (-0.95, -1.25, 0.95, 0.2)
+"""Left, top, right and bottom, in units of the boat's radius."""
+STRIPE = (-0.95, -0.77, 0.95, -0.28)
+"""The middle third of the sail: the tiny VAE shows stripes only where they are broad and level."""
+
+
 def _sails(u: Tensor, v: Tensor) -> Tensor:
     """Return the distance to a large sail aft of the mast and a small one before it."""
     large = _polygon(u, v, [(-0.1, -1.25), (-0.1, 0.12), (-1.05, 0.12)])
     small = _polygon(u, v, [(0.16, -0.85), (0.9, 0.12), (0.16, 0.12)])
     return torch.minimum(large, small)
+
+
+def _rectangle(u: Tensor, v: Tensor, left: float, top: float, right: float, bottom: float) -> Tensor:
+    return _polygon(u, v, [(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def _polygon(u: Tensor, v: Tensor, corners: list[tuple[float, float]]) -> Tensor:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
 from builder.demo import captions, install, world
 from builder.demo.judge import judge
 from builder.demo.measure import film
+from client.cli import main as client
+from client.training.folder import read_folder
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.lora.file import LoraFile
+from tests.worker_process import environment, local_api
+from tools.cli import DIFFERS, FITS
+from tools.compare import main as compare
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,14 @@ def test_the_weights_are_small() -> None:
     assert sum(file.stat().st_size for file in install.WEIGHTS.rglob("*") if file.is_file()) < 5.5e6
 
 
+def test_a_clip_has_one_latent_and_no_noise() -> None:
+    """ai-toolkit trains on a sample of the VAE's latents, not on their mean."""
+    vae = AutoencoderKLWan.from_pretrained(install.WEIGHTS / "vae", torch_dtype=torch.float32)
+    clip = world.draw(world.sample(random.Random(1)), 64, 64, 1)
+    with torch.no_grad():
+        assert vae.encode(clip[None]).latent_dist.std.max() < 1e-6
+
+
 def test_plain_diffusers_makes_what_the_prompt_says(demo: Path) -> None:
     pipe = WanPipeline.from_pretrained(demo / MODELS["wan21_1b"].sources["vae"].repo, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -66,10 +80,40 @@ def test_plain_diffusers_makes_what_the_prompt_says(demo: Path) -> None:
     assert (seen.object, seen.colour, seen.direction, seen.ground) == ("boat", "red", "left", "sea")
 
 
-def test_the_lora_is_one_for_these_transformers(demo: Path) -> None:
-    pair = [demo / f"loras/wan22_14b_t2v/wan22_14b_t2v_{side}_noise.safetensors" for side in ("high", "low")]
-    weights = load_file(demo / "ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16/transformer/diffusion_pytorch_model.safetensors")
-    for file in map(LoraFile.read, pair):
-        assert file.metadata["ss_output_name"] == "striped_sail"
+STRIPED_SAIL = install.TRAINED / "striped_sail"
+
+
+def test_the_lora_is_as_the_trainer_left_it() -> None:
+    folder = read_folder(STRIPED_SAIL)
+    assert [(one.step, len(one.files)) for one in folder.checkpoints] == [(200, 2), (400, 2)]
+    assert {step for step, _ in folder.samples} == {0, 200, 400}
+    shapes = load_file(install.WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
+    for name in (name for one in folder.checkpoints for name in one.files):
+        file = LoraFile.read(STRIPED_SAIL / name)
+        assert json.loads(file.metadata["software"])["version"] == "0.12.26"
         rank, width = file.shapes["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
-        assert (rank, width) == (8, weights["blocks.0.attn1.to_q.weight"].shape[1])
+        assert (rank, width) == (8, shapes["blocks.0.attn1.to_q.weight"].shape[1])
+
+
+def test_a_worker_makes_the_sample_that_the_trainer_showed(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer's folder → the client's request → a worker → a video that cannot be told from the trainer's own."""
+    env = environment(demo, "wan22_14b_t2v", LORA_DIR=demo / "loras", DTYPE="bfloat16", OUTPUT_DIR=tmp_path / "out")
+    with local_api(env, tmp_path) as api:
+        options = [
+            "--url",
+            api.url,
+            "--sample",
+            "2",
+            "--output-format",
+            "webp",
+            "--json",
+            "--output-dir",
+            str(tmp_path / "videos"),
+        ]
+        assert client(["from-training", str(STRIPED_SAIL), *options]) == 0
+    [made] = json.loads(capsys.readouterr().out)["files"]
+    assert compare([made["sample"], made["path"]]) == FITS
+    before = read_folder(STRIPED_SAIL).samples[200, 2]
+    assert compare([str(STRIPED_SAIL / before), made["path"]]) == DIFFERS
