@@ -1,6 +1,6 @@
-"""Make the strips of docs/gallery.md with the worker itself, on the demo's weights.
+"""Make the film of README.md and the strips of docs/gallery.md with the worker itself, on the demo's weights.
 
-    python -m docs.gallery .demo
+    python -m docs.gallery .demo [STRIP…]
 
 Each strip is one animation: films that differ in one setting, side by side, with the setting written on them.
 When the weights change, run it again, and then read the page again.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +47,15 @@ def _match(request: dict[str, Any], value: str) -> None:
     request["match"] = value
 
 
+_WITH, _WITHOUT = "with the LoRA", "without"
+
+
+def _lora(request: dict[str, Any], value: str) -> None:
+    _scale(request, float(value == _WITH))
+
+
 STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], None]]] = {
+    "lora": ("{}", (_WITHOUT, _WITH), _lora),
     "scale": ("LoRA scale {:g}", (0.0, 0.5, 1.0, 1.5), _scale),
     "guidance": ("guidance {:g}", (1.0, 4.0, 6.0), _prompt("guidance_scale")),
     "steps": ("{} steps", (4, 10, 25), _prompt("sample_steps")),
@@ -56,10 +64,11 @@ STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], No
 """The label, the values, and how a value is put into the request of test_input.json."""
 
 
-def main(checkpoints: Path) -> None:
+def main(checkpoints: Path, names: Sequence[str]) -> None:
     with tiny_worker(checkpoints) as url, TemporaryDirectory() as folder:
         client = Client.local(url)
-        for name, (label, values, put) in STRIPS.items():
+        for name in names:
+            label, values, put = STRIPS[name]
             films = [_film(client, value, put, Path(folder)) for value in values]
             target = IMAGES / f"gallery-{name}.webp"
             first, *rest = _strip(films, [label.format(value) for value in values])
@@ -97,4 +106,6 @@ def _strip(films: list[Frames], labels: list[str]) -> Iterator[Image.Image]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m docs.gallery", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
-    main(parser.parse_args().checkpoints.resolve())
+    parser.add_argument("strips", nargs="*", default=[*STRIPS], metavar="STRIP", help=f"of {', '.join(STRIPS)}; default: all")
+    options = parser.parse_args()
+    main(options.checkpoints.resolve(), options.strips)

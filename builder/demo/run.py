@@ -48,14 +48,14 @@ def main() -> int:
     return 0
 
 
-def run_worker(checkpoints: Path, job: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Run `python handler.py` and print its log lines in short. `job`: another one than test_input.json.
+def run_worker(checkpoints: Path) -> dict[str, Any] | None:
+    """Run `python handler.py` and print its log lines in short.
 
     Returns the job's result, or None when it failed.
     """
     env = {"MODEL_ID": "wan22_14b_t2v", "DEVICE": "cpu", "OUTPUT_DIR": str(OUTPUT)}
     env |= {"CHECKPOINT_DIR": str(checkpoints), "LORA_DIR": str(checkpoints / "loras")}
-    command = [sys.executable, str(ROOT / "handler.py"), *(["--test_input", json.dumps(job)] if job else [])]
+    command = [sys.executable, str(ROOT / "handler.py")]
     result = None
     with subprocess.Popen(  # noqa: S603 the command is ours
         command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
