@@ -1,5 +1,6 @@
 # make run    sets up, lays out tiny trained checkpoints and runs test_input.json to a playable MP4
-# make test   sets up and runs the tests, files in their order: the longest test is alone in its file, and must not come last
+# make test   sets up and runs the tests: three files at once, since many tests wait, and in their order, since the longest must not
+#             come last
 # make soak   500 jobs with every fault there is; takes ten minutes and more
 # make serve  the local RunPod API on port 8000, with the same tiny model
 # make image-test   builds the image with tiny checkpoints, looks through its layers, and runs a job in it; needs root and buildah
@@ -38,7 +39,7 @@ playground: $(DEMO)/.ready
 	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(DEMO)))
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 image-test: setup
 	IMAGE_TEST=1 $(PY) -m pytest tests/image -s

@@ -27,7 +27,7 @@ from tests.pipelines.test_models import adapters
 
 SAMPLING = Sampling("a boat", "blurry", width=32, height=32, num_frames=5, num_inference_steps=3)
 PASSES_OF_A_RANK = 3
-FAMILIES = ["wan22_14b_t2v", "wan22_14b_i2v", "wan22_5b"]
+FAMILIES = ["wan22_14b_t2v", "wan22_5b"]
 
 
 class Ranks:

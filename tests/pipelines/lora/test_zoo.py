@@ -131,7 +131,7 @@ def test_a_bad_file_is_refused_and_named_for_what_it_is(model: WanModel, write: 
     assert words[name] in str(error.value)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_sequence_of_files_leaves_a_trace_in_a_plain_lora(tiny: Path, model: WanModel, write: Write, seed: int) -> None:
     files = {**lora_zoo.spellings(), **{name: file for name, (file, _) in lora_zoo.strengths().items()}}
     files |= {**lora_zoo.merged(), **lora_zoo.bad()}
