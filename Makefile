@@ -21,8 +21,9 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/requirements-dev.txt builder/requirements-docs.txt builder/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r builder/requirements-torch.txt -c builder/constraints.txt
-	$(PY) -m pip install --quiet -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
+	$(PY) -m pip install --quiet --no-compile -r builder/requirements-torch.txt -c builder/constraints.txt
+	$(PY) -m pip install --quiet --no-compile -r builder/requirements.txt -r builder/requirements-dev.txt -c builder/constraints.txt
+	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores, which pip does not; packages hold files for other versions
 	touch $@
 
 $(DEMO)/.ready: $(wildcard builder/demo/weights/*/* builder/demo/trained/*/*) builder/demo/install.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
