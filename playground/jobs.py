@@ -141,7 +141,7 @@ class Job:
         self.log.append({"seconds": self.seconds, "kind": kind, "text": text})
 
     def _note_progress(self, progress: dict[str, Any]) -> None:
-        """Of the steps of a video, a tenth is noted, so that the log stays short."""
+        """Note a tenth of the steps of a video alone, so that the log stays short."""
         last: dict[str, Any] = next((entry["progress"] for entry in reversed(self.log) if entry["kind"] == "progress"), {})
         if all(progress.get(name) == last.get(name) for name in ("stage", "prompt_index")):
             steps = progress.get("step", 0) - last.get("step", 0)
