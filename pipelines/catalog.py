@@ -95,7 +95,7 @@ class DistilledLora:
     commit: str
     path: str
     sha256: str
-    """Of the file, as its page on the Hub says; that of Wan 2.1 I2V as programs say that pin it."""
+    """The checksum of the file, as its page on the Hub says; that of Wan 2.1 I2V as programs say that pin it."""
     side: Literal["high", "low"] | None = None
     strength: float = 1.0
     without: tuple[str, ...] = ()

@@ -49,7 +49,7 @@ class Stored:
     excluded: tuple[str, ...]
     """Modules that were left as they are, by the start of their name."""
     dtype: str = "bfloat16"
-    """Of the weights that were encoded, and of the scales."""
+    """The dtype of the weights that were encoded, and of the scales."""
 
 
 def stored_in(folder: Path, component: str) -> Stored | None:

@@ -26,7 +26,6 @@ class Ranks:
 
     def __init__(self, number: int = 0) -> None:
         """Start `number` processes, which load the model beside this one. They inherit the environment."""
-        self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection[Any, Any]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-") if number else None
         self.store = Path(self._folder.name) / "store" if self._folder else None
@@ -39,7 +38,6 @@ class Ranks:
             # A session of its own: Ctrl-C in the terminal must not reach a rank before the worker has finished its job.
             process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)  # noqa: S603
             theirs.close()
-            self._processes.append(process)
             self._connections.append(ours)
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 

@@ -97,7 +97,7 @@ class _Base:
     seed: int
     """The prompt's own."""
     scale: float | None = None
-    """Of the training's sample; None in a request, where each file has its own."""
+    """The scale of the training's sample; None in a request, where each file has its own."""
 
     @property
     def prompt(self) -> str:

@@ -43,7 +43,7 @@ class State:
     warnings: tuple[str, ...] = ()
     """The worker's."""
     code: str | None = None
-    """Of the error that the cell ended with."""
+    """The code of the error that the cell ended with."""
     message: str = ""
 
 
