@@ -64,7 +64,8 @@ def measure(root: Path, size: str, blocks: int | None, repeat: int) -> None:
         made, steps = video(model)
         frames.add(made)
         seconds[ranks] += [statistics.median(steps)]
-    other.kill()
+    ours.send(None)
+    other.join()
     if len(frames) != 1:
         raise SystemExit("the frames of one rank and of two differ")
     medians = {ranks: statistics.median(values[1:]) for ranks, values in seconds.items()}
@@ -94,8 +95,8 @@ def other_rank(root: Path, store: Path, connection: Connection[Any, Any]) -> Non
         torch.set_num_threads(1)
     model = load(root, 1)
     model.share_passes(CfgParallel(1, model.device, store))
-    while True:
-        model.denoise(connection.recv(), documented(model.spec))
+    while sampling := connection.recv():
+        model.denoise(sampling, documented(model.spec))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DeviceLost, RankFailed
+from worker.files import scratch
 from worker.logs import log
 
 _MODULE = "worker.rank"
@@ -27,8 +27,7 @@ class Ranks:
     def __init__(self, number: int = 0) -> None:
         """Start `number` processes, which load the model beside this one. They inherit the environment."""
         self._connections: list[Connection[Any, Any]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="ranks-") if number else None
-        self.store = Path(self._folder.name) / "store" if self._folder else None
+        self.store = Path(scratch().name) / "ranks" if number else None
         """Where the ranks find each other; see `CfgParallel`. None: there is only this one."""
         self._are_lost = threading.Event()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
