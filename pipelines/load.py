@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from pipelines import diffusers_privates as privates
 from pipelines.attention import set_attention
-from pipelines.base import Parts, WanModel, is_out_of_memory
+from pipelines.base import Parts, WanModel
 from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode, Quantize
 from pipelines.checkpoints import Checkpoints
+from pipelines.device import is_out_of_memory
 from pipelines.diffusers_models import DiffusersModel
 from pipelines.errors import CheckpointNotFound, DeviceUnavailable, OutOfMemory
 from pipelines.facts import facts_of

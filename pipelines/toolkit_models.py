@@ -10,8 +10,9 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from pipelines.base import UNIPC, Parts, WanModel
+from pipelines.base import Parts, WanModel
 from pipelines.recipes import Sampling
+from pipelines.schedulers import UNIPC
 from pipelines.toolkit import Toolkit
 
 

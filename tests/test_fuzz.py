@@ -597,7 +597,7 @@ def use(model: WanModel, path: Path, content: bytes) -> None:
         try:
             with in_time():
                 adapter = Adapter(LoraFile.read(path))
-                texts = model.check_lora(adapter, mode)
+                texts = model.loras.check(adapter, mode)
                 model.apply_loras([adapter], mode)
         except LoraError as error:
             texts = [str(error)]

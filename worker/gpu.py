@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
 from typing import Any
 
 from pipelines import WanModel
-from pipelines.base import Frames
+from pipelines.decode import Frames
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
 from worker.faults import lora_error

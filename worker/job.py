@@ -139,7 +139,7 @@ class Job:
         where = "trained_with.qtype"
         file = fetch_recovery_adapter(name, where, run.request.hf_token, self._settings, run.stop, run.held)
         try:
-            self._gpu.model.check_recovery_adapter(file)
+            self._gpu.model.loras.check_recovery_adapter(file)
         except LoraError as error:
             text = f"the accuracy recovery adapter: {error}"
             raise WorkerError.of([Problem(Code.LORA_INCOMPATIBLE, where, text)]) from error
@@ -151,7 +151,7 @@ class Job:
         name = PurePosixPath(urlsplit(lora.path).path).name
         adapter = Adapter(file, lora.network_multiplier, lora.transformer, name, is_extra=isinstance(lora, ExtraLora))
         try:
-            run.lora_warnings[field] = self._gpu.model.check_lora(adapter, run.mode)
+            run.lora_warnings[field] = self._gpu.model.loras.check(adapter, run.mode)
         except LoraError as error:
             raise lora_error(error, field) from error
         return adapter
@@ -161,7 +161,7 @@ class Job:
         file = fetch_distilled_lora(lora, model.spec.id, self._settings, run.stop, run.held)
         adapter = Adapter(file, lora.strength, lora.side, lora.path, is_extra=True, distilled=lora)
         try:
-            warnings = model.check_lora(adapter, run.mode)
+            warnings = model.loras.check(adapter, run.mode)
         except LoraError as error:
             raise lora_error(error, "draft") from error
         if file.sha256 != lora.sha256:
@@ -196,8 +196,8 @@ class Job:
 
         run.shots = shots_of(run.request, recipe_for, run.identity.seed, images)
         run.warnings = [
-            *teaching_warnings(run, files, model.numbers_of, model.facts["dtype"], model.quantization),
-            *extra_warnings(run, adapters, plan := model.plan(adapters, run.mode), model.mode_of),
+            *teaching_warnings(run, files, model.schedulers.numbers_of, model.facts["dtype"], model.loras.quantization),
+            *extra_warnings(run, adapters, plan := model.loras.plan(adapters, run.mode), model.loras.mode_of),
             *length_warnings(run.shots, model.tokens_of),
             *idle_gpu_warnings(run.shots, model.facts["gpus"]),
         ]
@@ -205,7 +205,7 @@ class Job:
         run.settings |= {"trained_with": run.training.trained.as_words() or None, "trained_with_because": run.training.why}
         sums = {id(image): sum_of_pixels(image) for image in images.values()}
         for shot in run.shots:
-            numbers = model.numbers_of(shot.recipe)
+            numbers = model.schedulers.numbers_of(shot.recipe)
             run.prompt_settings.append(prompt_settings(run, shot, numbers, lambda image: sums.get(id(image))))
 
     # Make

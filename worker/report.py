@@ -21,7 +21,7 @@ from worker.run import Run
 from worker.storage import Stored
 
 NumbersOf = Callable[[Recipe], dict[str, Any]]
-"""Returns the values of a recipe on the loaded model; see `WanModel.numbers_of`."""
+"""Returns the values of a recipe on the loaded model; see `Schedulers.numbers_of`."""
 
 
 PictureItems = dict[Kind, dict[str, Any]]
@@ -99,7 +99,7 @@ _OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha2
 """What is said of it as of other LoRAs."""
 
 Plan = Mapping[str, tuple[LoraMode, Sequence[tuple[Adapter, Any]]]]
-"""How each transformer carries its LoRAs, and which; see `WanModel.plan`."""
+"""How each transformer carries its LoRAs, and which; see `AppliedLoras.plan`."""
 
 
 def settings_of(

@@ -651,7 +651,7 @@ def test_a_worker_loads_stored_codes_as_those_that_it_makes_at_its_start(
         load_pipeline(model_id, folder, "cpu", toolkit_path=STAND_IN, dtype=torch.bfloat16, quantize=format)
         for folder in (tiny, tmp_path / "out")
     )
-    spec, quantization = MODELS[model_id], made.quantization
+    spec, quantization = MODELS[model_id], made.loras.quantization
     assert quantization
     for part in ("text_encoder", *spec.transformers):
         theirs, ours = state_of(made, part), state_of(stored, part)

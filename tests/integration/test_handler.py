@@ -114,9 +114,9 @@ def test_a_cloud_worker_whose_gpu_died_gives_its_error_and_leaves_with_status_1(
     """The death is played: no device here can be killed. That a real one is noticed is a test marked `gpu`."""
     lines = [
         "import handler",
-        "from pipelines import WanModel",
+        "from pipelines import WanModel, device",
         "def denoise(*_): raise RuntimeError('CUDA error: an illegal memory access was encountered')",
-        "WanModel._denoise, WanModel.device_answers = denoise, lambda self: False",
+        "WanModel._denoise, device.answers = denoise, lambda _: False",
         "handler.main()",
     ]
     cloud = Cloud()

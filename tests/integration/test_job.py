@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import WanModel
+from pipelines import WanModel, device
 from pipelines.errors import LoraInvalid, OutOfMemory
 from tests.conftest import STAND_IN
 from tests.integration.test_local_api import as_base64, file_of, frames_of, request_for
@@ -259,7 +259,7 @@ def test_a_worker_whose_device_is_lost_answers_and_asks_to_be_ended(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(worker._gpu.model, "_denoise", denoise)
-    monkeypatch.setattr(worker._gpu.model, "device_answers", lambda: False)
+    monkeypatch.setattr(device, "answers", lambda _: False)
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append("to end"))
     try:
         answer = run(worker, job(tiny, {}, {}))

@@ -45,10 +45,10 @@ def frames(model: WanModel, shift: float | None = None, **changes: Any) -> np.nd
 def test_a_shift_is_that_of_the_schedule_and_leaves_the_next_video_as_it_was(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     usual = frames(model)
-    own = model.numbers_of(documented(model.spec))["shift"]
+    own = model.schedulers.numbers_of(documented(model.spec))["shift"]
     shifted = documented(model.spec).with_shift(7.0)
-    assert model.numbers_of(shifted)["shift"] == 7.0
-    scheduler = model.scheduler_of(shifted)
+    assert model.schedulers.numbers_of(shifted)["shift"] == 7.0
+    scheduler = model.schedulers.of(shifted)
     scheduler.set_timesteps(4)
     linear = np.linspace(1, 1 / 1000, 5)[:-1]
     assert np.allclose(scheduler.sigmas[:4], 7 * linear / (1 + 6 * linear), atol=2e-3)

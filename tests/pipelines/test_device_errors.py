@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines import Adapter, Sampling, WanModel, device, load_pipeline
 from pipelines.catalog import OffloadMode
 from pipelines.errors import DeviceLost, LoraIncompatible, OutOfMemory
 from pipelines.lora.file import LoraFile
@@ -45,7 +45,7 @@ def memory(model: WanModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     for part in parts:
         monkeypatch.setattr(part, "to", move)
     monkeypatch.setattr(pipe.vae.decoder, "forward", forward)
-    monkeypatch.setattr(model, "_rest_of_the_model", lambda: list(parts))
+    monkeypatch.setattr(model._decoder, "_rest_of_the_model", lambda: list(parts))
     return state
 
 
@@ -101,7 +101,7 @@ def test_nothing_comes_back_to_the_device_while_a_failed_decode_holds_it(
 
 
 def test_a_device_that_computes_answers(model: WanModel) -> None:
-    assert model.device_answers()
+    assert device.answers(model.device)
 
 
 def failing(model: WanModel, monkeypatch: pytest.MonkeyPatch, answers: bool) -> WanModel:
@@ -111,7 +111,7 @@ def failing(model: WanModel, monkeypatch: pytest.MonkeyPatch, answers: bool) -> 
         raise RuntimeError("something went wrong")
 
     monkeypatch.setattr(model, "_denoise", denoise)
-    monkeypatch.setattr(model, "device_answers", lambda: answers)
+    monkeypatch.setattr(device, "answers", lambda _: answers)
     return model
 
 
@@ -138,8 +138,8 @@ def test_a_device_that_dies_while_loras_are_applied_is_lost_though_nothing_can_b
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     model.apply_loras([lora(tiny)], "merge")
-    monkeypatch.setattr(model._merges, "_restore", dead)
-    monkeypatch.setattr(model, "device_answers", lambda: False)
+    monkeypatch.setattr(model.loras._merges, "_restore", dead)
+    monkeypatch.setattr(device, "answers", lambda _: False)
     with pytest.raises(DeviceLost):
         model.apply_loras([], "merge")
 
@@ -153,9 +153,9 @@ def test_a_device_that_dies_while_a_failed_lora_is_taken_out_is_lost(
     def dead(*_: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(model._adapters, "apply", fail)
-    monkeypatch.setattr(model._adapters, "drop_all", dead)
-    monkeypatch.setattr(model, "device_answers", lambda: False)
+    monkeypatch.setattr(model.loras._adapters, "apply", fail)
+    monkeypatch.setattr(model.loras._adapters, "drop_all", dead)
+    monkeypatch.setattr(device, "answers", lambda _: False)
     with pytest.raises(DeviceLost):
         model.apply_loras([lora(tiny)])
 
@@ -176,7 +176,7 @@ def test_what_the_device_raises_while_an_adapter_loads_is_not_the_loras_fault(
         raise RuntimeError(text)
 
     monkeypatch.setattr(model._pipe.transformer, "load_lora_adapter", fail)
-    monkeypatch.setattr(model, "device_answers", lambda: answers)
+    monkeypatch.setattr(device, "answers", lambda _: answers)
     with pytest.raises(expected) as error:
         model.apply_loras([lora(tiny)])
     assert error.type is expected
@@ -252,13 +252,13 @@ def test_a_gpu_after_a_device_assert_does_not_answer(tiny: Path) -> None:
     lines = [
         "import sys, torch",
         "from pathlib import Path",
-        "from pipelines import load_pipeline",
+        "from pipelines import device, load_pipeline",
         "model = load_pipeline('wan21_1b', Path(sys.argv[1]), 'cuda')",
-        "print(model.device_answers())",
+        "print(device.answers(model.device))",
         "try:",
         "    torch.zeros(2, device='cuda')[torch.tensor([5], device='cuda')].sum().item()",
         "except RuntimeError:",
-        "    print(model.device_answers())",
+        "    print(device.answers(model.device))",
     ]
     command = [sys.executable, "-c", "\n".join(lines), str(tiny)]
     assert subprocess.check_output(command, cwd=ROOT, text=True).split() == ["True", "False"]

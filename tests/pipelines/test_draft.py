@@ -200,7 +200,7 @@ def test_a_draft_is_what_the_authors_steps_make_of_merged_weights(model: WanMode
     gained = write_distilled(files, model.spec.id, alpha=2.0 if model.spec.id == "wan22_14b_t2v" else None)
     adapters = [*users(model, tiny), *distilled_of(model, files)]
     for adapter in adapters:
-        model.check_lora(adapter)
+        model.loras.check(adapter)
     model.apply_loras(adapters)
     with watched(model) as passes:
         made = draft(model, guidance_scale=4.0, num_inference_steps=25)
@@ -244,9 +244,9 @@ def test_a_draft_on_weights_that_are_kept_as_codes(tiny: Path, files: Path) -> N
     before = full(model)
     adapters = [*users(model, tiny), *distilled_of(model, files)]
     for adapter in adapters:
-        assert not model.check_lora(adapter)
+        assert not model.loras.check(adapter)
     model.apply_loras(adapters)
-    assert {how for how, _ in model.plan(adapters, "adapter").values()} == {"beside"}
+    assert {how for how, _ in model.loras.plan(adapters, "adapter").values()} == {"beside"}
 
     def round_weights(pipe: Any) -> None:
         for part in ("text_encoder", "transformer", "transformer_2"):
@@ -283,6 +283,6 @@ def test_a_file_with_keys_that_only_another_model_has_is_taken_where_the_recipe_
     model = load_pipeline("wan22_14b_i2v", tiny, "cpu", toolkit_path=TOOLKIT)
     write_distilled(files, model.spec.id)
     _, low = distilled_of(model, files)
-    assert any("keys of the LoRA have no effect here" in text for text in model.check_lora(low))
+    assert any("keys of the LoRA have no effect here" in text for text in model.loras.check(low))
     with pytest.raises(LoraIncompatible, match="layers do not fit wan22_14b_i2v"):
-        model.check_lora(Adapter(low.file, 1.0, "low", is_extra=True))
+        model.loras.check(Adapter(low.file, 1.0, "low", is_extra=True))

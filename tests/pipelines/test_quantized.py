@@ -112,7 +112,7 @@ def test_the_weights_of_a_layer_are_rounded_and_its_bias_is_added_apart(model: W
     model.apply_loras([], quantization=Quantization("qfloat8", None))
     layer = model._pipe.transformer.blocks[0].attn1.to_q
     name = "blocks.0.attn1.to_q"
-    file: CheckpointFile = model._quantized["transformer"]._file
+    file: CheckpointFile = model.loras._rounded["transformer"]._file
     rounded = FORMATS["qfloat8"].decoded(file.read(f"{name}.weight").to(BF16))
     inputs = torch.randn(2, 7, rounded.shape[1]).to(BF16)
     assert torch.equal(layer(inputs), torch.nn.functional.linear(inputs, rounded) + file.read(f"{name}.bias").to(BF16))
@@ -131,14 +131,15 @@ def test_a_recovery_adapter_lies_beneath_and_only_its_layers_are_rounded(model: 
     block = model._pipe.transformer.blocks[0].attn1
     weights = {name: getattr(block, name).weight.clone() for name in ("to_q", "to_k")}
 
-    model.check_recovery_adapter(recovery.file)
+    model.loras.check_recovery_adapter(recovery.file)
     model.apply_loras([lora], "beside", Quantization("qfloat8", None, ("blocks",)), recovery)
     assert torch.equal(block.to_q.weight, FORMATS["qfloat8"].decoded(weights["to_q"]))
     assert torch.equal(block.to_k.weight, weights["to_k"])
     inputs = torch.randn(1, 3, weights["to_q"].shape[1]).to(BF16)
     key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
     first = (
-        torch.nn.functional.linear(inputs, block.to_q.weight) + model._quantized["transformer"]._biases["blocks.0.attn1.to_q"]
+        torch.nn.functional.linear(inputs, block.to_q.weight)
+        + model.loras._rounded["transformer"]._biases["blocks.0.attn1.to_q"]
     )
     down, up = (tensors[key.format(half)].to(BF16) for half in "AB")
     second = first + inputs @ down.T @ up.T
@@ -207,7 +208,7 @@ def test_a_worker_that_keeps_codes_makes_the_frames_of_a_quantized_job_to_the_bi
     spec = MODELS[model_id]
     plain, coded = (load_pipeline(model_id, tiny, "cpu", dtype=dtype, quantize=quantize) for quantize in ("none", format))
     wanted = TrainedWith(quantize=True, qtype=format).quantization(spec, None)
-    assert (coded.quantization, coded.facts["quantize"], plain.facts["quantize"]) == (wanted, format, None)
+    assert (coded.loras.quantization, coded.facts["quantize"], plain.facts["quantize"]) == (wanted, format, None)
     loras = [Adapter(LoraFile.read(path), 0.7, side) for path, side in lora_paths(model_id, tiny)]
     plain.apply_loras(loras, "beside", wanted)
     for model in (plain, coded):
@@ -250,7 +251,7 @@ def test_codes_take_the_memory_that_the_table_says(tiny: Path) -> None:
         coded = [module for part in parts for module in part.modules() if isinstance(module, CodedLinear)]
         tensors |= {id(tensor): tensor for module in coded for tensor in module.buffers()}
         there = sum(BF16.itemsize * t.numel() if t.is_floating_point() else t.nbytes for t in tensors.values())
-        assert there == bytes_by_mode(checkpoints, BF16.itemsize, model.quantization)["none"].device
+        assert there == bytes_by_mode(checkpoints, BF16.itemsize, model.loras.quantization)["none"].device
 
 
 @pytest.mark.parametrize("name", ["differences", "fullrank", "dora", "bias"])
@@ -258,7 +259,7 @@ def test_a_lora_that_would_change_a_coded_weight_is_refused(name: str, tiny: Pat
     coded = load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16, quantize="qfloat8")
     save_file(lora_zoo.merged()[name][0], tmp_path / "lora.safetensors")
     with pytest.raises(LoraIncompatible, match="which cannot be applied with QUANTIZE; use a worker without it"):
-        coded.check_lora(Adapter(LoraFile.read(tmp_path / "lora.safetensors")))
+        coded.loras.check(Adapter(LoraFile.read(tmp_path / "lora.safetensors")))
 
 
 @pytest.mark.parametrize(("free", "chosen"), [(10**12, None), (0, "uint4")])

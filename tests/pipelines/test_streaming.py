@@ -162,7 +162,7 @@ def test_a_device_without_room_for_what_was_there_before_is_lost(tiny: Path, mon
             raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(model._pipe.text_encoder, "to", move)
-    monkeypatch.setattr(model, "_rest_of_the_model", lambda: [model._pipe.text_encoder])
+    monkeypatch.setattr(model._decoder, "_rest_of_the_model", lambda: [model._pipe.text_encoder])
     with pytest.raises(DeviceLost, match="does not fit back"), full_in(model._pipe.vae.decoder):
         list(model.generate(SAMPLING))
     assert moves == ["cpu", model.device]

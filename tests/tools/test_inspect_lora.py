@@ -230,11 +230,11 @@ def test_the_worker_and_the_tool_come_to_one_verdict(name, tiny, tmp_path, capsy
     tensors, header = FILES_OF_THE_ZOO[name]
     save_torch({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "a.safetensors", header or None)
     model = load_pipeline("wan21_1b", tiny, "cpu")
-    monkeypatch.setattr(inspect_lora, "shapes_of", lambda _: model._shapes)
+    monkeypatch.setattr(inspect_lora, "shapes_of", lambda _: model.loras._shapes)
     status, facts = report(capsys, str(tmp_path / "a.safetensors"), "--model", "wan21_1b")
     warnings, refusals = [], []
     try:
-        warnings = model.check_lora(Adapter(LoraFile.read(tmp_path / "a.safetensors")))
+        warnings = model.loras.check(Adapter(LoraFile.read(tmp_path / "a.safetensors")))
     except LoraError as error:
         refusals = [str(error)]
     assert (status, facts["why_not"]) == (len(refusals), refusals)

@@ -102,7 +102,7 @@ def test_a_changed_scale_keeps_the_loaded_weights(small: WanModel, tiny: Path) -
 def test_scale_0_is_the_base_model_and_says_so(small: WanModel, tiny: Path) -> None:
     plain = frames(small)
     adapter = Adapter(rank(tiny, 16), scale=0.0)
-    assert "no effect" in " ".join(small.check_lora(adapter))
+    assert "no effect" in " ".join(small.loras.check(adapter))
     small.apply_loras([adapter])
     assert np.array_equal(frames(small), plain)
 
@@ -128,7 +128,7 @@ def test_the_sides_are_not_interchangeable(moe: WanModel, tiny: Path) -> None:
     moe.apply_loras([high, low])
     right = frames(moe)
     swapped = [Adapter(low.file, 1.0, "high"), Adapter(high.file, 1.0, "low")]
-    assert "sent as the high side" in " ".join(moe.check_lora(swapped[0]))
+    assert "sent as the high side" in " ".join(moe.loras.check(swapped[0]))
     moe.apply_loras(swapped)
     assert not np.array_equal(frames(moe), right)
 
@@ -162,40 +162,40 @@ def test_a_lora_of_another_model_is_refused_and_told_where_it_belongs(
 ) -> None:
     file = LoraFile.read(tiny / f"loras/{path}.safetensors")
     with pytest.raises(LoraIncompatible) as refusal:
-        small.check_lora(Adapter(file))
+        small.loras.check(Adapter(file))
     assert f"looks trained for {looks_like}" in str(refusal.value)
     assert "do not fit wan21_1b" in str(refusal.value)
 
 
 def test_checking_touches_no_weight(small: WanModel, tiny: Path) -> None:
     before = [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()]
-    small.check_lora(Adapter(rank(tiny, 4)))
+    small.loras.check(Adapter(rank(tiny, 4)))
     assert [parameter.data_ptr() for parameter in small._pipe.transformer.parameters()] == before
 
 
 def test_image_keys_on_a_text_model_of_the_same_size_are_refused(tiny: Path) -> None:
     model = load_pipeline("wan21_14b", tiny, "cpu")
     with pytest.raises(LoraIncompatible, match=r"add_k_proj.* is not in this model.*wan21_i2v_14b"):
-        model.check_lora(Adapter(LoraFile.read(tiny / "loras/wan21_i2v/rank8.safetensors")))
+        model.loras.check(Adapter(LoraFile.read(tiny / "loras/wan21_i2v/rank8.safetensors")))
 
 
 def test_a_text_lora_on_an_image_model_is_applied_with_a_warning(tiny: Path) -> None:
     model = load_pipeline("wan21_i2v_14b480p", tiny, "cpu")
     adapter = Adapter(LoraFile.read(tiny / "loras/wan21_14b/rank8.safetensors"))
-    assert "no image keys" in " ".join(model.check_lora(adapter))
+    assert "no image keys" in " ".join(model.loras.check(adapter))
     model.apply_loras([adapter])
 
 
 def test_a_lora_of_another_base_model_with_the_same_shapes_is_applied_with_a_warning(moe: WanModel, tiny: Path) -> None:
     adapter = Adapter(LoraFile.read(tiny / "loras/wan21_14b/rank8.safetensors"), 1.0, "low")
-    assert "looks trained for wan21_14b" in " ".join(moe.check_lora(adapter))
+    assert "looks trained for wan21_14b" in " ".join(moe.loras.check(adapter))
     moe.apply_loras([adapter])
 
 
 def test_keys_that_have_no_effect_are_named(small: WanModel, write: Callable[..., LoraFile]) -> None:
     extra = {"diffusion_model.blocks.0.norm3.diff": torch.zeros(24), "diffusion_model.blocks.1.norm3.diff_b": torch.zeros(24)}
     file = write({**lora_tensors(SIZE_1B, 4, seed=1), **extra})
-    assert any("2 keys" in warning and "norm3.diff" in warning for warning in small.check_lora(Adapter(file)))
+    assert any("2 keys" in warning and "norm3.diff" in warning for warning in small.loras.check(Adapter(file)))
 
 
 def test_a_lora_that_was_never_trained_says_that_it_does_nothing(small: WanModel, write: Callable[..., LoraFile]) -> None:
@@ -203,7 +203,7 @@ def test_a_lora_that_was_never_trained_says_that_it_does_nothing(small: WanModel
         untrained = {key: value * (half not in key) for key, value in lora_tensors(SIZE_1B, 4, seed=1).items()}
         adapter = Adapter(write(untrained, half))
         for _ in range(2):  # every time, not only when it is loaded
-            assert "no effect" in " ".join(small.check_lora(adapter))
+            assert "no effect" in " ".join(small.loras.check(adapter))
             small.apply_loras([adapter])
 
 
@@ -214,7 +214,7 @@ def test_weights_that_are_no_numbers_are_refused_before_a_weight_is_touched(
     tensors = lora_tensors(SIZE_1B, 4, seed=1)
     tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"][0, 0] = value
     with pytest.raises(LoraInvalid, match=r"ffn.0.lora_B.weight` contains NaN or infinity"):
-        small.check_lora(Adapter(write(tensors)))
+        small.loras.check(Adapter(write(tensors)))
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merge", "beside"])
@@ -224,7 +224,7 @@ def test_weights_that_are_far_too_large_are_an_error_and_no_black_video(
     small.apply_loras([Adapter(rank(tiny, 4))])
     before = frames(small)
     adapter = Adapter(write({key: value * 1e30 for key, value in lora_tensors(SIZE_1B, 4, seed=1).items()}))
-    small.check_lora(adapter, mode)
+    small.loras.check(adapter, mode)
     small.apply_loras([adapter], mode)
     with pytest.raises(LoraInvalid, match=r"not finite: the LoRA's values are too large; lower its network_multiplier"):
         frames(small)
@@ -249,7 +249,7 @@ def test_a_file_that_is_saved_anew_while_it_is_read_is_an_error(write: Callable[
 def test_weights_that_are_no_floats_are_refused(small: WanModel, write: Callable[..., LoraFile]) -> None:
     tensors = {key: value.to(torch.int8) for key, value in lora_tensors(SIZE_1B, 4, seed=1).items()}
     with pytest.raises(LoraInvalid, match="stored as I8"):
-        small.check_lora(Adapter(write(tensors)))
+        small.loras.check(Adapter(write(tensors)))
 
 
 def test_alpha_scales_as_it_does_in_diffusers(small: WanModel, write: Callable[..., LoraFile]) -> None:
@@ -261,7 +261,7 @@ def test_alpha_scales_as_it_does_in_diffusers(small: WanModel, write: Callable[.
     small.apply_loras([Adapter(write(tensors), scale=0.5)])
     scaled = frames(small)
     with_alpha = write(half, "alpha")
-    assert small.check_lora(Adapter(with_alpha)) == []
+    assert small.loras.check(Adapter(with_alpha)) == []
     small.apply_loras([Adapter(with_alpha)])
     assert np.abs(frames(small).astype(int) - scaled).max() <= 1
 
@@ -344,7 +344,7 @@ def test_files_that_are_no_lora_for_wan_are_refused(
     small: WanModel, write: Callable[..., LoraFile], tensors: dict, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        small.check_lora(Adapter(write(tensors)))
+        small.loras.check(Adapter(write(tensors)))
 
 
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -385,7 +385,7 @@ def test_what_the_loading_code_would_choke_on_is_refused_first(
 ) -> None:
     for mode in ("adapter", "merge"):
         with pytest.raises(error, match=says):
-            small.check_lora(Adapter(write(PLAIN | changes)), mode)  # type: ignore[arg-type]
+            small.loras.check(Adapter(write(PLAIN | changes)), mode)  # type: ignore[arg-type]
 
 
 def test_a_part_that_no_lora_has_is_refused(small: WanModel, write: Callable[..., LoraFile]) -> None:
@@ -393,9 +393,9 @@ def test_a_part_that_no_lora_has_is_refused(small: WanModel, write: Callable[...
     tensors = {f"{layer}.lora_A.weight": torch.ones(4, 24), f"{layer}.lora_B.weight": torch.ones(24, 4)}
     for mode in ("adapter", "merge"):
         with pytest.raises(LoraIncompatible, match=r"to_q.lora_mid.weight` is a part that no LoRA or LoKr for Wan has"):
-            small.check_lora(Adapter(write(tensors | {f"{layer}.lora_mid.weight": torch.ones(4, 4)})), mode)  # type: ignore[arg-type]
+            small.loras.check(Adapter(write(tensors | {f"{layer}.lora_mid.weight": torch.ones(4, 4)})), mode)  # type: ignore[arg-type]
     with pytest.raises(LoraInvalid, match=r"are the same part of layer blocks\.0\.attn1\.to_q"):
-        small.check_lora(Adapter(write(tensors | {f"{layer}.lora_A.default.weight": torch.ones(4, 24)})))
+        small.loras.check(Adapter(write(tensors | {f"{layer}.lora_A.default.weight": torch.ones(4, 24)})))
 
 
 @pytest.mark.parametrize("change", ["nothing", "rank", "dtype", "layers", "alpha"])
@@ -446,7 +446,7 @@ def test_a_file_with_both_sides_is_the_pair_whichever_way_it_is_sent(
     pair = frames(moe)
     for sent in (["high"], ["low"], ["high", "low"]):
         adapters = [Adapter(combined, 1.0, name) for name in sent]  # type: ignore[arg-type]
-        assert any("holds the high and the low side" in text for text in moe.check_lora(adapters[0], mode))
+        assert any("holds the high and the low side" in text for text in moe.loras.check(adapters[0], mode))
         moe.apply_loras(adapters, mode)
         assert np.array_equal(frames(moe), pair), sent
     moe.apply_loras([])
@@ -485,5 +485,5 @@ def test_split_lora_writes_the_two_files(tiny: Path, combined: LoraFile) -> None
 )
 def test_high_sent_as_low_is_noticed_by_the_name_that_the_user_gave(moe: WanModel, tiny: Path, name: str, told: bool) -> None:
     file = side(tiny, "low", "wan22_14b_t2v").file
-    warnings = moe.check_lora(Adapter(file, 1.0, "low", name))
+    warnings = moe.loras.check(Adapter(file, 1.0, "low", name))
     assert any(f"the file is named `{name}`, but was sent as the low side" in text for text in warnings) == told

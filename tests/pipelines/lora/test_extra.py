@@ -60,7 +60,7 @@ def stack(write: Write) -> list[Adapter]:
 
 def frames(model: WanModel, adapters: Sequence[Adapter], mode: Any = "adapter") -> np.ndarray:
     for adapter in adapters:
-        model.check_lora(adapter, mode)
+        model.loras.check(adapter, mode)
     model.apply_loras(adapters, mode)
     return np.concatenate(list(model.generate(SAMPLING)))
 
@@ -137,7 +137,7 @@ def test_a_stack_with_one_that_must_be_merged_is_merged_in_order(model: WanModel
     model.apply_loras([])
     plain = {key: value.clone() for key, value in model._pipe.transformer.named_parameters()}
     model.apply_loras(adapters)
-    assert model.plan(adapters, "adapter")["transformer"][0] == "merge"
+    assert model.loras.plan(adapters, "adapter")["transformer"][0] == "merge"
     for key, value in model._pipe.transformer.named_parameters():
         wanted = expected(key, plain[key] + 0.8 * product(key, first), tensors, 0.5) - 0.3 * product(key, second)
         assert torch.allclose(value, wanted, atol=1e-5), key
@@ -172,7 +172,7 @@ def test_an_extra_lora_goes_to_its_sides_alone(
         wanted = frames(moe, [main, *same_as], mode)
         made = Adapter(split, 0.5, sent, is_extra=True)  # type: ignore[arg-type]
         assert np.array_equal(frames(moe, [main, made], mode), wanted), sent
-    plan = moe.plan([main, Adapter(high, 0.5, "both", is_extra=True)], mode)
+    plan = moe.loras.plan([main, Adapter(high, 0.5, "both", is_extra=True)], mode)
     assert [len(stack) for _, stack in plan.values()] == [2, 1]
     moe.apply_loras([])
 
@@ -181,4 +181,4 @@ def test_an_extra_lora_with_nothing_for_its_side_is_refused(moe: WanModel, tiny:
     tensors = load_file(tiny / "loras/wan22_14b_t2v/wan22_14b_t2v_low_noise.safetensors")
     low = write({key.replace("diffusion_model.", "diffusion_model.transformer_2."): value for key, value in tensors.items()})
     with pytest.raises(LoraIncompatible, match='its keys name the low side alone; send it with "transformer": "low" or "both"'):
-        moe.check_lora(Adapter(low, 1.0, "high", is_extra=True))
+        moe.loras.check(Adapter(low, 1.0, "high", is_extra=True))

@@ -146,7 +146,7 @@ def test_weights_of_another_name_beside_them_change_nothing(tiny: Path, tmp_path
 
 def test_a_file_replaced_while_the_job_waited_is_not_applied_unchecked(small: WanModel, write: Write) -> None:
     adapter = Adapter(write(lora_tensors(SIZE_1B, 4, seed=1)))
-    small.check_lora(adapter, "merge")
+    small.loras.check(adapter, "merge")
     write(lora_tensors(SIZE_1B, 8, seed=2))
     with pytest.raises(LoraInvalid, match="was replaced") as error:
         small.apply_loras([adapter], "merge")
@@ -156,13 +156,13 @@ def test_a_file_replaced_while_the_job_waited_is_not_applied_unchecked(small: Wa
 def test_an_alpha_of_several_numbers_is_invalid(small: WanModel, write: Write) -> None:
     alpha = {"diffusion_model.blocks.0.self_attn.q.alpha": torch.ones(3)}
     with pytest.raises(LoraInvalid, match="an alpha of 3 numbers"):
-        small.check_lora(Adapter(write(lora_tensors(SIZE_1B, 4, 1) | alpha)), "merge")
+        small.loras.check(Adapter(write(lora_tensors(SIZE_1B, 4, 1) | alpha)), "merge")
 
 
 def test_a_lokr_file_of_another_model_is_told_where_it_belongs(tiny: Path, write: Write) -> None:
     model = load_pipeline("wan21_14b", tiny, "cpu")
     with pytest.raises(LoraIncompatible, match=r"looks trained for .*hidden size 24"):
-        model.check_lora(Adapter(write(lokr_tensors(False))), "merge")
+        model.loras.check(Adapter(write(lokr_tensors(False))), "merge")
 
 
 def test_the_trainers_dtypes_are_put_back_for_the_documented_mode(tiny: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_lokr_file_is_merged_as_a_kronecker_product(tiny: Path, write: Write, 
     model = load_pipeline("wan21_1b", tiny, "cpu")
     tensors = lokr_tensors(whole_w2)
     adapter = Adapter(write(tensors), scale=0.5)
-    assert model.check_lora(adapter, "merge") == []
+    assert model.loras.check(adapter, "merge") == []
     before = weights(model)[f"transformer.{QUERY}.weight"]
     model.apply_loras([adapter], "merge")
     parts = {key.rpartition("lokr_")[2]: value for key, value in tensors.items() if "lokr" in key}
@@ -209,9 +209,9 @@ def test_a_lokr_file_is_merged_as_a_kronecker_product(tiny: Path, write: Write, 
 def test_a_lokr_file_that_is_sent_as_an_adapter_is_merged_and_says_so(tiny: Path, write: Write) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu")
     adapter = Adapter(write(lokr_tensors(True)))
-    (warning,) = model.check_lora(adapter, "adapter")
+    (warning,) = model.loras.check(adapter, "adapter")
     assert "which an adapter cannot carry, so it is merged" in warning
-    assert model.mode_of(adapter, "adapter") == "merge"
+    assert model.loras.mode_of(adapter, "adapter") == "merge"
     model.apply_loras([adapter], "adapter")
     merged = weights(model)
     model.apply_loras([adapter], "merge")
@@ -223,4 +223,4 @@ def test_a_lokr_file_that_lacks_a_factor_is_invalid(tiny: Path, write: Write) ->
     tensors = lokr_tensors(False)
     del tensors["diffusion_model.blocks.1.self_attn.q.lokr_w2_a"]
     with pytest.raises(LoraInvalid, match="lacks its lokr_w2"):
-        model.check_lora(Adapter(write(tensors)), "merge")
+        model.loras.check(Adapter(write(tensors)), "merge")

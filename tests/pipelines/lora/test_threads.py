@@ -18,7 +18,7 @@ def test_more_files_than_are_kept_can_be_checked_by_several_threads_at_once(tiny
         os.link(file.path, tmp_path / f"{number}.safetensors")
     others = [replace(file, path=path) for path in tmp_path.iterdir()]
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda each: model.check_lora(Adapter(each), "adapter"), others * 2))
+        found = list(threads.map(lambda each: model.loras.check(Adapter(each), "adapter"), others * 2))
     assert found == [found[0]] * len(found)
 
 

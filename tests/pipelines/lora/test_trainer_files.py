@@ -66,7 +66,7 @@ def test_a_file_of_the_trainer_does_what_the_trainers_network_does(
 
     adapter = Adapter(LoraFile.read(tmp_path / "lora.safetensors"))
     for mode in ("adapter", "merge"):
-        model.check_lora(adapter, mode)  # type: ignore[arg-type]
+        model.loras.check(adapter, mode)  # type: ignore[arg-type]
         model.apply_loras([adapter], mode)  # type: ignore[arg-type]
         assert torch.allclose(output_of(transformer), theirs, atol=2e-4 * float(theirs.abs().max())), mode
     model.apply_loras([])
@@ -81,7 +81,7 @@ BESIDE = [name for name in CONFIGS if name.startswith(("lora", "lokr", "some lay
 def test_beside_the_layers_it_does_so_to_the_bit(name: str, multiplier: float, tiny: Path, tmp_path: Path) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16)
     transformer = model._pipe.transformer
-    model._kept_in_float32.cast(torch.bfloat16)
+    model.loras._kept_in_float32.cast(torch.bfloat16)
     with network_of(transformer, CONFIGS[name]) as network:
         network.apply_to(None, transformer, False, True)
         randomise(network, torch.float32)
@@ -94,8 +94,8 @@ def test_beside_the_layers_it_does_so_to_the_bit(name: str, multiplier: float, t
             lora.org_module[0].forward = lora.org_forward
     adapter = Adapter(LoraFile.read(tmp_path / "lora.safetensors"), multiplier)
     model.apply_loras([adapter], "beside")
-    model._kept_in_float32.cast(torch.bfloat16)
-    assert model.mode_of(adapter, "beside") == "beside"
+    model.loras._kept_in_float32.cast(torch.bfloat16)
+    assert model.loras.mode_of(adapter, "beside") == "beside"
     assert torch.equal(output_of(transformer), theirs)
 
 

@@ -39,7 +39,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
 
 def frames(model: WanModel, file: LoraFile, mode: str = "adapter", scale: float = 1.0) -> np.ndarray:
     adapter = Adapter(file, scale)
-    model.check_lora(adapter, mode)  # type: ignore[arg-type]
+    model.loras.check(adapter, mode)  # type: ignore[arg-type]
     model.apply_loras([adapter], mode)  # type: ignore[arg-type]
     return np.concatenate(list(model.generate(SAMPLING)))
 
@@ -71,7 +71,7 @@ def test_what_an_adapter_cannot_carry_is_merged_as_its_definition_says(model: Wa
     model.apply_loras([])
     before = weights(model)
     adapter = Adapter(write(name, (tensors, metadata)), 0.5)
-    assert any("which an adapter cannot carry" in warning for warning in model.check_lora(adapter))
+    assert any("which an adapter cannot carry" in warning for warning in model.loras.check(adapter))
     model.apply_loras([adapter])
     for key, value in weights(model).items():
         assert torch.allclose(value, expected(key, before[key], tensors, 0.5), atol=1e-5), key
@@ -112,7 +112,7 @@ def expected(parameter: str, pristine: torch.Tensor, tensors: lora_zoo.Tensors, 
 @pytest.mark.parametrize("name", lora_zoo.bad())
 def test_a_bad_file_is_refused_and_named_for_what_it_is(model: WanModel, write: Write, name: str, mode: str) -> None:
     with pytest.raises(LoraError) as error:
-        model.check_lora(Adapter(write(name, lora_zoo.bad()[name])), mode)  # type: ignore[arg-type]
+        model.loras.check(Adapter(write(name, lora_zoo.bad()[name])), mode)  # type: ignore[arg-type]
     words = {
         "use_dora": "`use_dora`",
         "lora_bias": "`lora_bias`",
@@ -143,7 +143,7 @@ def test_no_sequence_of_files_leaves_a_trace_in_a_plain_lora(tiny: Path, model: 
         file = write(name, files[name])
         try:
             if dice.random() < 0.7:
-                model.check_lora(Adapter(file), "adapter")
+                model.loras.check(Adapter(file), "adapter")
             model.apply_loras([Adapter(file, dice.choice([0.5, 1.0, -1.0]))], dice.choice(["adapter", "merge"]))  # type: ignore[arg-type]
         except LoraError:
             pass
