@@ -16,7 +16,7 @@ from typing import Any
 from client.errors import BadInput, InvalidRequest
 from client.training.folder import Checkpoint, TrainingFolder, read_folder, steps_in_words
 from client.training.requests import model_of, requests_of
-from client.training.samples import Training
+from client.training.samples import TrainingConfig
 from pipelines.catalog import MODELS
 from worker.errors import Code, Problem
 
@@ -95,7 +95,7 @@ def found(folder: TrainingFolder, model: str) -> Iterator[str]:
     yield f"samples: {count} prompt{'s' * (count != 1)} in the config, {len(folder.samples)} videos in the folder"
 
 
-def how_trained(training: Training) -> str:
+def how_trained(training: TrainingConfig) -> str:
     """In the config's words, what of the training decides its samples."""
     trained = training.trained_with
     if trained.kinds:

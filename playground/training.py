@@ -17,7 +17,7 @@ from client.errors import BadInput
 from client.from_training import how_trained
 from client.training.folder import Checkpoint, checkpoints_of, samples_of
 from client.training.requests import model_named_by, requests_of
-from client.training.samples import Training, read_training
+from client.training.samples import TrainingConfig, read_training
 from pipelines.catalog import MODELS
 
 
@@ -52,7 +52,7 @@ def _parts(body: Any) -> tuple[str, str, list[str], dict[str, bytes]]:
     return name, text, list(names), images
 
 
-def _found(training: Training, names: list[str], folder: Path, served: str | None, loras: Path | None) -> dict[str, Any]:
+def _found(training: TrainingConfig, names: list[str], folder: Path, served: str | None, loras: Path | None) -> dict[str, Any]:
     model = model_named_by(training.model) or served
     if model is None:
         raise BadInput("its config does not say which model it is, and neither does the worker")
@@ -74,7 +74,7 @@ def _found(training: Training, names: list[str], folder: Path, served: str | Non
     }
 
 
-def _paths(training: Training, checkpoint: Checkpoint, loras: Path | None) -> list[str]:
+def _paths(training: TrainingConfig, checkpoint: Checkpoint, loras: Path | None) -> list[str]:
     """The files' paths below LORA_DIR: where they lie there, or else where the trainer's folder would lie."""
     return [_below(loras, name) or f"{training.name}/{name}" for name in checkpoint.files]
 

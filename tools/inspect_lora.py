@@ -30,7 +30,7 @@ from pipelines.lora.shapes import shapes_of
 from pipelines.recipes import FLOWMATCH_SINCE, era_of, preview
 from pipelines.trained import TrainedWith
 from tools.cli import DIFFERS, FITS, BadInput, one_line_errors
-from worker.training import NOT_KNOWN, Training, read_config
+from worker.training import NOT_KNOWN, KnownTraining, read_config
 
 _EPILOG = """\
 exit status: 0 it fits (the model given, or any); 1 it does not; 2 bad input
@@ -76,7 +76,7 @@ class Inspection:
         return [id for id in fitting_models(self.file) if not misfits(self, MODELS[id])]
 
     @cached_property
-    def training(self) -> Training:
+    def training(self) -> KnownTraining:
         """How the training ran, from the config.yaml beside the file."""
         config = self.file.path.with_name("config.yaml")
         return read_config(config, self.file.path) if config.is_file() else NOT_KNOWN

@@ -224,7 +224,7 @@ class Prompt(_Strict):
         return ("last_img", self.last_img.strip()) if self.last_img and not self.last_img.isspace() else None
 
 
-class Training(_Strict):
+class TrainingSettings(_Strict):
     """How the LoRA's training ran, in the words of its config.yaml."""
 
     quantize: bool | None = Field(default=None, description="`model.quantize`.", examples=[True])
@@ -288,7 +288,7 @@ class Request(_Strict):
         description="`documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA.",
         examples=["preview"],
     )
-    trained_with: Training | None = Field(
+    trained_with: TrainingSettings | None = Field(
         default=None,
         description="How the training ran, for `match` preview; read from a config.yaml beside a LoRA below LORA_DIR where it "
         "is not given.",
@@ -318,7 +318,7 @@ OBJECTS: Mapping[str, type[BaseModel]] = {
     "prompts[].": Prompt,
     "loras[].": Lora,
     "extra_loras[].": ExtraLora,
-    "trained_with.": Training,
+    "trained_with.": TrainingSettings,
 }
 """The objects of a request, by the prefix of their fields."""
 

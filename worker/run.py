@@ -23,7 +23,7 @@ from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request, Shot
 from worker.storage import Limit
-from worker.training import NOT_KNOWN, Training
+from worker.training import NOT_KNOWN, KnownTraining
 from worker.video import IMAGE, VIDEO, Encoding
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Run:
     """Resources to release when the job ends, such as its LoRAs in the cache."""
     needs_the_gpu: bool = True
     shots: list[Shot] = field(default_factory=list)
-    training: Training = NOT_KNOWN
+    training: KnownTraining = NOT_KNOWN
     """How the LoRAs' training ran."""
     quantization: Quantization | None = None
     recovery: Adapter | None = None

@@ -18,7 +18,7 @@ _MAX_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Training:
+class KnownTraining:
     """What is known about the training, and from where."""
 
     trained: TrainedWith = NOT_SAID
@@ -26,13 +26,13 @@ class Training:
     warning: str | None = None
 
 
-NOT_KNOWN = Training()
+NOT_KNOWN = KnownTraining()
 
 
-def training_of(request: Request, settings: Settings) -> Training:
+def training_of(request: Request, settings: Settings) -> KnownTraining:
     """Return what the request says or, without that, a config.yaml. A file that cannot be read gives a warning."""
     if request.trained_with is not None:
-        return Training(request.trained_with.as_trained_with(), "the request says so")
+        return KnownTraining(request.trained_with.as_trained_with(), "the request says so")
     for lora in request.loras:
         if is_url(lora.path):
             continue
@@ -43,19 +43,19 @@ def training_of(request: Request, settings: Settings) -> Training:
     return NOT_KNOWN
 
 
-def read_config(config: Path, lora: Path) -> Training:
+def read_config(config: Path, lora: Path) -> KnownTraining:
     """Return what a config.yaml says about the training that made this LoRA; nothing, if the config is of another job."""
     try:
         process = _process_of(config, lora)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return Training(warning="the config.yaml beside the LoRA is not a readable training config; it is ignored")
+        return KnownTraining(warning="the config.yaml beside the LoRA is not a readable training config; it is ignored")
     if process is None:
         return NOT_KNOWN
     trained = trained_with(process)
     if trained.qtype and trained.format not in QTYPES:
         known = f"which this worker cannot rebuild; it knows {', '.join(QTYPES)}"
-        return Training(warning=f"the config.yaml beside the LoRA has the qtype {trained.format}, {known}")
-    return Training(trained, "the config.yaml beside the LoRA says so")
+        return KnownTraining(warning=f"the config.yaml beside the LoRA has the qtype {trained.format}, {known}")
+    return KnownTraining(trained, "the config.yaml beside the LoRA says so")
 
 
 def _process_of(config: Path, lora: Path) -> dict[str, Any] | None:

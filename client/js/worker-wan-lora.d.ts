@@ -18,7 +18,7 @@ export interface Request {
   /** `documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA. */
   match?: "documented" | "preview" | null;
   /** How the training ran, for `match` preview; read from a config.yaml beside a LoRA below LORA_DIR where it is not given. */
-  trained_with?: Training | null;
+  trained_with?: TrainingSettings | null;
   /** `png` gives a zip of lossless frames. */
   output_format?: "mp4" | "webp" | "gif" | "png";
   /** Also a JPEG for each video with up to 16 of its frames. */
@@ -82,7 +82,7 @@ export interface Prompt {
   sampler?: "unipc" | "flowmatch" | null;
 }
 
-export interface Training {
+export interface TrainingSettings {
   /** `model.quantize`. */
   quantize?: boolean | null;
   /** `model.quantize_te`; as `quantize` where it is not given. */

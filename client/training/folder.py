@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from client.errors import BadInput
-from client.training.samples import Training, read_training
+from client.training.samples import TrainingConfig, read_training
 
 CONFIGS = ("config.yaml", "config.yml", ".job_config.json", "config.json")
 """The names of a config, the trainer's own first."""
@@ -34,7 +34,7 @@ class TrainingFolder:
     """A folder as the trainer left it."""
 
     path: Path
-    training: Training
+    training: TrainingConfig
     checkpoints: tuple[Checkpoint, ...]
     """By step, the newest last. At least one."""
     samples: dict[tuple[int, int], str]
@@ -57,7 +57,7 @@ def read_folder(path: Path) -> TrainingFolder:
     return TrainingFolder(path, training, checkpoints_of(names, training), samples_of(names))
 
 
-def checkpoints_of(names: Iterable[str], training: Training) -> tuple[Checkpoint, ...]:
+def checkpoints_of(names: Iterable[str], training: TrainingConfig) -> tuple[Checkpoint, ...]:
     """The LoRAs among the files of a folder, by step. Raises BadInput if there is none."""
     found: dict[tuple[bool, int | None], list[str]] = {}
     for name in names:

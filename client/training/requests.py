@@ -13,7 +13,7 @@ from typing import Any
 
 from client.errors import BadInput
 from client.request import MAX_PAYLOAD, body_of
-from client.training.samples import RANDOM_SEED, Sample, Training
+from client.training.samples import RANDOM_SEED, Sample, TrainingConfig
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.trained import QTYPES
 from worker.errors import WorkerError
@@ -50,7 +50,7 @@ def model_named_by(model: Mapping[str, Any]) -> str | None:
 
 
 def requests_of(
-    training: Training,
+    training: TrainingConfig,
     spec: ModelSpec,
     paths: Sequence[str] | None,
     folder: Path,
@@ -92,7 +92,7 @@ def requests_of(
     return requests, warnings
 
 
-def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: Training) -> list[dict[str, Any]]:
+def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: TrainingConfig) -> list[dict[str, Any]]:
     if not spec.moe:
         return [{"path": path} for path in paths or [f"{_name(training)}/{training.name}.safetensors"]]
     kwargs = training.model.get("model_kwargs")
@@ -106,7 +106,7 @@ def _loras(spec: ModelSpec, paths: Sequence[str] | None, training: Training) -> 
     return [{"path": f"{_name(training)}/{training.name}_{side}_noise.safetensors", "transformer": side} for side in sides]
 
 
-def _name(training: Training) -> str:
+def _name(training: TrainingConfig) -> str:
     if not training.name:
         raise BadInput("the config has no name, and so the LoRA's file is unknown; give it with --lora")
     return training.name
@@ -121,7 +121,7 @@ def _sided(path: str) -> dict[str, Any]:
     raise BadInput(f"{path} does not say which side it is for; write high={path} or low={path}")
 
 
-def _unmatchable(training: Training) -> list[str]:
+def _unmatchable(training: TrainingConfig) -> list[str]:
     """Return warnings about settings of the config that the worker cannot reproduce exactly."""
     trained, texts = training.trained_with, []
     if trained.qtype and trained.format not in QTYPES:

@@ -91,7 +91,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingConfig:
     """The part of a training config that determines its samples."""
 
     name: str | None
@@ -108,7 +108,7 @@ class Training:
     """`train.steps`: the step of the LoRA that is saved at the end."""
 
 
-def read_training(path: Path) -> Training:
+def read_training(path: Path) -> TrainingConfig:
     """Read a YAML or JSON config as the trainer does, with its environment variables and `[name]`. Raises BadInput, OSError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -130,7 +130,7 @@ def read_training(path: Path) -> Training:
     )
     model = process.get("model")
     trigger_word = process.get("trigger_word")
-    return Training(
+    return TrainingConfig(
         name=name if isinstance(name, str) else None,
         model=model if isinstance(model, dict) else {},
         samples=tuple(resolve(section, None if trigger_word is None else str(trigger_word))),

@@ -13,7 +13,7 @@ import yaml
 from client.cli import main
 from client.errors import BadInput
 from client.training.folder import checkpoints_of, read_folder, samples_of
-from client.training.samples import Training
+from client.training.samples import TrainingConfig
 from pipelines.trained import NOT_SAID
 from tests.client.conftest import BODY
 from tests.client.endpoint import KEY, Api, Script
@@ -121,7 +121,7 @@ def test_a_control_image_is_found_beside_the_config_whatever_its_path_was(
 
 
 def test_both_sides_of_a_step_belong_together() -> None:
-    training = Training(name="boat", model={}, samples=(), trained_with=NOT_SAID, steps=2000)
+    training = TrainingConfig(name="boat", model={}, samples=(), trained_with=NOT_SAID, steps=2000)
     names = ["boat_000001000_low_noise.safetensors", "boat_000001000_high_noise.safetensors", "boat_low_noise.safetensors"]
     names += ["boat_high_noise.safetensors", "boat2_000001000.safetensors", "optimizer.pt", "old/boat_000000500.safetensors"]
     found = checkpoints_of(names, training)

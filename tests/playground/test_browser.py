@@ -21,7 +21,7 @@ from tests.playground.conftest import Page as Server
 from tests.worker_process import LocalApi, free_port
 from tools.compare import as_json, compare
 from tools.frames import read_clip
-from worker.request import Lora, Prompt, Request, Training
+from worker.request import Lora, Prompt, Request, TrainingSettings
 from worker.video import VIDEO, encode
 
 if TYPE_CHECKING:
@@ -443,7 +443,7 @@ def test_every_field_of_the_schema_is_there_with_its_description(page: Page) -> 
     without_field = {"prompts", "loras", "transformer", "ctrl_img_1"}  # made of parts, by position, another name
     fields = [
         (name, info.description)
-        for model in (Request, Lora, Prompt, Training)
+        for model in (Request, Lora, Prompt, TrainingSettings)
         for name, info in model.model_fields.items()
         if name not in without_field
     ]

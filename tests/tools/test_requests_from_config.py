@@ -430,11 +430,11 @@ numbers = st.integers(-3, 5000) | st.floats(-3, 300).map(lambda number: round(nu
 def test_the_worker_accepts_every_request_that_is_written(section):
     """`requests_of` checks with `parse`; what it does not raise as bad input has passed."""
     from client.training.requests import requests_of
-    from client.training.samples import Training
+    from client.training.samples import TrainingConfig
 
     try:
         samples = tuple(resolve(section, "sks"))
     except BadInput:
         return
-    requests, _ = requests_of(Training("n", {}, samples, NOT_SAID), MODELS["wan21_1b"], None, Path())
+    requests, _ = requests_of(TrainingConfig("n", {}, samples, NOT_SAID), MODELS["wan21_1b"], None, Path())
     assert len(requests) == len(samples)
