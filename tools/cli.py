@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from client.closed_pipe import until_reader_leaves
 from client.errors import BadInput as BadInput
 
 
@@ -19,23 +19,17 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
-FITS, DIFFERS, BAD_INPUT, READER_LEFT = 0, 1, 2, 141
-"""Exit statuses of every command. The last is 128 + SIGPIPE, as a shell reports it."""
+FITS, DIFFERS, BAD_INPUT = 0, 1, 2
+"""Exit statuses of every command; see `closed_pipe` for one more."""
 
 
 def one_line_errors(main: Main) -> Main:
-    """Turn BadInput and OSError into one line on stderr and exit status 2. For a reader that leaves, as `| head` does, none."""
+    """Turn BadInput and OSError into one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            try:
-                return main(argv)
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
-            return READER_LEFT
+            return until_reader_leaves(lambda: main(argv))
         except BadInput as error:
             text = str(error)
         except OSError as error:
