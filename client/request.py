@@ -16,7 +16,8 @@ from typing import Any
 from client.errors import InvalidRequest
 from pipelines.catalog import MODELS
 from worker.errors import Code, Problem, WorkerError
-from worker.request import is_url, parse
+from worker.parse import parse
+from worker.request import is_url
 
 MAX_PAYLOAD = 10_000_000
 """Bytes of a request to /run: RunPod documents 10 MB. (/runsync accepts 20 MB, and keeps its result for one minute.)

@@ -46,10 +46,11 @@ from pipelines.errors import LoraError
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import documented, era_of
 from pipelines.safetensors_header import SafetensorsError, read_header
+from worker.decide import shots_of
 from worker.errors import Code, WorkerError
 from worker.image_decode import MAX_PIXELS, decode
 from worker.logs import log
-from worker.request import parse, shots_of
+from worker.parse import parse
 from worker.service import Service
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start

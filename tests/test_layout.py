@@ -55,6 +55,7 @@ def test_the_client_knows_the_schema_and_nothing_else_of_the_worker(path: Path) 
         name for name in imports_of(path) if name.partition(".")[0] in ("worker", "pipelines", "handler", "runpod", "boto3")
     }
     assert known <= {
+        "worker.parse",
         "worker.request",
         "worker.errors",
         "worker.net.statuses",

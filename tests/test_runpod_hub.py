@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.catalog import MODELS
 from tests.worker_process import ROOT
-from worker.request import parse
+from worker.parse import parse
 from worker.settings import Settings
 
 HUB: dict[str, Any] = json.loads((ROOT / ".runpod/hub.json").read_text())

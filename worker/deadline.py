@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from worker.decide import Shot
 from worker.errors import Code, WorkerError
-from worker.request import Shot
 
 _STEPS_TO_MEASURE = 3
 """The first step warms up; the mean of the next two is the speed."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from worker.request import Prompt, Shot
+from worker.decide import Shot
+from worker.request import Prompt
 
 
 class StepClock:

@@ -12,12 +12,12 @@ from pipelines import WanModel
 from pipelines.decode import Frames
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
+from worker.decide import Shot
 from worker.faults import lora_error
 from worker.frame_queue import FrameQueue
 from worker.full_run import StepClock, full_run_seconds
 from worker.logs import stage
 from worker.ranks import Ranks
-from worker.request import Shot
 from worker.run import Run, in_thread, left_behind
 
 _SECONDS_TO_STOP = 120.0

@@ -19,6 +19,7 @@ from pipelines.catalog import DistilledLora, Sampler
 from pipelines.errors import DeviceLost, LoraError
 from pipelines.lora.file import Adapter
 from pipelines.recipes import Recipe, documented, draft_of, era_of, preview, version_of
+from worker.decide import shots_of
 from worker.errors import Code, Problem, WorkerError
 from worker.faults import lora_error, report
 from worker.gpu import Gpu
@@ -37,7 +38,7 @@ from worker.report import (
     sum_of_pixels,
     teaching_warnings,
 )
-from worker.request import ExtraLora, Lora, shots_of
+from worker.request import ExtraLora, Lora
 from worker.run import Run, in_thread
 from worker.settings import Settings
 from worker.shot import ShotFiles

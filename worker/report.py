@@ -14,9 +14,9 @@ from pipelines.catalog import MAX_TOKENS, MODELS, Draft, LoraMode, Match
 from pipelines.lora.file import Adapter, LoraFile
 from pipelines.recipes import Recipe, era_of, preview, version_of
 from pipelines.trained import Quantization
+from worker.decide import FIELD_OF, Shot
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
-from worker.request import FIELD_OF, Shot
 from worker.run import Run
 from worker.storage import Stored
 

@@ -16,12 +16,13 @@ from pipelines.catalog import LoraMode, Match
 from pipelines.lora.file import Adapter
 from pipelines.trained import Quantization
 from worker.deadline import Deadline
+from worker.decide import Shot
 from worker.delivery import Delivery, Identity
 from worker.errors import Stopped
 from worker.logs import log
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
-from worker.request import Request, Shot
+from worker.request import Request
 from worker.storage import Limit
 from worker.training import NOT_KNOWN, KnownTraining
 from worker.video import IMAGE, VIDEO, Encoding

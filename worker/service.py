@@ -24,10 +24,11 @@ from worker.files import scratch
 from worker.gpu import Gpu
 from worker.job import Job, Result
 from worker.logs import log, stage
+from worker.parse import parse
 from worker.progress import Progress, Send, cloud_sender, terminal_bar
 from worker.ranks import Ranks
 from worker.recovery import Recovery
-from worker.request import Request, parse
+from worker.request import Request
 from worker.run import Run, left_behind
 from worker.settings import Settings
 from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job

@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from worker.decide import Shot
 from worker.errors import Stopped
 from worker.faults import report
 from worker.frame_queue import Abandoned, FrameQueue
 from worker.logs import stage
 from worker.pictures import JPEG, Camera, Picture
 from worker.report import Output, PictureItems, picture_item
-from worker.request import Shot
 from worker.run import Run, in_thread
 from worker.storage import Stored
 from worker.video import encode

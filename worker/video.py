@@ -98,7 +98,7 @@ def _write_webp(frames: Iterator[Frame], target: Path, fps: int, num_frames: int
 def _write_gif(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
     """Write a GIF of at most 50 fps: it counts in hundredths of a second, and players show 0.01 s as 0.1 s.
 
-    Pillow holds one byte per pixel of all frames until it writes them; the request's MAX_GIF_PIXELS limits that.
+    Pillow holds one byte per pixel of all frames until it writes them; MAX_GIF_PIXELS of `parse` limits that.
     """
     first, rest = Image.fromarray(next(frames)), (Image.fromarray(frame) for frame in frames)
     first.save(target, format="GIF", append_images=rest, save_all=True, duration=max(1000 // fps, 20), loop=0)

@@ -17,7 +17,8 @@ from client.training.samples import RANDOM_SEED, Sample, TrainingConfig
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.trained import QTYPES
 from worker.errors import WorkerError
-from worker.request import Lora, Prompt, parse
+from worker.parse import parse
+from worker.request import Lora, Prompt
 
 _FLOAT32 = ("float32", "fp32", "float")
 

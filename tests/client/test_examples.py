@@ -16,7 +16,8 @@ from pipelines.recipes import documented, preview
 from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.pipelines.test_models import lora_paths
 from tests.worker_process import ROOT
-from worker.request import parse, shots_of
+from worker.decide import shots_of
+from worker.parse import parse
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start
 

@@ -16,7 +16,8 @@ from client.options import add_request_options, lora_of, request_of
 from client.request import MAX_PAYLOAD, body_of, job_of
 from pipelines.catalog import MODELS
 from tests.client.conftest import REQUEST
-from worker.request import Prompt, Request, parse
+from worker.parse import parse
+from worker.request import Prompt, Request
 
 I2V: dict[str, Any] = {**REQUEST, "model": "wan21_i2v_14b"}
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipelines.catalog import MODELS
 from tests.worker_process import ROOT, LocalApi
-from worker.request import parse
+from worker.parse import parse
 
 N8N = ROOT / "examples/n8n/workflow.json"
 COMFYUI = ROOT / "examples/comfyui"

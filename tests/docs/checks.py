@@ -27,8 +27,8 @@ import runpod.serverless
 from pipelines.catalog import MODELS
 from tests.worker_process import ROOT
 from worker.errors import Code, WorkerError
+from worker.parse import parse
 from worker.progress import Progress
-from worker.request import parse
 from worker.settings import Settings, SettingsError, load_settings
 from worker.storage import storage_of_job
 

@@ -27,7 +27,7 @@ from tests.tools.test_compare import FRAMES, written
 from tests.tools.test_requests_from_config import config
 from tests.worker_process import ROOT, LocalApi, environment, local_api
 from worker.errors import WorkerError
-from worker.request import parse
+from worker.parse import parse
 
 Problems = Iterator[str]
 

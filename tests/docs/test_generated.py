@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.catalog import MODELS
 from tests.worker_process import ROOT
-from worker.request import parse
+from worker.parse import parse
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples/README.md"]
 

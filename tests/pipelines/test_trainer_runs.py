@@ -28,9 +28,10 @@ from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.integration.test_local_api import file_of, output_of
 from tests.pipelines.test_models import lora_paths, make
 from tests.worker_process import LocalApi, environment, local_api
+from worker.decide import shots_of
 from worker.image_decode import Allowance
 from worker.images import load_control_image
-from worker.request import parse, shots_of
+from worker.parse import parse
 
 RUNS = Path(__file__).parent.parent / "trainer_runs"
 

@@ -10,8 +10,9 @@ from client import JobFailed
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.recipes import documented, preview
 from playground.check import check, served_model
+from worker.decide import shots_of
 from worker.errors import WorkerError
-from worker.request import parse, shots_of
+from worker.parse import parse
 
 PICTURE = "https://example.com/first.png"
 

@@ -22,7 +22,7 @@ from pipelines.trained import NOT_SAID
 from tools.cli import BadInput
 from tools.requests_from_config import main
 from worker.image_decode import decode
-from worker.request import parse
+from worker.parse import parse
 
 WAN21_1B = {"arch": "wan21", "name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
 T2V_14B = {"arch": "wan22_14b:t2v", "name_or_path": "ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16"}

@@ -6,8 +6,8 @@ from pipelines.catalog import MODELS
 from pipelines.recipes import Sampling, documented, draft_of
 from worker import deadline
 from worker.deadline import Deadline
+from worker.decide import Shot
 from worker.errors import WorkerError
-from worker.request import Shot
 
 SHOT = Shot(
     index=1,

@@ -5,8 +5,9 @@ import pytest
 from pipelines.catalog import MODELS
 from pipelines.recipes import Sampling, draft_of
 from worker import full_run
+from worker.decide import Shot
 from worker.full_run import StepClock, full_run_seconds
-from worker.request import Prompt, Shot
+from worker.request import Prompt
 
 
 @pytest.mark.parametrize(

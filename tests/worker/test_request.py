@@ -8,9 +8,11 @@ from PIL import Image
 
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.recipes import documented, draft_of, preview
+from worker.decide import Shot, shots_of
 from worker.delivery import Identity
 from worker.errors import Code, WorkerError
-from worker.request import MAX_SEED, Prompt, Request, Shot, parse, shots_of
+from worker.parse import parse
+from worker.request import MAX_SEED, Prompt, Request
 
 SINGLE = MODELS["wan21_1b"]
 MOE = MODELS["wan22_14b_t2v"]

@@ -16,7 +16,7 @@ from pipelines.catalog import MODELS
 from pipelines.trained import NOT_SAID
 from worker import loras
 from worker.errors import WorkerError
-from worker.request import parse
+from worker.parse import parse
 from worker.settings import Settings
 from worker.training import NOT_KNOWN, training_of
 
