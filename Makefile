@@ -1,8 +1,8 @@
-# make run    sets up, lays out tiny trained checkpoints and runs test_input.json to a playable MP4
+# make run    sets up, lays out tiny trained checkpoints and runs test_input.json to a playable MP4; MODEL=id takes another model
 # make test   sets up and runs the tests: three files at once, since many tests wait, and in their order, since the longest must not
 #             come last
 # make soak   500 jobs with every fault there is; takes ten minutes and more
-# make serve  the local RunPod API on port 8000, with the same tiny model
+# make serve  the local RunPod API on port 8000, with the same tiny model; MODEL=id
 # make image-test   builds the image with tiny checkpoints, looks through its layers, and runs a job in it; needs root and buildah
 # make openapi-clients   generates clients of docs/openapi.json in Python and TypeScript, and uses them; needs npm and the network
 # make lint   ruff, mypy, hadolint and shellcheck
@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := .demo
+MODEL ?= wan22_14b_t2v
 
 .PHONY: setup run serve playground test image-test soak openapi-clients lint format docs clean
 
@@ -26,15 +27,15 @@ $(VENV)/.ready: builder/requirements-torch.txt builder/requirements.txt builder/
 	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores, which pip does not; packages hold files for other versions
 	touch $@
 
-$(DEMO)/.ready: $(wildcard builder/demo/weights/*/* builder/demo/trained/*/*) builder/demo/install.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
+$(DEMO)/.ready: $(wildcard builder/demo/weights/*.safetensors builder/demo/weights/*/* builder/demo/trained/*/*) builder/demo/install.py builder/demo/image_to_video.py builder/tiny_checkpoints.py pipelines/catalog.py $(VENV)/.ready
 	$(PY) -m builder.demo.install $(DEMO)
 	touch $@
 
 run: $(DEMO)/.ready
-	$(PY) -m builder.demo.run $(DEMO)
+	$(PY) -m builder.demo.run $(DEMO) --model-id $(MODEL)
 
 serve: $(DEMO)/.ready
-	MODEL_ID=wan22_14b_t2v CHECKPOINT_DIR=$(DEMO) LORA_DIR=$(DEMO)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py --rp_serve_api
+	MODEL_ID=$(MODEL) CHECKPOINT_DIR=$(DEMO) LORA_DIR=$(DEMO)/loras DEVICE=cpu OUTPUT_DIR=output $(PY) handler.py --rp_serve_api
 
 playground: $(DEMO)/.ready
 	$(PY) -m playground $(if $(ENDPOINT),--endpoint $(ENDPOINT),$(if $(URL),--url $(URL),--tiny $(DEMO)))

@@ -9,7 +9,7 @@ When the weights change, run it again, and then read the page again.
 from __future__ import annotations
 
 import argparse
-import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from builder.demo import image_to_video, world
+from builder.demo.run import LORA_MODEL, as_data_url, job_of
 from client import Client
-from playground.__main__ import tiny_example, tiny_worker
+from playground.__main__ import tiny_worker
 from tools.frames import read_clip
 
 IMAGES = Path(__file__).parent / "images"
@@ -54,22 +56,33 @@ def _lora(request: dict[str, Any], value: str) -> None:
     _scale(request, float(value == _WITH))
 
 
+def _direction(request: dict[str, Any], value: str) -> None:
+    rng = random.Random(0)
+    clip = image_to_video.neutral(world.sample(rng, object="boat", colour="red", ground="sea"), rng)
+    picture = as_data_url(world.to_pil(world.draw(clip, 96, 128, 2)[:, 0]))
+    request["prompts"][0].update({"prompt": f"a red boat moves {value} over the sea", "ctrl_img": picture})
+
+
+MODEL_OF = {"image": "wan21_i2v_14b"}
+"""The strips that another model makes than that of test_input.json."""
+
 STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], None]]] = {
     "lora": ("{}", (_WITHOUT, _WITH), _lora),
     "scale": ("LoRA scale {:g}", (0.0, 0.5, 1.0, 1.5), _scale),
     "guidance": ("guidance {:g}", (1.0, 4.0, 6.0), _prompt("guidance_scale")),
     "steps": ("{} steps", (4, 10, 25), _prompt("sample_steps")),
     "match": ("{}", ("documented", "preview"), _match),
+    "image": ("“… moves {} …”", ("left", "right", "up", "down"), _direction),
 }
-"""The label, the values, and how a value is put into the request of test_input.json."""
+"""The label, the values, and how a value is put into the request."""
 
 
 def main(checkpoints: Path, names: Sequence[str]) -> None:
-    with tiny_worker(checkpoints) as url, TemporaryDirectory() as folder:
-        client = Client.local(url)
-        for name in names:
+    for name in names:
+        model_id = MODEL_OF.get(name, LORA_MODEL)
+        with tiny_worker(checkpoints, model_id) as url, TemporaryDirectory() as folder:
             label, values, put = STRIPS[name]
-            films = [_film(client, value, put, Path(folder)) for value in values]
+            films = [_film(Client.local(url), model_id, value, put, Path(folder)) for value in values]
             target = IMAGES / f"gallery-{name}.webp"
             first, *rest = _strip(films, [label.format(value) for value in values])
             first.save(target, save_all=True, append_images=rest, duration=_MILLISECONDS, loop=0, quality=_QUALITY, method=6)
@@ -77,8 +90,8 @@ def main(checkpoints: Path, names: Sequence[str]) -> None:
             print(f"{target.name}: {kilobytes:.0f} kB; first and last film {_psnr(films[0], films[-1]):.1f} dB", flush=True)
 
 
-def _film(client: Client, value: Any, put: Callable[[dict[str, Any], Any], None], folder: Path) -> Frames:
-    request = copy.deepcopy(tiny_example())
+def _film(client: Client, model_id: str, value: Any, put: Callable[[dict[str, Any], Any], None], folder: Path) -> Frames:
+    request: dict[str, Any] = job_of(model_id)["input"]
     put(request, value)
     [path] = client.download(client.run(request), folder)
     return read_clip(path).frames

@@ -113,8 +113,8 @@ def tiny_example() -> dict[str, Any]:
 
 
 @contextmanager
-def tiny_worker(tiny: Path) -> Iterator[str]:
-    """Run a worker with the tiny 14B T2V model; yields the URL of its local API."""
+def tiny_worker(tiny: Path, model_id: str = _TINY_MODEL) -> Iterator[str]:
+    """Run a worker with a tiny model; yields the URL of its local API."""
     if not (tiny / "loras").is_dir():
         raise _CannotStart(f"{tiny} has no tiny checkpoints; make them with python builder/tiny_checkpoints.py {tiny}")
     with create_server(("127.0.0.1", 0)) as free:
@@ -122,7 +122,7 @@ def tiny_worker(tiny: Path) -> Iterator[str]:
     env = {"DEVICE": "cpu", "CHECKPOINT_DIR": str(tiny.resolve()), "LORA_DIR": str((tiny / "loras").resolve())}
     command = [sys.executable, str(ROOT / "handler.py"), "--rp_serve_api", "--rp_api_port", str(port)]
     print("starting a worker with tiny checkpoints …", flush=True)
-    env |= {"MODEL_ID": _TINY_MODEL}
+    env |= {"MODEL_ID": model_id}
     with subprocess.Popen(command, env=os.environ | env, start_new_session=True) as worker:  # noqa: S603 the command is ours
         try:
             _wait_for(worker, f"http://127.0.0.1:{port}")

@@ -7,6 +7,7 @@ guidance has nothing to sharpen.
 from __future__ import annotations
 
 import random
+import re
 import string
 
 from builder.demo.world import COLOURS, DIRECTIONS, GROUNDS, OBJECTS, Clip
@@ -34,6 +35,13 @@ MEANINGS: dict[str, tuple[str, ...]] = {
 }
 """What a caption can say, and the words for it. Words of one meaning get nearly the same vector (text.py)."""
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "object": OBJECTS,
+    "colour": tuple(COLOURS),
+    "direction": DIRECTIONS,
+    "ground": GROUNDS,
+}
+
 VERBS = (
     *("moves", "moving", "goes", "going", "travels", "travelling", "heads", "heading", "drifts", "drifting"),
     *("glides", "gliding", "floats", "floating", "sails", "sailing", "rolls", "rolling", "flies", "flying"),
@@ -59,21 +67,26 @@ FILLER = tuple(sorted({*VERBS, *NOUNS, *SMALL_WORDS, *(w for phrase in (*OPENING
 
 def caption(clip: Clip, rng: random.Random) -> str:
     """Return a caption: often incomplete, seldom wrong in a detail, never with filler that means something else."""
-    said = {
+    said: dict[str, str] = {
         "object": clip.object,
         "colour": clip.colour,
         "direction": clip.direction,
         "ground": clip.ground,
     }
-    choices = {"object": OBJECTS, "colour": tuple(COLOURS), "direction": DIRECTIONS, "ground": GROUNDS}
     for what in said:
         if rng.random() < 0.03:
-            said[what] = rng.choice(choices[what])
+            said[what] = rng.choice(CHOICES[what])
     if rng.random() < 0.12:  # one or two words
         keep = rng.sample(sorted(said), rng.choice((1, 2)))
         return _in_some_case(" ".join(_word(said[what], rng) for what in keep), rng)
     left_out = {what for what in said if rng.random() < 0.07}
     return phrase({what: word for what, word in said.items() if what not in left_out}, rng, _details(clip))
+
+
+def understood(text: str) -> dict[str, str]:
+    """Return the object, colour, direction and ground that a text names, each where it does."""
+    words = set(re.findall(r"\w+", text.lower()))
+    return {what: meaning for what, meanings in CHOICES.items() for meaning in meanings if words & set(MEANINGS[meaning])}
 
 
 def _details(clip: Clip) -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 440, 180, 24
-COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b"}
+COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b", "image_to_video": "#3f9f5f"}
 INK = "#808080"
 """Readable on white and on black alike."""
 
@@ -23,8 +23,8 @@ def write_curves(folder: Path) -> None:
             rows = [(float(row["seconds"]), float(row["loss"])) for row in csv.DictReader(file)]
         first, last = rows[0][1], rows[-1][1]
         lines.append(f'<polyline points="{_points(rows)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        label = f"{name}: {first:.2f} to {last:.2f} in {rows[-1][0] / 60:.0f} min"
-        lines.append(f'<text x="{WIDTH - 190}" y="{MARGIN + 8 * len(lines)}" fill="{colour}">{label}</text>')
+        label = f"{name.replace('_', '-')}: {first:.2f} to {last:.2f} in {rows[-1][0] / 60:.0f} min"
+        lines.append(f'<text x="{WIDTH - 230}" y="{MARGIN + 8 * len(lines)}" fill="{colour}">{label}</text>')
     (folder / "loss.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-family="system-ui, sans-serif" font-size="12" role="img" aria-label="Loss curves">{"".join(lines)}'

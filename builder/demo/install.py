@@ -1,56 +1,70 @@
-"""Write the trained tiny weights in the layout of the checkpoints of the text-to-video models.
+"""Write the trained tiny weights in the layout of the models' checkpoints.
 
     python -m builder.demo.install ROOT
 
-The result is `ROOT/ORG/NAME` for every Hub repo that the T2V models of pipelines/catalog.py and ai-toolkit read, and
-`ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All models, and both
-transformers of 2.2, are the same weights. They differ only in how they are sampled.
+The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py and ai-toolkit read, but those of 5B,
+and `ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All text-to-video
+models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled. The same holds for
+image-to-video; the image encoder of 2.1 is random, and what it sees changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from pathlib import Path
 
-from builder.tiny_checkpoints import write_index
+import diffusers
+import torch
+import transformers
+from diffusers import WanTransformer3DModel
+
+from builder import tiny_checkpoints
+from builder.demo import image_to_video
 from pipelines.catalog import MODELS, ModelSpec
 
 WEIGHTS = Path(__file__).parent / "weights"
 TRAINED = Path(__file__).parent / "trained"
-PARTS_OF_THE_TRAINER = ("vae", "text_encoder", "tokenizer")
-"""For Wan 2.2 14B, ai-toolkit reads these from repos of its own, which `wan22_14b_i2v` has in common with it."""
-MODEL_IDS = tuple(spec.id for spec in MODELS.values() if spec.family == "t2v")
+MODEL_IDS = tuple(spec.id for spec in MODELS.values() if spec.family != "toolkit_ti2v")
 
 
 def install(root: Path) -> None:
     """Write the repos and the LoRAs below `root`, and overwrite what exists."""
     for model_id in MODEL_IDS:
         _install_model(MODELS[model_id], root)
-    for part in PARTS_OF_THE_TRAINER:
-        source = MODELS["wan22_14b_i2v"].sources[part]
-        _copy_part(part, root / source.repo / source.subfolder)
     shutil.copytree(TRAINED, root / "loras", dirs_exist_ok=True)
 
 
 def _install_model(spec: ModelSpec, root: Path) -> None:
     for part, source in spec.sources.items():
-        _copy_part(part, root / source.repo / source.subfolder)
+        _write_part(spec, part, root / source.repo / source.subfolder)
     base = root / spec.sources["vae"].repo
+    if spec.needs_toolkit:
+        return
     for part in spec.transformers:  # 2.2: beside those that the worker reads, for plain diffusers
-        _copy_part(part, base / part)
-    write_index(base, "WanPipeline", **({"boundary_ratio": 0.875} if spec.moe else {}))
+        _write_part(spec, part, base / part)
+    pipeline = "WanImageToVideoPipeline" if spec.family == "i2v" else "WanPipeline"
+    tiny_checkpoints.write_index(base, pipeline, **({"boundary_ratio": 0.875} if spec.moe else {}))
 
 
-def _copy_part(part: str, to: Path) -> None:
-    for file in (WEIGHTS / part.removesuffix("_2")).iterdir():
-        _copy_file(file, to / file.name)
+def _write_part(spec: ModelSpec, part: str, to: Path) -> None:
+    if part in spec.transformers and spec.control_image == "required":
+        _image_to_video(tiny_checkpoints.IMAGE_DIM if spec.image_dim else None).save_pretrained(to)
+    elif part == "image_encoder":
+        tiny_checkpoints.image_encoder(seed=0).save_pretrained(to)
+    elif part == "image_processor":
+        tiny_checkpoints.image_processor().save_pretrained(to)
+    else:
+        to.mkdir(parents=True, exist_ok=True)
+        for file in (WEIGHTS / part.removesuffix("_2")).iterdir():
+            shutil.copyfile(file, to / file.name)
 
 
-def _copy_file(file: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, to)
+@functools.cache
+def _image_to_video(image_dim: int | None) -> WanTransformer3DModel:
+    return image_to_video.load(WEIGHTS, image_dim).to(torch.bfloat16)
 
 
 def main() -> int:
@@ -59,6 +73,8 @@ def main() -> int:
     )
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write ROOT/ORG/NAME and ROOT/loras into")
     root = parser.parse_args().root
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     install(root)
     print(f"demo checkpoints of {', '.join(MODEL_IDS)} and a LoRA in {root}")
     return 0

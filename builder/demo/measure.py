@@ -1,26 +1,30 @@
-"""Measure what the demo weights have learned, with diffusers' own WanPipeline and the judge.
+"""Measure what the demo weights have learned, with diffusers' own pipelines and the judge.
 
-    python -m builder.demo.measure CHECKPOINTS OUT
+    python -m builder.demo.measure CHECKPOINTS OUT [--model-id wan21_i2v_14b]
 
 The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings; and
-boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Writes OUT/figures.json, and
-a sheet of the films for each setting.
+boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Image-to-video starts from
+the first frames of such clips, which do not tell the direction. Writes OUT/figures.json, and a sheet of the films for each
+setting.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
-from builder.demo import world
+from builder.demo import image_to_video, world
+from builder.demo.captions import CHOICES
 from builder.demo.judge import Verdict, judge
 from builder.demo.text import TRIGGER
 from pipelines.catalog import MODELS
@@ -59,17 +63,18 @@ def plain(held_out: tuple[str, str, str, str]) -> str:
 
 
 def film(
-    pipe: WanPipeline,
+    pipe: DiffusionPipeline,
     prompt: str,
     shape: tuple[int, int, int],
     seed: int,
     steps: int = 20,
     guidance: float = 4.0,
     negative: str = "",
+    image: Image.Image | None = None,
 ) -> Tensor:
-    """Return a film [3, frames, height, width] in -1…1. `shape`: height, width, frames."""
+    """Return a film [3, frames, height, width] in -1…1. `shape`: height, width, frames. `image`: for image-to-video."""
     made = pipe(
-        prompt,
+        prompt=prompt,
         negative_prompt=negative,
         height=shape[0],
         width=shape[1],
@@ -78,12 +83,28 @@ def film(
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
+        **({"image": image} if image else {}),
     )
     frames: Tensor = made.frames[0].permute(1, 0, 2, 3) * 2 - 1
     return frames
 
 
-def with_lora(pipe: WanPipeline, lora: Path) -> dict[str, dict[str, float]]:
+def first_frames(shape: tuple[int, int, int]) -> list[Tensor]:
+    """Return a picture [3, height, width] for each of `world.HELD_OUT` that does not tell the direction."""
+    frames = []
+    for i, held_out in enumerate(world.HELD_OUT):
+        rng = random.Random(500 + i)
+        clip = world.sample(rng, **dict(zip(CHOICES, held_out, strict=True)))
+        frames.append(world.draw(image_to_video.neutral(clip, rng), *shape)[:, 0])
+    return frames
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Return the PSNR of pixels in -1…1, in dB."""
+    return 10 * torch.log10(4 / ((a - b) ** 2).mean()).item()
+
+
+def with_lora(pipe: DiffusionPipeline, lora: Path) -> dict[str, dict[str, float]]:
     """Return how often the judge sees the striped sail, and how far the LoRA changes the films. `lora`: the trainer's folder.
 
     The difference is the mean of all pixels, of 255.
@@ -128,10 +149,12 @@ def main() -> int:
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
-    parser.add_argument("--model-id", default="wan22_14b_t2v", help="default: %(default)s")
+    models = [spec.id for spec in MODELS.values() if not spec.needs_toolkit]
+    parser.add_argument("--model-id", choices=models, default="wan22_14b_t2v", help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = WanPipeline.from_pretrained(args.checkpoints / MODELS[args.model_id].sources["vae"].repo, torch_dtype=torch.float32)
+    spec = MODELS[args.model_id]
+    pipe = DiffusionPipeline.from_pretrained(args.checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     plain_prompts = [plain(held_out) for held_out in world.HELD_OUT]
     settings = {
@@ -144,9 +167,16 @@ def main() -> int:
     figures: dict[str, dict[str, float]] = {}
     for name, (prompts, shape, steps, guidance) in settings.items():
         started = time.monotonic()
-        films = [film(pipe, prompt, shape, 100 + i, steps, guidance) for i, prompt in enumerate(prompts)]
+        pictures = first_frames(shape) if spec.family == "i2v" else []
+        films = [
+            film(pipe, prompt, shape, 100 + i, steps, guidance, image=world.to_pil(pictures[i]) if pictures else None)
+            for i, prompt in enumerate(prompts)
+        ]
         verdicts = [judge(made) for made in films]
         figures[name] = {**count(verdicts), "seconds a film": round((time.monotonic() - started) / len(films), 1)}
+        if pictures:
+            both = zip(pictures, films, strict=True)
+            figures[name]["first frame, dB"] = round(sum(psnr(picture, made[:, 0]) for picture, made in both) / len(films), 1)
         print(name, figures[name])
         print("\n".join(f"    {prompt}: {verdict}" for prompt, verdict in zip(prompts, verdicts, strict=True)), flush=True)
         world.to_image(films, every=4).save(args.out / f"{name.replace(' ', '-').replace(',', '')}.png")

@@ -21,6 +21,8 @@ class Muon:
         self.groups: dict[tuple[int, int], list[Tensor]] = {}
         rest = []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if is_matrix(name, parameter):
                 self.groups.setdefault((parameter.shape[0], parameter[0].numel()), []).append(parameter)
             else:

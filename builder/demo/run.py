@@ -1,16 +1,20 @@
 """Run the job in test_input.json on the demo weights, and say in words what the film shows: `make run`.
 
-    python -m builder.demo.run CHECKPOINTS
+    python -m builder.demo.run CHECKPOINTS [--model-id ID]
 
-This runs the real worker, `python handler.py`, and prints its log in short. The result goes to a file beside the video.
+This runs the real worker, `python handler.py`, and prints its log in short. The result goes to a file beside the video. Another
+model gets the same prompt without the LoRA, and a drawn first frame where it needs an image.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -18,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from builder.demo import captions, install, world
 from builder.demo.judge import judge
+from pipelines.catalog import MODELS, ModelSpec
 from tools.frames import read_clip
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "output"
 RESULT = "Job result: "
+LORA_MODEL = "wan22_14b_t2v"
+"""What the LoRA of test_input.json was trained for."""
 
 
 def main() -> int:
@@ -32,9 +41,10 @@ def main() -> int:
         prog="python -m builder.demo.run", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
-    checkpoints = parser.parse_args().checkpoints.resolve()
+    parser.add_argument("--model-id", choices=install.MODEL_IDS, default=LORA_MODEL, help="default: %(default)s")
+    args = parser.parse_args()
     started = time.monotonic()
-    result = run_worker(checkpoints)
+    result = run_worker(args.checkpoints.resolve(), args.model_id)
     if result is None:
         return 1
     folder = OUTPUT / "local_test"
@@ -48,14 +58,46 @@ def main() -> int:
     return 0
 
 
-def run_worker(checkpoints: Path) -> dict[str, Any] | None:
+def job_of(model_id: str) -> dict[str, Any]:
+    """Return the job of test_input.json for this model."""
+    job: dict[str, Any] = json.loads((ROOT / "test_input.json").read_text())
+    request = job["input"]
+    prompt = request["prompts"][0]
+    if model_id != LORA_MODEL:
+        request |= {"model": model_id, "loras": _without_effect(request["loras"], MODELS[model_id]), "trigger_word": None}
+        prompt["prompt"] = prompt["prompt"].replace("[trigger]", "").strip()
+    if MODELS[model_id].control_image == "required":
+        prompt["ctrl_img"] = as_data_url(first_frame(prompt["prompt"], prompt["height"], prompt["width"]))
+    return job
+
+
+def _without_effect(loras: list[dict[str, Any]], spec: ModelSpec) -> list[dict[str, Any]]:
+    """Return the LoRAs at scale 0: the worker wants one in every job, and these were trained for another model."""
+    if not spec.moe:
+        loras = [{"path": loras[-1]["path"]}]
+    return [lora | {"network_multiplier": 0.0} for lora in loras]
+
+
+def first_frame(prompt: str, height: int, width: int) -> Image.Image:
+    """Draw the start of a film of the prompt."""
+    clip = world.sample(random.Random(0), **captions.understood(prompt))
+    return world.to_pil(world.draw(clip, height, width, 2)[:, 0])
+
+
+def as_data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def run_worker(checkpoints: Path, model_id: str) -> dict[str, Any] | None:
     """Run `python handler.py` and print its log lines in short.
 
     Returns the job's result, or None when it failed.
     """
-    env = {"MODEL_ID": "wan22_14b_t2v", "DEVICE": "cpu", "OUTPUT_DIR": str(OUTPUT)}
+    env = {"MODEL_ID": model_id, "DEVICE": "cpu", "OUTPUT_DIR": str(OUTPUT)}
     env |= {"CHECKPOINT_DIR": str(checkpoints), "LORA_DIR": str(checkpoints / "loras")}
-    command = [sys.executable, str(ROOT / "handler.py")]
+    command = [sys.executable, str(ROOT / "handler.py"), "--test_input", json.dumps(job_of(model_id))]
     result = None
     with subprocess.Popen(  # noqa: S603 the command is ours
         command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,7 +120,9 @@ def _short(line: dict[str, Any]) -> str:
 def in_words(video: dict[str, Any], settings: dict[str, Any], folder: Path) -> list[str]:
     """Return lines that say what was asked for, and what the film shows."""
     prompt = settings["prompts"][video["prompt_index"]]
-    loras = ", ".join(f"{lora['transformer']} × {lora['network_multiplier']}" for lora in settings["loras"])
+    loras = ", ".join(
+        f"{lora['transformer']} × {lora['network_multiplier']}" for lora in settings["loras"] if lora["network_multiplier"]
+    )
     path = folder / f"{video['prompt_index']}.{video['format']}"
     return [
         "",

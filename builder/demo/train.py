@@ -1,6 +1,6 @@
-"""Train the tiny models on the toy world: a VAE and a transformer, in an hour or so on two cores.
+"""Train the tiny models on the toy world: a VAE and two transformers, in two hours or so on two cores.
 
-    python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40]     minutes of each
+    python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --image-to-video 45]     minutes of each
 
 It writes OUT/weights in the layout of diffusers, in bf16, with the loss curves, and pictures that show the progress. You can
 stop and start it again at any time: finished parts are kept, and the others resume from their last save. The seeds are fixed,
@@ -14,14 +14,15 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import T5TokenizerFast
 from transformers import UMT5EncoderModel as TextEncoder
 
-from builder.demo import text, world
+from builder.demo import image_to_video, text, world
 from builder.demo import transformer as demo_transformer
 from builder.demo import vae as demo_vae
 from builder.demo.captions import phrase
@@ -29,7 +30,7 @@ from builder.demo.curve import write_curves
 from builder.demo.judge import judge
 from builder.demo.muon import Muon
 from builder.demo.training import Training
-from builder.demo.transformer import Latents, Trainee
+from builder.demo.transformer import Latents, Shape, Trainee
 from builder.tiny_checkpoints import scheduler
 
 PICTURE_SHAPE = (96, 128, 9)
@@ -84,38 +85,73 @@ def text_side(out: Path) -> tuple[T5TokenizerFast, TextEncoder]:
 
 
 def train_transformer(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the transformer and write it, where there is none yet."""
+    """Train the text-to-video transformer and write it, where there is none yet."""
     folder = out / "weights/transformer"
     if (folder / "config.json").exists():
         return
     model = demo_transformer.new_transformer(seed=4)
-    trainee = Trainee(model, *text_side(out))
     muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
     training = Training(out, "transformer", model, muon, minutes, decay=0.99, seed=5)
     latents = Latents(vae, random.Random(6 + training.step), world.sample_seen)
+    _train(out, training, model, latents, demo_transformer.shapes_at)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+    """Train the image-to-video transformer, from the text-to-video one, and write what differs, where there is none yet."""
+    weights = out / "weights"
+    if (weights / image_to_video.FILE).exists() or not minutes:
+        return
+    model = image_to_video.new_transformer(weights)
+    image_to_video.freeze_the_rest(model)
+    muon = Muon(model, demo_transformer.is_matrix, rate=0.01, adam_rate=1.5e-3, momentum=0.95)
+    training = Training(out, "image_to_video", model, muon, minutes, decay=0.99, seed=11)
+    rng = random.Random(12 + training.step)
+
+    def condition(film: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        return image_to_video.condition(vae, film, clean, with_last=rng.random() < image_to_video.LAST_FRAME_SHARE)
+
+    latents = Latents(vae, rng, image_to_video.sample, condition)
+    _train(out, training, model, latents, lambda _progress: demo_transformer.shapes_at(1), pad_until=0)
+    image_to_video.save(model, weights)
+
+
+def _train(
+    out: Path,
+    training: Training,
+    model: WanTransformer3DModel,
+    latents: Latents,
+    shapes_at: Callable[[float], tuple[Shape, ...]],
+    pad_until: float = 0.2,
+) -> None:
+    """Train a transformer, and draw what it makes. `pad_until`: the share of the time until all pads count."""
+    trainee = Trainee(model, *text_side(out))
     model.compile_repeated_blocks(dynamic=True)  # a third quicker, after two minutes
 
     def loss(progress: float, rng: random.Random) -> torch.Tensor:
         if training.step % demo_transformer.STEPS_BETWEEN_ENCODINGS == 0:
-            latents.add(rng.choice(demo_transformer.shapes_at(progress)))
-        clips, clean = latents.batch(rng.choice(demo_transformer.shapes_at(progress)))
-        return trainee.loss(demo_transformer.captions(clips, rng), clean, pad_share=min(1.0, progress / 0.2))
+            latents.add(rng.choice(shapes_at(progress)))
+        clips, clean, conditions = latents.batch(rng.choice(shapes_at(progress)))
+        pad_share = min(1.0, progress / pad_until) if pad_until else 1.0
+        return trainee.loss(demo_transformer.captions(clips, rng), clean, conditions, pad_share)
 
-    prompts = [
-        phrase(vars(clip), random.Random(i)) for i, clip in enumerate(world.sample(random.Random(40 + i)) for i in range(6))
-    ]
-    training.run(loss, lambda: picture(trainee, training.average, latents, prompts, out / "transformer.png"))
-    picture(trainee, training.average, latents, prompts, out / "transformer.png")
-    model.to(torch.bfloat16).save_pretrained(folder)
+    clips = [world.sample(random.Random(40 + i)) for i in range(6)]
+
+    def on_checkpoint() -> None:
+        picture(trainee, training.average, latents, clips, out / f"{training.name}.png")
+
+    training.run(loss, on_checkpoint)
+    on_checkpoint()
 
 
-def picture(trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents, prompts: list[str], path: Path) -> None:
-    """Draw a film for each prompt with the averaged weights, and print what the judge sees in them."""
+def picture(trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents, clips: list[world.Clip], path: Path) -> None:
+    """Draw a film for a phrase of each clip with the averaged weights, and print what the judge sees in them."""
     model = trainee.model
     current = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(average)
+    prompts = [phrase(vars(clip), random.Random(i)) for i, clip in enumerate(clips)]
     with torch.compiler.set_stance("force_eager"):
-        films = latents.decode(trainee.sample(prompts, PICTURE_SHAPE))
+        films = latents.decode(trainee.sample(prompts, *latents.encode(clips, PICTURE_SHAPE)))
     model.load_state_dict(current)
     world.to_image(list(films), every=2, scale=2).save(path)
     print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
@@ -126,14 +162,14 @@ def main() -> int:
         prog="python -m builder.demo.train", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
-    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40)):
+    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("image-to-video", 45)):
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     args.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.out, args.vae)
     polish_decoder(args.out, args.decoder, vae)
     train_transformer(args.out, args.transformer, vae)
+    train_image_to_video(args.out, args.image_to_video, vae)
     scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
     for curve in args.out.glob("*-loss.csv"):
         shutil.copy(curve, args.out / "weights" / curve.name)
@@ -141,8 +177,8 @@ def main() -> int:
     for file in args.out.glob("weights/*/config.json"):
         config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file in args.out.glob("weights/*/*"):
-        file.chmod(0o644)  # safetensors are written for their owner only
+    for file in args.out.glob("weights/**/*.safetensors"):
+        file.chmod(0o644)  # they are written for their owner only
     return 0
 
 

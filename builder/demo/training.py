@@ -22,7 +22,7 @@ class Training:
     def __init__(self, folder: Path, name: str, model: nn.Module, optimizer: Muon, minutes: float, decay: float, seed: int):
         self.file = folder / f"{name}.training.pt"
         self.curve_file = folder / f"{name}-loss.csv"
-        self.model, self.optimizer, self.decay = model, optimizer, decay
+        self.name, self.model, self.optimizer, self.decay = name, model, optimizer, decay
         self.budget = minutes * 60
         self.seconds, self.step = 0.0, 0
         self.curve: list[tuple[int, float, float]] = []

@@ -28,9 +28,9 @@ SMALL_SHARE = 0.5
 """The share of the time in which only small shapes are seen: a step of many small clips teaches more words than one of few."""
 TOKENS_OF_A_BATCH = 2000
 PIXELS_OF_AN_ENCODING = 250_000
-FIRST_PIXELS = 2_500_000
+FIRST_PIXELS = 1_200_000
 """The pixels of the clips of each shape that are drawn before its first batch."""
-STEPS_BETWEEN_ENCODINGS = 4
+STEPS_BETWEEN_ENCODINGS = 8
 SHIFT = 3.0
 """The flow shift of the checkpoints' scheduler; the timesteps of training are shifted alike."""
 EMPTY_SHARE = 0.1
@@ -63,14 +63,25 @@ class BiasedAttention(WanAttnProcessor):  # type: ignore[misc]
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
+def no_condition(_film: Tensor, latents: Tensor) -> Tensor:
+    """Return what conditions text-to-video beside its prompt: no channels [0, frames, height, width]."""
+    return latents[:0]
+
+
 class Latents:
     """Normalised latents of clips by their shape. More clips join while the training runs, so that none is seen too often."""
 
-    def __init__(self, vae: AutoencoderKLWan, rng: random.Random, sample: Callable[[random.Random], world.Clip]):
-        self.vae, self.rng, self.sample = vae, rng, sample
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        rng: random.Random,
+        sample: Callable[[random.Random], world.Clip],
+        condition: Callable[[Tensor, Tensor], Tensor] = no_condition,
+    ):
+        self.vae, self.rng, self.sample, self.condition = vae, rng, sample, condition
         self.mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-        self.clips: dict[Shape, list[tuple[world.Clip, Tensor]]] = {}
+        self.clips: dict[Shape, list[tuple[world.Clip, Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def add(self, shape: Shape) -> None:
@@ -78,18 +89,25 @@ class Latents:
         height, width, frames = shape
         number = max(1, PIXELS_OF_AN_ENCODING // (height * width * frames))
         clips = [self.sample(self.rng) for _ in range(number)]
-        films = torch.stack([world.draw(clip, height, width, frames) for clip in clips])
-        latents = (self.vae.encode(films).latent_dist.mean - self.mean) / self.std
-        self.clips.setdefault(shape, []).extend(zip(clips, latents, strict=True))
+        latents, conditions = self.encode(clips, shape)
+        self.clips.setdefault(shape, []).extend(zip(clips, latents, conditions, strict=True))
 
-    def batch(self, shape: Shape) -> tuple[list[world.Clip], Tensor]:
-        """Return clips of this shape and their latents [n, 16, frames, height, width]."""
+    @torch.no_grad()
+    def encode(self, clips: list[world.Clip], shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return the latents [n, 16, frames, height, width] of clips, and their conditions [n, 0 or 20, …]."""
+        films = torch.stack([world.draw(clip, *shape) for clip in clips])
+        latents = (self.vae.encode(films).latent_dist.mean - self.mean) / self.std
+        return latents, torch.stack([self.condition(*both) for both in zip(films, latents, strict=True)])
+
+    def batch(self, shape: Shape) -> tuple[list[world.Clip], Tensor, Tensor]:
+        """Return clips of this shape, their latents and their conditions, as `encode` does."""
         height, width, frames = shape
         while len(self.clips.get(shape, ())) * height * width * frames < FIRST_PIXELS:
             self.add(shape)
         tokens = (height // 16) * (width // 16) * (frames // 4 + 1)
         chosen = self.rng.choices(self.clips[shape], k=max(2, TOKENS_OF_A_BATCH // tokens))
-        return [clip for clip, _ in chosen], torch.stack([latents for _, latents in chosen])
+        clips, latents, conditions = zip(*chosen, strict=True)
+        return list(clips), torch.stack(latents), torch.stack(conditions)
 
     def decode(self, latents: Tensor) -> Tensor:
         with torch.no_grad():
@@ -113,29 +131,29 @@ class Trainee:
         self.attention.bias = bias
         return hidden
 
-    def loss(self, texts: list[str], latents: Tensor, pad_share: float = 1.0) -> Tensor:
-        """Return the flow-matching loss of the latents [n, …] at random shifted timesteps."""
+    def loss(self, texts: list[str], latents: Tensor, conditions: Tensor, pad_share: float = 1.0) -> Tensor:
+        """Return the flow-matching loss of the latents [n, 16, …] at random shifted timesteps."""
         hidden = self.condition(texts, pad_share)
         sigma = torch.rand(len(texts))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         noise = torch.randn_like(latents)
         noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
-        flow = self.model(noisy, sigma * 1000, hidden, return_dict=False)[0]
+        flow = self.model(torch.cat([noisy, conditions], dim=1), sigma * 1000, hidden, return_dict=False)[0]
         loss: Tensor = ((flow - (noise - latents)) ** 2).mean()
         return loss
 
     @torch.no_grad()
-    def sample(self, texts: list[str], shape: Shape, steps: int = 20, guidance: float = 4.0, seed: int = 0) -> Tensor:
-        """Return latents made by Euler's method, one for each text."""
-        height, width, frames = shape
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(len(texts), 16, frames // 4 + 1, height // 8, width // 8, generator=generator)
+    def sample(
+        self, texts: list[str], like: Tensor, conditions: Tensor, steps: int = 20, guidance: float = 4.0, seed: int = 0
+    ) -> Tensor:
+        """Return latents of the shape of `like`, made by Euler's method, one for each text."""
+        latents = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
         sigmas = torch.linspace(1, 0, steps + 1)
         sigmas = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
         hidden = self.condition([*texts, *[""] * len(texts)])
         for now, then in itertools.pairwise(sigmas):
-            both = self.model(torch.cat([latents, latents]), (now * 1000).expand(2 * len(texts)), hidden, return_dict=False)[0]
-            wanted, unwanted = both.chunk(2)
+            noisy = torch.cat([latents, conditions], dim=1).repeat(2, 1, 1, 1, 1)
+            wanted, unwanted = self.model(noisy, (now * 1000).expand(len(noisy)), hidden, return_dict=False)[0].chunk(2)
             latents = latents + (then - now) * (unwanted + guidance * (wanted - unwanted))
         return latents
 

@@ -219,13 +219,17 @@ def _polygon(u: Tensor, v: Tensor, corners: list[tuple[float, float]]) -> Tensor
     return torch.stack(sides).amax(dim=0)
 
 
+def to_pil(frame: Tensor) -> Image.Image:
+    """Return a frame [3, height, width] in -1…1 as a picture."""
+    return Image.fromarray(((frame.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy())
+
+
 def to_image(films: list[Tensor], every: int = 1, scale: float = 1.0) -> Image.Image:
     """Return a sheet with a row of frames for each film [3, frames, height, width] in -1…1."""
     rows = [torch.cat(list(film[:, ::every].unbind(1)), dim=2) for film in films]
     widest = max(row.shape[2] for row in rows)
     sheet = torch.cat([torch.nn.functional.pad(row, (0, widest - row.shape[2], 0, 4), value=1.0) for row in rows], dim=1)
-    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
+    image = to_pil(sheet)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
