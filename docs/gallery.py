@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from builder.demo import image_to_video, world
+from builder.demo import world
 from builder.demo.run import LORA_MODEL, as_data_url, job_of
 from client import Client
 from playground.__main__ import tiny_worker
@@ -57,8 +57,8 @@ def _lora(request: dict[str, Any], value: str) -> None:
 
 
 def _direction(request: dict[str, Any], value: str) -> None:
-    rng = random.Random(0)
-    clip = image_to_video.neutral(world.sample(rng, object="boat", colour="red", ground="sea"), rng)
+    looks = {"object": "boat", "colour": "red", "ground": "sea", "radius": 0.18, "start": (0.5, 0.5)}
+    clip = world.sample(random.Random(0), **looks)
     picture = as_data_url(world.to_pil(world.draw(clip, 96, 128, 2)[:, 0]))
     request["prompts"][0].update({"prompt": f"a red boat moves {value} over the sea", "ctrl_img": picture})
 
