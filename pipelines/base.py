@@ -23,7 +23,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image, ImageOps
 
 from pipelines.catalog import OFFLOAD, LoraMode, ModelSpec, OffloadMode
-from pipelines.cfg_parallel import RANKS, CfgParallel
+from pipelines.cfg_parallel import CfgParallel
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from pipelines.compiled import compile_blocks, compiler_settings
@@ -100,9 +100,9 @@ class WanModel(ABC):
         self.facts["compiled"] = True
 
     def share_passes(self, parallel: CfgParallel) -> None:
-        """From now on compute only this rank's pass of each step with guidance."""
+        """From now on compute only this rank's part of each video in which it has one."""
         self._parallel = parallel
-        self.facts["gpus"] = RANKS
+        self.facts["gpus"] = parallel.ranks
 
     def apply_loras(
         self,
@@ -152,8 +152,8 @@ class WanModel(ABC):
                 self._pipe.maybe_free_model_hooks()
 
     def shares(self, sampling: Sampling, recipe: Recipe) -> bool:
-        """Whether the other rank must `denoise` this video while this one runs `generate`; without guidance it has no share."""
-        return self._parallel is not None and recipe.fit(sampling).guidance_scale > 1
+        """Whether the other ranks must `denoise` this video while this one runs `generate`."""
+        return self._parallel is not None and self._parallel.shares(recipe.fit(sampling).guidance_scale > 1)
 
     def denoise(self, sampling: Sampling, recipe: Recipe) -> None:
         """What a rank other than 0 does for a video. Raises what `generate` raises, and RankFailed."""
@@ -166,8 +166,9 @@ class WanModel(ABC):
     def _latents(self, sampling: Sampling, recipe: Recipe, on_step: OnStep | None) -> torch.Tensor:
         transformers = [getattr(self._pipe, name) for name in self.spec.transformers]
         sharing: Any = contextlib.nullcontext()
-        if self._parallel and sampling.guidance_scale > 1:
-            sharing = self._parallel.one_video(transformers)
+        has_guidance = sampling.guidance_scale > 1
+        if self._parallel and self._parallel.shares(has_guidance):
+            sharing = self._parallel.one_video(transformers, has_guidance)
         with sharing:
             self._apply_recipe(recipe)
             swapping = self._swap or contextlib.nullcontext()

@@ -1,15 +1,19 @@
 """Guidance in parallel: the two passes of a denoising step on two devices, with the frames of one device to the bit.
 
 With guidance, a step runs the transformer twice: with the prompt (the conditional pass), then with the negative prompt (the
-unconditional pass). Neither needs the other's result. Two processes, called ranks, run the same pipeline on the same input,
-each on its own device. Rank 0 computes the conditional pass and rank 1 the unconditional one; then they exchange the results,
-and both take the step. Everything else is computed twice, so that the ranks stay equal and nothing else has to be sent.
+unconditional pass). Neither needs the other's result. Several processes, called ranks, run the same pipeline on the same
+input, each on its own device. The first half of them computes the conditional pass and the second half the unconditional one;
+then they exchange the results, and all take the step. Everything else is computed by each, so that the ranks stay equal and
+nothing else has to be sent.
+
+With more than two ranks, those of one half split the tokens of their pass among them; see `sequence_parallel`. Without
+guidance, all of them split the only pass. Two ranks split no pass, since their frames are those of one, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,87 +22,123 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import DeviceLost, LibraryMoved, PipelineError, RankFailed
+from pipelines.errors import DeviceLost, LibraryMoved, RankFailed, lost_with_another_rank
+from pipelines.sequence_parallel import SequenceParallel
 
-RANKS = 2
-"""A step has two passes."""
+PASSES = 2
+"""Of a step with guidance."""
 
 _LONGEST_WAIT = timedelta(minutes=15)
 """How long one rank waits for another, which may have to load or compile first. A rank that ends is noticed at once."""
 
 
 class CfgParallel:
-    """One rank's part. Both ranks must make the same videos in the same order."""
+    """One rank's part. All ranks must make the same videos in the same order."""
 
-    def __init__(self, rank: int, device: torch.device, store: Path) -> None:
-        """Meet the other rank; waits for it. `store`: a path of no file yet, the same for both. Raises DeviceLost."""
-        self.rank = rank
+    def __init__(self, rank: int, device: torch.device, store: Path, ranks: int = PASSES) -> None:
+        """Meet the other ranks; waits for them. `store`: a path of no file yet, the same for all. `ranks`: an even number.
+
+        Raises DeviceLost, and LibraryMoved when more than two ranks cannot work.
+        """
+        self.ranks = ranks
+        per_pass = ranks // PASSES
+        self._own_pass = rank // per_pass
+        """0: the conditional one; 1: the unconditional one."""
+        self._sources = range(0, ranks, per_pass)
+        """The rank that sends the result of each pass."""
         is_cuda = device.type == "cuda"
-        with _lost_with_the_other_rank():
+        with lost_with_another_rank():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
                 init_method=store.as_uri(),
                 rank=rank,
-                world_size=RANKS,
+                world_size=ranks,
                 timeout=_LONGEST_WAIT,
                 device_id=device if is_cuda else None,
             )
+            halves = [dist.new_group(range(source, source + per_pass)) for source in self._sources] if per_pass > 1 else []
+        self._with_half = SequenceParallel(halves[self._own_pass], self._agree) if halves else None
+        self._with_all = SequenceParallel(dist.group.WORLD, self._agree) if halves else None
+        self._has_guidance = True
         self._is_over = False
         """Whether the ranks have agreed that this video ends."""
         self._conditional: torch.Tensor | None = None
-        """The first result of a step, until the second is there. On rank 1 it has no values until then."""
+        """The first result of a step, until the second is there. On a rank that does not compute it, it has no values."""
         self._latents: torch.Tensor | None = None
         """What the step's first pass was given."""
 
-    @contextmanager
-    def one_video(self, transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
-        """Share the passes of these transformers while the block denoises one video with guidance.
+    def shares(self, has_guidance: bool) -> bool:
+        """Whether the ranks have something to share in a video."""
+        return has_guidance or self._with_all is not None
 
-        An error on one rank ends the block on both, within a step: here as what it is, there as RankFailed. Raises DeviceLost
-        when the other rank is gone.
+    @contextmanager
+    def one_video(self, transformers: Sequence[torch.nn.Module], has_guidance: bool = True) -> Iterator[None]:
+        """Share the passes of these transformers while the block denoises one video.
+
+        An error on one rank ends the block on all, within a step: here as what it is, there as RankFailed. Raises DeviceLost
+        when another rank is gone. The process must end then, since other ranks may wait for this one.
         """
-        self._is_over, self._conditional = False, None
+        self._is_over, self._conditional, self._has_guidance = False, None, has_guidance
         try:
             with _forward_of(transformers, self._pass):
                 yield
+        except DeviceLost:
+            raise
         except BaseException:
             if not self._is_over:
-                with suppress(PipelineError):
-                    self._agree(can_go_on=False)
+                self._agree(can_go_on=False)
             raise
-        self._agree(can_go_on=True)
+        self._agree()
 
     def _pass(self, transformer: Any, latents: torch.Tensor, compute: Callable[[], Any]) -> tuple[torch.Tensor]:
-        """One pass: the conditional one, then the unconditional one of the same latents."""
+        """One pass: with guidance the conditional one, then the unconditional one of the same latents."""
+        if not self._has_guidance:
+            result = _computed(self._with_all, transformer, latents, compute)
+            self._agree()
+            return (result,)
         if self._conditional is None:
             self._latents = latents
-            self._conditional = compute()[0] if self.rank == 0 else _without_values(transformer, latents)
+            if self._own_pass == 0:
+                self._conditional = _computed(self._with_half, transformer, latents, compute)
+            else:
+                self._conditional = _without_values(transformer, latents)
             return (self._conditional,)
         if latents is not self._latents:
             raise LibraryMoved("the pipeline does not run the two passes of a step in turn; set GPUS=1")
         conditional, self._conditional = self._conditional, None
-        unconditional = compute()[0] if self.rank == 1 else torch.empty_like(conditional)
+        if self._own_pass == 1:
+            unconditional = _computed(self._with_half, transformer, latents, compute)
+        else:
+            unconditional = torch.empty_like(conditional)
         if unconditional.shape != conditional.shape or unconditional.dtype != conditional.dtype:
             raise LibraryMoved("the transformer's result has another shape or dtype than expected; set GPUS=1")
-        self._agree(can_go_on=True)
-        with _lost_with_the_other_rank():
-            for source, tensor in enumerate((conditional, unconditional)):
+        self._agree()
+        with lost_with_another_rank():
+            for source, tensor in zip(self._sources, (conditional, unconditional), strict=True):
                 _broadcast(tensor, source)
         return (unconditional,)
 
-    def _agree(self, can_go_on: bool) -> None:
-        """Wait for the other rank, and learn whether both can go on. Raises RankFailed if only this one can, and DeviceLost."""
+    def _agree(self, can_go_on: bool = True) -> None:
+        """Wait for all ranks, and learn whether all can go on.
+
+        Raises RankFailed when this one can and another cannot, and DeviceLost.
+        """
         failures = torch.tensor([not can_go_on], dtype=torch.int32)
-        try:
-            with _lost_with_the_other_rank():
-                dist.all_reduce(failures)
-        except DeviceLost:
-            self._is_over = True
-            raise
+        with lost_with_another_rank():
+            dist.all_reduce(failures)
         if failures.item():
             self._is_over = True
             if can_go_on:
                 raise RankFailed("another GPU of this worker could not go on")
+
+
+def _computed(
+    parallel: SequenceParallel | None, transformer: Any, latents: torch.Tensor, compute: Callable[[], Any]
+) -> torch.Tensor:
+    """The result of a pass, whose tokens are split among the ranks of `parallel`; None: this rank computes all of it."""
+    with parallel.split(transformer, latents) if parallel else nullcontext():
+        result: torch.Tensor = compute()[0]
+    return result
 
 
 def _broadcast(tensor: torch.Tensor, source: int) -> None:
@@ -134,12 +174,3 @@ def _forward_of(models: Sequence[torch.nn.Module], call: Callable[..., Any]) -> 
 
 def _calling(call: Callable[..., Any], model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda hidden_states, *rest, **named: call(model, hidden_states, partial(forward, hidden_states, *rest, **named))
-
-
-@contextmanager
-def _lost_with_the_other_rank() -> Iterator[None]:
-    """torch says with a RuntimeError that a connection ended or that nothing came in time."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise DeviceLost("another GPU's process ended, or is silent; if this happens at every start, set GPUS=1") from error

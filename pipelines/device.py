@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pipelines.errors import DeviceLost, OutOfMemory
+from pipelines.errors import DeviceLost, OutOfMemory, RankFailed
 
 
 def answers(device: torch.device) -> bool:
@@ -34,7 +34,7 @@ def device_errors(device: torch.device, refresh: Callable[[], None], remedy: Cal
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, RankFailed) as error:  # any of them in the midst of a pass
         out_of_memory = is_out_of_memory(error)
         if out_of_memory:
             free(error, device)

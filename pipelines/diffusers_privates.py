@@ -8,8 +8,9 @@ were tested, the public way is taken wherever there is one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from diffusers.hooks import group_offloading
 from diffusers.models import attention_dispatch
 from diffusers.models.autoencoders import autoencoder_kl_wan
+from diffusers.models.transformers import transformer_wan
 
 from pipelines.catalog import OFFLOAD, OffloadMode
 from pipelines.errors import LibraryMoved
@@ -193,6 +195,39 @@ def active_attention() -> str:
         return str(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0].value)
     except AttributeError:
         return "native"
+
+
+def check_self_attention() -> None:
+    """Raises LibraryMoved when `self_attention_by` cannot work."""
+    processor = transformer_wan.WanAttnProcessor
+    if not hasattr(transformer_wan, "dispatch_attention_fn") or not hasattr(processor, "_parallel_config"):
+        raise _moved("diffusers", "its context parallelism")
+
+
+@contextmanager
+def self_attention_by(transformer: Any, call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within the block, have `call(attend, query, key, value)` run instead of each self-attention `attend(query, key, value)`.
+
+    It takes the place of diffusers' own context parallelism, which a processor starts for self-attention only.
+    """
+    processors = [block.attn1.processor for block in transformer.blocks]
+    try:
+        transformer_wan.dispatch_attention_fn = _dispatch_attention
+        for processor in processors:
+            processor._parallel_config = call
+        yield
+    finally:
+        transformer_wan.dispatch_attention_fn = attention_dispatch.dispatch_attention_fn
+        for processor in processors:
+            processor._parallel_config = None
+
+
+def _dispatch_attention(
+    *inputs: torch.Tensor, parallel_config: Callable[..., torch.Tensor] | None = None, **named: Any
+) -> torch.Tensor:
+    """`dispatch_attention_fn` for processors whose `_parallel_config` is the `call` of `self_attention_by`, or None."""
+    attend: Callable[..., torch.Tensor] = partial(attention_dispatch.dispatch_attention_fn, **named)
+    return parallel_config(attend, *inputs) if parallel_config else attend(*inputs)
 
 
 # The compiler

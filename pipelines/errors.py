@@ -58,3 +58,12 @@ class RankFailed(PipelineError):
 
 class OutOfMemory(PipelineError):
     """The device ran out of memory; caches were freed and the pipeline can be used again."""
+
+
+@contextmanager
+def lost_with_another_rank() -> Iterator[None]:
+    """Raise DeviceLost for the RuntimeError with which torch says that a connection ended or that nothing came in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceLost("another GPU's process ended, or is silent; if this happens at every start, set GPUS=1") from error

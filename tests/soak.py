@@ -527,7 +527,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1, help="2: every worker has two ranks")
+    parser.add_argument("--gpus", type=int, default=1, help="how many ranks every worker has")
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the workers' logs in")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -37,8 +37,8 @@ class StepClock:
 def full_run_seconds(shot: Shot, prompt: Prompt, clock: StepClock, gpus: int) -> float:
     """Return the seconds in which the full run makes this video.
 
-    A step of a draft is one pass. With guidance it is two, which two GPUs compute at once. All else takes as long as in the
-    draft.
+    A step of a draft is one pass. With guidance it is two, which two GPUs compute at once; four split all passes. All else
+    takes as long as in the draft.
     """
-    passes = prompt.sample_steps * (2 if prompt.guidance_scale > 1 and gpus == 1 else 1)
+    passes = prompt.sample_steps * (2 if prompt.guidance_scale > 1 and gpus != 2 else 1)
     return clock.seconds + (passes - shot.sampling.num_inference_steps) * clock.seconds_per_step

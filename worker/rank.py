@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from pipelines.errors import PipelineError
+from pipelines.errors import DeviceLost, PipelineError
 from worker import logs
 from worker.settings import load_settings
 from worker.startup import lean_imports
@@ -38,13 +38,15 @@ def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
         connection.send(_sendable(error))
         return
     connection.send(None)
-    meet(model, rank, store)
+    meet(model, settings, rank, store)
     while True:
         method, arguments = commands.get()
         try:
             getattr(model, method)(*arguments)
         except Exception as error:
             connection.send(_sendable(error))
+            if isinstance(error, DeviceLost):
+                os._exit(1)  # another rank may wait for this one, and learns from its end that it waits in vain
         else:
             connection.send(None)
 

@@ -59,6 +59,8 @@ class Ranks:
                 connection.send((method, arguments))
         try:
             yield
+        except DeviceLost:
+            raise  # the other ranks may wait for this one until it ends
         except RankFailed:
             self._raise(self._answers())
             raise

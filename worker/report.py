@@ -234,8 +234,8 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
 
 
 def idle_gpu_warnings(shots: Sequence[Shot], gpus: int) -> Iterator[str]:
-    """Yield a warning for each prompt that leaves one of two GPUs without work."""
-    for shot in (shot for shot in shots if gpus > 1 and not shot.video_index):
+    """Yield a warning for each prompt that leaves one of two GPUs without work. Four split the one pass."""
+    for shot in (shot for shot in shots if gpus == 2 and not shot.video_index):
         if shot.sampling.guidance_scale <= 1 and not shot.recipe.is_draft:
             said = "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video"
             yield f"prompts[{shot.prompt_index}]: {said}"

@@ -92,15 +92,16 @@ def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalA
     assert ends_within(0.1, rank)
 
 
-def test_a_rank_ends_with_its_worker_whatever_it_is_doing(tiny: Path, tmp_path: Path) -> None:
-    code = "import time; from worker.ranks import Ranks; ranks = Ranks(1); print('ready', flush=True); time.sleep(60)"
-    env = {**environment(tiny, MODEL, GPUS="2"), "TMPDIR": str(tmp_path)}
+def test_ranks_end_with_their_worker_whatever_they_are_doing(tiny: Path, tmp_path: Path) -> None:
+    code = "import time; from worker.ranks import Ranks; ranks = Ranks(3); print('ready', flush=True); time.sleep(60)"
+    env = {**environment(tiny, MODEL, GPUS="4"), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"ready\n"
-        (rank,) = ranks_of(worker.pid)
-        time.sleep(1)  # it imports its libraries by now
+        ranks = ranks_of(worker.pid)
+        assert len(ranks) == 3
+        time.sleep(1)  # they import their libraries by now
         worker.kill()
-        assert ends_within(5, rank)
+        assert all(ends_within(5, rank) for rank in ranks)
     subprocess.run([sys.executable, "-c", "from worker.files import scratch; scratch()"], cwd=ROOT, env=env, check=True)
     assert list(tmp_path.iterdir()) == [], "the next worker deletes what the killed one left"

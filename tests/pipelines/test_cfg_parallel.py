@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from pipelines import Sampling, WanModel, load_pipeline
 from pipelines.catalog import MODELS
@@ -23,7 +22,7 @@ from pipelines.errors import DeviceLost, LibraryMoved, OutOfMemory, RankFailed
 from pipelines.recipes import Recipe, documented, preview
 from pipelines.trained import TrainedWith
 from tests.conftest import STAND_IN
-from tests.pipelines.test_models import adapters
+from tests.pipelines.test_models import PICTURE, adapters
 
 SAMPLING = Sampling("a boat", "blurry", width=32, height=32, num_frames=5, num_inference_steps=3)
 PASSES_OF_A_RANK = 3
@@ -31,16 +30,21 @@ FAMILIES = ["wan22_14b_t2v", "wan22_5b"]
 
 
 class Ranks:
-    """Two ranks of any model: one in this process, one in another. `passes`: how often the transformers ran here."""
+    """Ranks of any model: one in this process, each other in one of its own. `passes`: how often the transformers ran here."""
 
-    def __init__(self, tiny: Path, store: Path) -> None:
+    def __init__(self, tiny: Path, store: Path, number: int) -> None:
+        self.number = number
         self._tiny = tiny
-        ours, theirs = multiprocessing.Pipe()
-        arguments = (tiny, store, theirs)
-        self.process = multiprocessing.get_context("spawn").Process(target=other_rank, args=arguments, daemon=True)
-        self.process.start()
-        self._connection = ours
-        self._parallel = CfgParallel(0, torch.device("cpu"), store)
+        context = multiprocessing.get_context("forkserver")  # the libraries are imported once for all of them
+        context.set_forkserver_preload([__name__])
+        self.processes, self._connections = [], []
+        for rank in range(1, number):
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(target=other_rank, args=(rank, number, tiny, store, theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self._connections.append(ours)
+        self._parallel = CfgParallel(0, torch.device("cpu"), store, number)
         self._models: dict[str, WanModel] = {}
 
     def model(self, model_id: str) -> WanModel:
@@ -49,35 +53,47 @@ class Ranks:
             self._models[model_id].share_passes(self._parallel)
         return self._models[model_id]
 
-    def video(self, model_id: str, sampling: Sampling, recipe: Recipe, fails_at: int = 0, loras: tuple[Any, ...] = ()) -> bytes:
-        """The frames of a video. `fails_at`: the pass in which the other rank runs out of memory. Raises its error here."""
+    def send(self, model_id: str, method: str, *arguments: Any, fails: tuple[int, int] = (0, 0)) -> None:
+        """Have the other ranks call a method of the model. `fails`: a rank, and the pass in which it runs out of memory."""
+        for rank, connection in enumerate(self._connections, 1):
+            connection.send((model_id, method, arguments, fails[1] if rank == fails[0] else 0))
+
+    def answers(self) -> list[Exception | None]:
+        return [connection.recv() for connection in self._connections]
+
+    def video(
+        self, model_id: str, sampling: Sampling, recipe: Recipe, loras: tuple[Any, ...] = (), fails: tuple[int, int] = (0, 0)
+    ) -> bytes:
+        """The frames of a video. Raises here the error of the rank that fails."""
         model = self.model(model_id)
         if loras:
-            self._connection.send((model_id, "apply_loras", loras, 0))
+            self.send(model_id, "apply_loras", *loras)
             model.apply_loras(*loras)
-            assert self._connection.recv() is None
-        self._connection.send((model_id, "denoise", (sampling, recipe), fails_at))
+            assert not any(self.answers())
+        self.send(model_id, "denoise", sampling, recipe, fails=fails)
         error = None
-        with counted(model) as self.passes:
+        with counted(model, 0 if fails[0] else fails[1]) as self.passes:
             try:
                 frames = b"".join(frames.tobytes() for frames in model.generate(sampling, recipe))
             except Exception as own:
                 error = own
-        answer = self._connection.recv()
-        if error is not None:
-            raise answer if isinstance(error, RankFailed) else error
-        assert answer is None
+        errors = [each for each in (error, *self.answers()) if each is not None]
+        if errors:
+            assert len(errors) == self.number, "the video ends on all ranks"
+            (cause,) = (each for each in errors if not isinstance(each, RankFailed))
+            raise cause
         return frames
 
     def end(self) -> None:
         dist.destroy_process_group()
-        self.process.kill()
-        self.process.join()
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
-def other_rank(tiny: Path, store: Path, connection: Connection) -> None:
+def other_rank(rank: int, number: int, tiny: Path, store: Path, connection: Connection) -> None:
     torch.set_num_threads(1)
-    parallel, models = CfgParallel(1, torch.device("cpu"), store), {}
+    parallel, models = CfgParallel(rank, torch.device("cpu"), store, number), {}
     while True:
         model_id, method, arguments, fails_at = connection.recv()
         if model_id not in models:
@@ -89,6 +105,8 @@ def other_rank(tiny: Path, store: Path, connection: Connection) -> None:
                 assert method != "denoise" or len(passes) == PASSES_OF_A_RANK
             except Exception as error:
                 connection.send(error)
+                if isinstance(error, DeviceLost):
+                    return
             else:
                 connection.send(None)
 
@@ -118,21 +136,33 @@ def counted(model: WanModel, fails_at: int = 0) -> Iterator[list[str]]:
             it.remove()
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    both = Ranks(tiny, tmp_path_factory.mktemp("ranks") / "store")
-    yield both
-    both.end()
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    of_a_worker = Ranks(tiny, tmp_path_factory.mktemp("ranks") / "store", request.param)
+    yield of_a_worker
+    of_a_worker.end()
+
+
+two = pytest.mark.parametrize("ranks", [2], indirect=True, scope="module")
+four = pytest.mark.parametrize("ranks", [4], indirect=True, scope="module")
 
 
 def sampling_for(model_id: str, **changes: Any) -> Sampling:
-    image = Image.fromarray(np.full((32, 32, 3), 99, np.uint8)) if MODELS[model_id].control_image == "required" else None
-    return replace(SAMPLING, control_image=image, **changes)
+    image = PICTURE if MODELS[model_id].control_image == "required" else None
+    return replace(SAMPLING, **{"control_image": image, **changes})
 
 
+def video_of_one_rank(model: WanModel, sampling: Sampling, recipe: Recipe) -> bytes:
+    """The frames that the model makes with the LoRAs it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_parallel", None)
+        return b"".join(frames.tobytes() for frames in model.generate(sampling, recipe))
+
+
+@two
 @pytest.mark.parametrize("model_id", FAMILIES)
 def test_two_ranks_make_the_frames_of_one_with_half_of_its_passes(ranks: Ranks, tiny: Path, model_id: str) -> None:
-    alone, spec = load(model_id, tiny), MODELS[model_id]
+    model, spec = ranks.model(model_id), MODELS[model_id]
     loras_of_it, quantization = adapters(model_id, tiny), TrainedWith(quantize=True).quantization(spec, None)
     ways = [
         ([], "adapter", None, documented(spec)),
@@ -143,15 +173,16 @@ def test_two_ranks_make_the_frames_of_one_with_half_of_its_passes(ranks: Ranks, 
     seen = set()
     for loras, mode, rounding, recipe in ways:
         sampling = sampling_for(model_id, guidance_scale_2=2.0 if spec.moe else None)
-        alone.apply_loras(loras, mode, rounding)
-        with counted(alone) as passes:
-            expected = b"".join(frames.tobytes() for frames in alone.generate(sampling, recipe))
-        seen.add(expected)
-        assert ranks.video(model_id, sampling, recipe, loras=(loras, mode, rounding)) == expected
+        shared = ranks.video(model_id, sampling, recipe, loras=(loras, mode, rounding))
+        with counted(model) as passes:
+            alone = video_of_one_rank(model, sampling, recipe)
+        seen.add(alone)
+        assert shared == alone
         assert ranks.passes == passes[::2], "a rank runs the conditional pass of each step and no other"
     assert len(seen) == len(ways)
 
 
+@two
 def test_a_video_without_guidance_needs_no_other_rank(ranks: Ranks, tiny: Path) -> None:
     model, sampling = ranks.model("wan22_14b_t2v"), replace(SAMPLING, guidance_scale=1.0)
     model.apply_loras([])
@@ -162,22 +193,67 @@ def test_a_video_without_guidance_needs_no_other_rank(ranks: Ranks, tiny: Path) 
     assert frames == b"".join(frames.tobytes() for frames in load("wan22_14b_t2v", tiny).generate(sampling))
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, PASSES_OF_A_RANK])
-def test_what_fails_on_one_rank_ends_the_video_on_both_and_the_next_one_is_right(ranks: Ranks, fails_at: int) -> None:
-    recipe, nothing = documented(MODELS["wan22_14b_t2v"]), ([],)
-    right = ranks.video("wan22_14b_t2v", SAMPLING, recipe, loras=nothing)
+@four
+@pytest.mark.parametrize(
+    ("model_id", "num_frames"),
+    [("wan22_14b_t2v", 9), ("wan22_5b", 5), ("wan21_i2v_14b", 9)],
+    ids=["12 tokens, 4 heads", "2 tokens with a timestep each, 3 heads", "27 tokens, 4 heads"],
+)
+def test_four_ranks_make_the_frames_of_one_but_for_the_last_bit(
+    ranks: Ranks, tiny: Path, model_id: str, num_frames: int
+) -> None:
+    model, loras = ranks.model(model_id), adapters(model_id, tiny)
+    spec, with_image = model.spec, {} if model.spec.control_image == "none" else {"control_image": PICTURE}
+    ways: list[tuple[Any, ...]] = [({}, []), ({}, loras, "merge"), (with_image, loras)]
+    if spec.moe:
+        quantization = TrainedWith(quantize=True).quantization(spec, None)
+        ways += [({}, loras, "beside", quantization), ({"guidance_scale": 1.0}, [])]
+    seen = set()
+    for changes, *how in ways:
+        asked = sampling_for(model_id, num_frames=num_frames, width=48, height=48, **changes)
+        split, whole = (
+            np.frombuffer(frames, np.uint8).astype(int)
+            for frames in (
+                ranks.video(model_id, asked, documented(spec), loras=tuple(how)),
+                video_of_one_rank(model, asked, documented(spec)),
+            )
+        )
+        assert np.abs(split - whole).max() <= 1
+        assert np.abs(split - whole).mean() < 0.001
+        seen.add(whole.tobytes())
+    assert len(seen) > 1, "the LoRAs change the frames"
+
+
+@four
+def test_a_video_with_fewer_tokens_than_ranks_is_computed_whole_by_each(ranks: Ranks) -> None:
+    sampling, recipe = sampling_for("wan22_5b", guidance_scale=1.0), documented(MODELS["wan22_5b"])
+    shared = ranks.video("wan22_5b", sampling, recipe, loras=([],))
+    assert shared == video_of_one_rank(ranks.model("wan22_5b"), sampling, recipe)
+
+
+@pytest.mark.parametrize(("at_fault", "fails_at"), [(0, 1), (1, 2), (-1, PASSES_OF_A_RANK)])
+def test_what_fails_on_one_rank_ends_the_video_on_all_and_the_next_one_is_right(
+    ranks: Ranks, at_fault: int, fails_at: int
+) -> None:
+    recipe = documented(MODELS["wan22_14b_t2v"])
+    right = ranks.video("wan22_14b_t2v", SAMPLING, recipe, loras=([],))
     with pytest.raises(OutOfMemory):
-        ranks.video("wan22_14b_t2v", SAMPLING, recipe, fails_at)
+        ranks.video("wan22_14b_t2v", SAMPLING, recipe, fails=(at_fault % ranks.number, fails_at))
     assert len(ranks.passes) <= fails_at
-    assert ranks.video("wan22_14b_t2v", SAMPLING, recipe) == right
-    here = ranks.model("wan22_14b_t2v")
-    with pytest.raises(OutOfMemory), counted(here, fails_at):
-        ranks.video("wan22_14b_t2v", SAMPLING, recipe)
     assert ranks.video("wan22_14b_t2v", SAMPLING, recipe) == right
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_stop_after_any_step_ends_both_ranks_within_the_next_one(ranks: Ranks, step: int) -> None:
+def test_a_stop_after_any_step_ends_all_ranks_within_the_next_one(ranks: Ranks, step: int) -> None:
+    check_stop(ranks, SAMPLING, step)
+
+
+@four
+def test_a_stop_without_guidance_ends_all_ranks_too(ranks: Ranks) -> None:
+    check_stop(ranks, replace(SAMPLING, guidance_scale=1.0), step=1)
+
+
+def check_stop(ranks: Ranks, sampling: Sampling, step: int) -> None:
     class Stop(Exception):
         pass
 
@@ -186,12 +262,13 @@ def test_a_stop_after_any_step_ends_both_ranks_within_the_next_one(ranks: Ranks,
             raise Stop
 
     model, recipe = ranks.model("wan22_14b_t2v"), documented(MODELS["wan22_14b_t2v"])
-    ranks._connection.send(("wan22_14b_t2v", "denoise", (SAMPLING, recipe), 0))
+    ranks.send("wan22_14b_t2v", "denoise", sampling, recipe)
     with pytest.raises(Stop):
-        next(model.generate(SAMPLING, recipe, on_step))
-    assert isinstance(ranks._connection.recv(), RankFailed)
+        next(model.generate(sampling, recipe, on_step))
+    assert all(isinstance(answer, RankFailed) for answer in ranks.answers())
 
 
+@two
 def test_a_pipeline_with_another_order_of_passes_is_refused(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ranks.model("wan22_14b_t2v")
     run = model._parallel._pass
@@ -200,8 +277,8 @@ def test_a_pipeline_with_another_order_of_passes_is_refused(ranks: Ranks, monkey
         ranks.video("wan22_14b_t2v", SAMPLING, documented(model.spec))
 
 
-def test_a_rank_that_is_killed_is_a_lost_device(tiny: Path, ranks: Ranks) -> None:  # the last: the other rank is gone after it
+def test_a_rank_that_is_killed_is_a_lost_device(ranks: Ranks) -> None:  # the last: the others are of no use after it
     model = ranks.model("wan22_14b_t2v")
-    ranks._connection.send(("wan22_14b_t2v", "denoise", (SAMPLING, documented(model.spec)), 0))
+    ranks.send("wan22_14b_t2v", "denoise", SAMPLING, documented(model.spec))
     with pytest.raises(DeviceLost):
-        next(model.generate(SAMPLING, None, lambda done: ranks.process.kill()))
+        next(model.generate(SAMPLING, None, lambda done: ranks.processes[0].kill()))

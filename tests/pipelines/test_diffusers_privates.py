@@ -10,6 +10,8 @@ import torch
 from diffusers.hooks import group_offloading
 from diffusers.models import attention_dispatch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+from diffusers.models.transformers import transformer_wan
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft.tuners.lora import LoraLayer
 
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
@@ -133,3 +135,15 @@ def test_attention_backends_that_have_moved_are_not_used(monkeypatch: pytest.Mon
 def test_a_compiler_option_that_has_moved_is_noticed() -> None:
     with pytest.raises(LibraryMoved, match="has moved the compiler's option no_such_option"):
         privates.compiler_settings(no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(transformer_wan, "dispatch_attention_fn"), (WanAttnProcessor, "_parallel_config")]
+)
+def test_without_the_place_of_self_attention_no_pass_is_split(
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    privates.check_self_attention()
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(LibraryMoved, match="its context parallelism"):
+        privates.check_self_attention()

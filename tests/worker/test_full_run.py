@@ -15,6 +15,7 @@ from worker.request import Prompt
     [
         ({}, 1, 50),
         ({}, 2, 25),
+        ({}, 4, 50),
         ({"sample_steps": 30}, 1, 60),
         ({"guidance_scale": 1.0}, 1, 25),
         ({"sample_steps": 2, "guidance_scale": 0.0}, 2, 2),

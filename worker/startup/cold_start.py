@@ -7,6 +7,7 @@ import time
 
 from pipelines import errors as pipeline_errors
 from pipelines.catalog import MODELS
+from pipelines.cfg_parallel import PASSES
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
 from worker.delivery import retry_until
@@ -18,7 +19,7 @@ from worker.ranks import Ranks
 from worker.recovery import Recovery
 from worker.service import Service
 from worker.settings import Settings, SettingsError
-from worker.startup.load_model import load_model, meet, ranks_of
+from worker.startup.load_model import gpus_of, load_model, meet, ranks_of
 from worker.startup.missing_weights import fetch_missing
 from worker.storage import Limit, Storage, storage_of
 
@@ -58,17 +59,28 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     ).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
-            ranks = Ranks(ranks_of(settings) - 1)
+            ranks = Ranks(_number_of_ranks(settings) - 1)
             model = load_model(settings, 0, took, checkpoints)
             if ranks.store:
                 with timed(took, "other GPUs"):
                     ranks.wait_until_loaded()
-                    meet(model, 0, ranks.store)
+                    meet(model, settings, 0, ranks.store)
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
         raise worker_error(error) or WorkerError(Code.INTERNAL, str(error)) from error
     return Service(settings, model, storage, ranks)
+
+
+def _number_of_ranks(settings: Settings) -> int:
+    """`ranks_of`, with a line in the log where it may surprise."""
+    number, there = ranks_of(settings), gpus_of(settings)
+    if number < there and settings.gpus != str(number):
+        why = "EXACT=1 allows two at most" if settings.exact else "a video can be shared by 1, 2 or 4"
+        log.warning("this worker has %d GPUs and uses %d: %s", there, number, why)
+    if number > PASSES:
+        log.warning("%d GPUs make each video, so its last bit can differ from that of one; EXACT=1 prevents it", number)
+    return number
 
 
 def _check_storage(storage: Storage) -> None:

@@ -9,24 +9,26 @@ import torch
 
 from pipelines import WanModel, load_pipeline
 from pipelines.catalog import MODELS
-from pipelines.cfg_parallel import RANKS, CfgParallel
+from pipelines.cfg_parallel import PASSES, CfgParallel
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
-from worker.logs import log
 from worker.settings import Settings, SettingsError
 
 
 def ranks_of(settings: Settings) -> int:
-    """How many processes make one video: 2 with two GPUs. Raises SettingsError when the machine has fewer than GPUS says."""
-    there = torch.cuda.device_count() if settings.device == "cuda" else 1
-    if settings.gpus != "auto":
-        wanted = int(settings.gpus)
-        if settings.device == "cuda" and wanted > there:
-            raise SettingsError(f"GPUS={wanted}, but this machine has {there}; rent a worker with {wanted}, or set GPUS=auto")
-        return wanted
-    if there > RANKS:
-        log.warning("this worker has %d GPUs and uses %d: one video has work for %d", there, RANKS, RANKS)
-    return max(1, min(there, RANKS))
+    """How many processes make one video: 1, 2 or 4. Raises SettingsError when the machine has fewer GPUs than GPUS says."""
+    there = gpus_of(settings)
+    wanted = there if settings.gpus == "auto" else int(settings.gpus)
+    if settings.device == "cuda" and wanted > there:
+        raise SettingsError(f"GPUS={wanted}, but this machine has {there}; rent a worker with {wanted}, or set GPUS=auto")
+    if settings.exact:
+        wanted = min(wanted, PASSES)
+    return 4 if wanted >= 4 else max(1, min(wanted, PASSES))
+
+
+def gpus_of(settings: Settings) -> int:
+    """How many GPUs this machine has; a CPU counts as one."""
+    return torch.cuda.device_count() if settings.device == "cuda" else 1
 
 
 def load_model(
@@ -60,8 +62,8 @@ def load_model(
     return model
 
 
-def meet(model: WanModel, rank: int, store: Path) -> None:
-    """Wait for the other rank, and share the passes with it. Raises DeviceLost."""
+def meet(model: WanModel, settings: Settings, rank: int, store: Path) -> None:
+    """Wait for the other ranks, and share the passes with them. Raises DeviceLost, and LibraryMoved with more than two."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")  # the ranks are on one machine, and nobody else may connect to them
-    model.share_passes(CfgParallel(rank, model.device, store))
+    model.share_passes(CfgParallel(rank, model.device, store, ranks_of(settings)))
