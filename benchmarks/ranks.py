@@ -62,7 +62,7 @@ def measure(root: Path, size: str, blocks: int | None, numbers: list[int], sampl
     shape = write_model(root, size, blocks)
     model = load(root, 0)
     rows = [row for number in numbers for row in compared(root, model, number, sampling, repeat)]
-    name = f"ranks-{size}-{shape.blocks}-blocks"
+    name = "-".join(["ranks", *map(str, numbers), size, f"{shape.blocks}-blocks"])
     tokens = 5 * (sampling.width // 16) * (sampling.height // 16)
     report.write(name, rows, size=size, tokens=tokens, threads_per_rank=torch.get_num_threads())
 
