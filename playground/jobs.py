@@ -66,6 +66,10 @@ class Job:
     id: str
     request: dict[str, Any]
     """Without its Hugging Face token."""
+    sweep: int = 0
+    """The number of the sweep that it is a cell of; 0 for a run by itself."""
+    cell: int = 0
+    """Which of the sweep's cells it is, from 0."""
     started_at: float = field(default_factory=time.time)
     status: str = "queued"
     """queued, running, done, failed or cancelled."""
@@ -193,7 +197,8 @@ class Job:
 
 
 _NOT_SHOWN = ("files", "started_at", "answer", "_unknown_since", "_silent_since")
-_STORED = ("number", "id", "request", "started_at", "seconds", "code", "error", "answer", "log")
+_OF_START = ("number", "id", "request", "sweep", "cell", "started_at")
+_STORED = (*_OF_START, "seconds", "code", "error", "answer", "log")
 _INDEX = "runs.json"
 
 
@@ -209,12 +214,12 @@ class Jobs:
         self._lock = threading.Lock()
         self._downloading = threading.Lock()
 
-    def start(self, request: dict[str, Any]) -> Job:
-        """Submit a job. Raises ClientError."""
+    def start(self, request: dict[str, Any], sweep: int = 0, cell: int = 0) -> Job:
+        """Submit a job, as a cell of a sweep if `sweep` names one. Raises ClientError."""
         job_id = self._client.submit(request, folder=None)
         kept = {name: value for name, value in request.items() if name != "hf_token"}
         with self._lock:
-            job = Job(max(self._jobs, default=0) + 1, job_id, kept)
+            job = Job(max(self._jobs, default=0) + 1, job_id, kept, sweep, cell)
             self._jobs[job.number] = job
             self._store()
         return job
@@ -246,7 +251,7 @@ class Jobs:
         jobs = {}
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             for stored in json.loads((self._folder / _INDEX).read_text()):
-                job = Job(**{name: stored[name] for name in ("number", "id", "request", "started_at")})
+                job = Job(**{name: stored[name] for name in _OF_START if name in stored})
                 if stored["answer"]:
                     job.update(stored["answer"])
                 elif stored["code"]:

@@ -24,6 +24,7 @@ from pipelines.catalog import DEFAULT_SEED, MODELS
 from playground.check import check, recipe_of
 from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile
 from playground.side_by_side import side_by_side
+from playground.sweeps import Sweeps
 from playground.training import read_dropped
 from tools.cli import BadInput
 from tools.compare import settings_in
@@ -88,6 +89,7 @@ class Playground:
         """
         self._client = client
         self.jobs = Jobs(client, runs or folder, keep=runs is not None)
+        self.sweeps = Sweeps(client, self.jobs, folder, runs)
         self._folder = folder
         self._example = example
         self._loras = loras
@@ -171,10 +173,19 @@ class Playground:
         job = self.jobs.get(int(number))
         output = job.output(int(file))
         settings = settings_in(job.result, output.prompt_index, output.seed)
-        return read_clip(self.jobs.file(job.number, int(file))), settings, f"Run {job.number}, seed {output.seed}"
+        title = self.sweeps.title(job) or f"Run {job.number}, seed {output.seed}"
+        return read_clip(self.jobs.file(job.number, int(file))), settings, title
+
+    def grid(self, number: int) -> dict[str, Any]:
+        """The video of a sweep's finished cells. Raises NoFile, BadInput."""
+        grid = self.sweeps.grid(number)
+        return grid | {"url": f"/sweeps/{grid['file']}"} if grid else {}
 
     def temporary(self, name: str) -> Path:
         return self._folder / name
+
+    def close(self) -> None:
+        self.sweeps.close()
 
 
 def _state_of(health: Health) -> tuple[str, str]:
@@ -293,6 +304,34 @@ class _Handler(BaseHTTPRequestHandler):
         self._playground.jobs.delete(int(number))
         self._send_json({})
 
+    def _plan_sweep(self) -> None:
+        self._send_json(self._playground.sweeps.plan(self._json()))
+
+    def _sweeps(self) -> None:
+        self._send_json({"sweeps": self._playground.sweeps.all()})
+
+    def _start_sweep(self) -> None:
+        self._send_json(self._playground.sweeps.start(self._json()))
+
+    def _sweep(self, number: str) -> None:
+        self._send_json(self._playground.sweeps.public(int(number)))
+
+    def _cancel_sweep(self, number: str) -> None:
+        self._send_json(self._playground.sweeps.cancel(int(number)))
+
+    def _sweep_again(self, number: str) -> None:
+        asked = self._json()
+        place, token = (asked.get("place"), asked.get("hf_token")) if isinstance(asked, dict) else (None, None)
+        place = place if type(place) is int and place >= 0 else None
+        self._send_json(self._playground.sweeps.again(int(number), place, token if isinstance(token, str) else None))
+
+    def _delete_sweep(self, number: str) -> None:
+        self._playground.sweeps.delete(int(number))
+        self._send_json({})
+
+    def _grid(self, number: str) -> None:
+        self._send_json(self._playground.grid(int(number)))
+
     def _archive(self) -> None:
         target = self._playground.temporary(f"runs-{secrets.token_hex(8)}.zip")
         try:
@@ -319,10 +358,10 @@ class _Handler(BaseHTTPRequestHandler):
             if sample:
                 sample[1].unlink()
 
-    def _compared(self, name: str) -> None:
+    def _temporary(self, name: str) -> None:
         path = self._playground.temporary(name)
         if not path.is_file():
-            raise NoFile("this comparison does not exist; make it again")
+            raise NoFile("this video does not exist any more; make it again")
         self._send_file(path)
 
     # Bodies
@@ -422,15 +461,34 @@ _ROUTES: list[tuple[str, str, _Act]] = [
     ("POST", r"/api/jobs/(\d{1,9})/cancel", _Handler._cancel),
     ("POST", r"/api/jobs/(\d{1,9})/delete", _Handler._delete),
     ("GET", r"/runs\.zip", _Handler._archive),
+    ("GET", r"/api/sweeps", _Handler._sweeps),
+    ("POST", r"/api/sweeps", _Handler._start_sweep),
+    ("POST", r"/api/sweeps/plan", _Handler._plan_sweep),
+    ("GET", r"/api/sweeps/(\d{1,9})", _Handler._sweep),
+    ("POST", r"/api/sweeps/(\d{1,9})/cancel", _Handler._cancel_sweep),
+    ("POST", r"/api/sweeps/(\d{1,9})/again", _Handler._sweep_again),
+    ("POST", r"/api/sweeps/(\d{1,9})/delete", _Handler._delete_sweep),
+    ("POST", r"/api/sweeps/(\d{1,9})/grid", _Handler._grid),
+    ("GET", r"/sweeps/(sweep-\d{1,9}-[0-9a-f]{16}\.mp4)", _Handler._temporary),
     ("POST", r"/api/compare", _Handler._compare),
     ("GET", r"/files/(\d{1,9})/(\d{1,9})", _Handler._file),
     ("GET", r"/files/(\d{1,9})/(\d{1,9})\.mp4", _Handler._playable),
-    ("GET", r"/compare/(compare-[0-9a-f]{16}\.mp4)", _Handler._compared),
+    ("GET", r"/compare/(compare-[0-9a-f]{16}\.mp4)", _Handler._temporary),
 ]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, playground: Playground, port: int) -> None:
+        self._playground = playground
+        super().__init__(("127.0.0.1", port), partial(_Handler, playground))
+
+    def server_close(self) -> None:
+        self._playground.close()
+        super().server_close()
 
 
 def server(playground: Playground, port: int) -> ThreadingHTTPServer:
     """A server to `serve_forever`; port 0 chooses a free one. Raises OSError if the port is in use."""
-    web = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, playground))
-    web.daemon_threads = True
-    return web
+    return _Server(playground, port)

@@ -66,7 +66,7 @@ def _found(training: TrainingConfig, names: list[str], folder: Path, served: str
         "how_trained": how_trained(training),
         "warnings": warnings,
         "checkpoints": [
-            {"step": one.step, "is_final": one.is_final, "loras": made[0]["input"]["loras"]}
+            {"step": one.step, "title": one.title, "is_final": one.is_final, "loras": made[0]["input"]["loras"]}
             for one, (made, _) in zip(checkpoints, by_step, strict=True)
         ],
         "requests": [request["input"] for request in requests],

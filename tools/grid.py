@@ -90,9 +90,10 @@ class Grid:
     num_frames: int
 
 
-def write_video(table: Table, target: Path) -> Grid | None:
+def write_video(table: Table, target: Path, longest: int | None = None) -> Grid | None:
     """Write the films in step as an MP4. A film that is shorter than another stays on its last frame.
 
+    `longest`: pixels of a tile's longer side; None for as many as fit, up to the films' own.
     Returns None and writes nothing if no tile has more than one frame. Raises BadInput, OSError.
     """
     with ExitStack() as opened:
@@ -101,7 +102,9 @@ def write_video(table: Table, target: Path) -> Grid | None:
         num_frames = max((math.ceil(film.num_frames * fps / film.fps) for film in films.values()), default=0)
         if num_frames < 2:
             return None
-        layout = _layout(table, _box(films), _VIDEO_LIMIT)
+        width, height = _box(films)
+        share = min(1.0, longest / max(width, height)) if longest else 1.0
+        layout = _layout(table, (round(width * share), round(height * share)), _VIDEO_LIMIT)
         frames = _frames(_ground(table, layout), layout, films, fps, num_frames)
         part = target.with_name(f".{target.name}.part")
         encode((frame[None] for frame in frames), part, VIDEO["mp4"], fps, num_frames)

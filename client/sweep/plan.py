@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -80,7 +80,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Lora:
+class TriedLora:
     """A LoRA to try: one file, or the two of a Wan 2.2 14B training."""
 
     title: str
@@ -107,7 +107,7 @@ class _Base:
             "[trigger]", prompt.get("trigger_word") or request.get("trigger_word") or "[trigger]"
         )
 
-    def job_with(self, lora: _Lora, seed: int | None, scale: float | None) -> dict[str, Any]:
+    def job_with(self, lora: TriedLora, seed: int | None, scale: float | None) -> dict[str, Any]:
         """The job of a cell. None is the prompt's own."""
         request, scale = self.job["input"], self.scale if scale is None else scale
         given = {} if scale is None else {"network_multiplier": scale}
@@ -120,24 +120,31 @@ def plan_of(options: argparse.Namespace, is_local: bool, stdin: Any) -> Plan:
     """The cells that the options ask for, each checked as the worker checks it. Raises InvalidRequest."""
     if options.concurrency < 1:
         _reject("--concurrency", "must be 1 or more")
-    if options.scale and (scaled := [text for text in options.lora or () if "network_multiplier" in lora_of(text)]):
-        _reject("--lora", f"{scaled[0]} has a scale after its @, and --scale gives others; use one of the two")
+    _check_scales(options.lora or (), options.scale)
     try:
         if options.training:
             bases, loras, lines = _of_training(options, is_local)
         else:
             bases, loras = _of_request(options, is_local, stdin)
             lines = []
-        seeds = list(dict.fromkeys(options.seed or ())) or [None]
-        scales = list(dict.fromkeys(options.scale or ())) or [None]
-        return _crossed(bases, loras, seeds, scales, is_local, lines)
+        return _crossed(bases, loras, _axis(options.seed), _axis(options.scale), is_local, lines)
     except InvalidRequest as error:
         raise in_terms_of_options(error, options) from None
 
 
+def _check_scales(loras: Iterable[str], scales: Sequence[float] | None) -> None:
+    if scales and (scaled := [text for text in loras if "network_multiplier" in lora_of(text)]):
+        _reject("--lora", f"{scaled[0]} has a scale after its @, and --scale gives others; use one of the two")
+
+
+def _axis(values: Iterable[Any] | None) -> list[Any]:
+    """Each value once; None is the prompt's own."""
+    return list(dict.fromkeys(values or ())) or [None]
+
+
 def _crossed(
     bases: Sequence[_Base],
-    loras: Sequence[_Lora],
+    loras: Sequence[TriedLora],
     seeds: Sequence[int | None],
     scales: Sequence[float | None],
     is_local: bool,
@@ -208,7 +215,31 @@ def _single(job: dict[str, Any], is_local: bool, folder: Path | None, scale: flo
 # From a request.
 
 
-def _of_request(options: argparse.Namespace, is_local: bool, stdin: Any) -> tuple[list[_Base], list[_Lora]]:
+def sweep_of(
+    request: dict[str, Any], loras: Sequence[str | TriedLora], scales: Sequence[float], seeds: Sequence[int], is_local: bool
+) -> Plan:
+    """The cells of a request. An axis without values has the request's own. Raises InvalidRequest.
+
+    `loras`: texts as of `--lora`, or LoRAs. One that has no scale gets the request's, of the same side.
+    """
+    spec = MODELS.get(str(request.get("model")))
+    texts = [lora for lora in loras if isinstance(lora, str)]
+    _check_scales(texts, scales)
+    tried = [*_loras(texts, spec is not None and spec.moe), *(lora for lora in loras if isinstance(lora, TriedLora))]
+    own = {item.get("transformer"): item["network_multiplier"] for item in request["loras"] if "network_multiplier" in item}
+    tried = [replace(lora, items=tuple(_with_scale(item, own) for item in lora.items)) for lora in tried]
+    if tried:
+        request = request | {"loras": list(tried[0].items)}
+    bases = _single(request, is_local, None)
+    return _crossed(bases, tried or [_own_lora(request)], _axis(seeds), _axis(scales), is_local, ())
+
+
+def _with_scale(item: Item, scales: Mapping[Any, float]) -> Item:
+    side = item.get("transformer")
+    return {"network_multiplier": scales[side], **item} if side in scales else item
+
+
+def _of_request(options: argparse.Namespace, is_local: bool, stdin: Any) -> tuple[list[_Base], list[TriedLora]]:
     job, folder = request_of(_without_axes(options), stdin)
     request = job["input"] if isinstance(job.get("input"), dict) else job
     spec = MODELS.get(str(request.get("model")))
@@ -216,7 +247,11 @@ def _of_request(options: argparse.Namespace, is_local: bool, stdin: Any) -> tupl
     if loras:
         request = request | {"loras": list(loras[0].items)}
     bases = _single({**job, "input": request} if "input" in job else request, is_local, folder)
-    return bases, loras or [_Lora(_name(request["loras"]), tuple(request["loras"]))]
+    return bases, loras or [_own_lora(request)]
+
+
+def _own_lora(request: Mapping[str, Any]) -> TriedLora:
+    return TriedLora(_name(request["loras"]), tuple(request["loras"]))
 
 
 def _without_axes(options: argparse.Namespace) -> argparse.Namespace:
@@ -224,7 +259,7 @@ def _without_axes(options: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(options) | {"lora": None, "seed": None})
 
 
-def _loras(texts: Iterable[str], is_moe: bool) -> list[_Lora]:
+def _loras(texts: Iterable[str], is_moe: bool) -> list[TriedLora]:
     """The LoRAs of the command line. Two files of one name, for high and low noise, are one LoRA."""
     found: list[list[dict[str, Any]]] = []
     for text in dict.fromkeys(texts):
@@ -239,7 +274,7 @@ def _loras(texts: Iterable[str], is_moe: bool) -> list[_Lora]:
     several = {title for title, count in Counter(titles).items() if count > 1}
     paths = [_OF_A_SIDE.sub("", items[0]["path"]).removesuffix(_SUFFIX) + _scale_of(items) for items in found]
     return [
-        _Lora(path if title in several else title, tuple(items))
+        TriedLora(path if title in several else title, tuple(items))
         for path, title, items in zip(paths, titles, found, strict=True)
     ]
 
@@ -261,10 +296,11 @@ def _is_pair(one: Item, other: Item) -> bool:
 
 
 def _name(items: Sequence[Item]) -> str:
-    """The name of a LoRA for people."""
+    """The name of a LoRA for people: `boat, step 1000` for `boat_000001000`."""
     path = items[0]["path"]
     name = PurePosixPath(urlsplit(path).path if is_url(path) else path).name
-    return _OF_A_SIDE.sub("", name).removesuffix(_SUFFIX)
+    name = _OF_A_SIDE.sub("", name).removesuffix(_SUFFIX)
+    return re.sub(r"_(\d{9})$", lambda step: f", step {int(step[1])}", name)
 
 
 def _scale_of(items: Sequence[Item]) -> str:
@@ -276,7 +312,7 @@ def _scale_of(items: Sequence[Item]) -> str:
 # From a training's folder.
 
 
-def _of_training(options: argparse.Namespace, is_local: bool) -> tuple[list[_Base], list[_Lora], list[str]]:
+def _of_training(options: argparse.Namespace, is_local: bool) -> tuple[list[_Base], list[TriedLora], list[str]]:
     # These modules need PyYAML.
     from client.from_training import bad_input_as_invalid, checked_samples, found, requests_for
     from client.training.folder import read_folder
@@ -289,14 +325,14 @@ def _of_training(options: argparse.Namespace, is_local: bool) -> tuple[list[_Bas
     with bad_input_as_invalid():
         folder = read_folder(options.training)
         steps = dict.fromkeys(options.step or (checkpoint.step for checkpoint in folder.checkpoints))
-        loras: list[_Lora] = []
+        loras: list[TriedLora] = []
         warnings: dict[str, None] = {}
         requests: list[dict[str, Any]] = []
         for checkpoint in map(folder.checkpoint, steps):
             requests, _, warned = requests_for(folder, checkpoint, options.model, options.lora_folder)
             warnings |= dict.fromkeys(warned)
             items = [{name: item[name] for name in item if name != "network_multiplier"} for item in requests[0]["loras"]]
-            loras.append(_Lora("the last step" if checkpoint.step is None else f"step {checkpoint.step}", tuple(items)))
+            loras.append(TriedLora(checkpoint.title, tuple(items)))
         bases = []
         for number in checked_samples(dict.fromkeys(options.sample or (0,)), requests):
             request = changed_request(requests[number], _without_axes(options))

@@ -28,6 +28,10 @@ class Checkpoint:
     files: tuple[str, ...]
     """Names in the folder; the high side first."""
 
+    @property
+    def title(self) -> str:
+        return "the last step" if self.step is None else f"step {self.step}"
+
 
 @dataclass(frozen=True)
 class TrainingFolder:

@@ -19,6 +19,17 @@ export const refreshJob = (job) => ask("GET", `/api/jobs/${job}`);
 export const deleteJob = (job) => ask("POST", `/api/jobs/${job}/delete`);
 export const cancelJob = (job) => ask("POST", `/api/jobs/${job}/cancel`);
 
+export const planSweep = (sweep) => ask("POST", "/api/sweeps/plan", json(sweep));
+export const allSweeps = () => ask("GET", "/api/sweeps");
+export const startSweep = (sweep) => ask("POST", "/api/sweeps", json(sweep));
+export const refreshSweep = (sweep) => ask("GET", `/api/sweeps/${sweep}`);
+export const cancelSweep = (sweep) => ask("POST", `/api/sweeps/${sweep}/cancel`);
+export const deleteSweep = (sweep) => ask("POST", `/api/sweeps/${sweep}/delete`);
+/** `place`: of one cell; undefined makes all again that were not made. */
+export const sweepAgain = (sweep, again) => ask("POST", `/api/sweeps/${sweep}/again`, json(again));
+/** The video in which all finished cells play. */
+export const gridOf = (sweep) => ask("POST", `/api/sweeps/${sweep}/grid`);
+
 /** `a` and `b` are `JOB/FILE`, or `a` is a File. */
 export function compare(a, b) {
   const query = new URLSearchParams(a instanceof File ? { name: a.name, b } : { a, b });

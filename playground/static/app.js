@@ -1,13 +1,30 @@
 // The page: connects the form, the stage and the strip to the jobs of the playground's process.
 
-import { ApiError, allJobs, cancelJob, check, deleteJob, getConfig, refreshJob, startJob } from "./api.js";
+import {
+  ApiError,
+  allJobs,
+  allSweeps,
+  cancelJob,
+  cancelSweep,
+  check,
+  deleteJob,
+  deleteSweep,
+  getConfig,
+  refreshJob,
+  refreshSweep,
+  startJob,
+  startSweep,
+  sweepAgain,
+} from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
 import { h, prose, s, say, sentence } from "./dom.js";
 import { Form } from "./form.js";
+import { Planner } from "./planner.js";
 import { inAWord, spoken } from "./progress.js";
 import { Stage, itemsOf, placeOf } from "./stage.js";
 import { Strip } from "./strip.js";
+import { SweepView, cellsOf, standing } from "./sweep.js";
 import { WorkerLine } from "./worker.js";
 
 const byId = (id) => document.getElementById(id);
@@ -19,6 +36,8 @@ class App {
   constructor(config) {
     this.config = config;
     this.jobs = new Map();
+    this.sweeps = new Map();
+    this.watched = new Set(); // numbers of the open sweeps that are polled
     this.samples = new Map(); // the trainer's own video of a job
     this.stage = new Stage(byId("screen"), byId("facts"), {
       cancel: (job) => this.#cancel(job),
@@ -26,12 +45,15 @@ class App {
       reuse: (job, item) => this.#reuse(job, item),
       sample: (file, place) => this.#compare(file, place),
       correct: (job) => this.#correct(job),
+      sweep: (number) => this.#showSweep(number),
     }, Boolean(config.example));
     this.strip = new Strip(byId("strip"), {
       open: (job, item) => (this.#show(job, item), this.#toStage()),
       compare: (a, b) => this.#compare(a, b),
+      sweep: (number) => (this.#showSweep(number), this.#toStage()),
     });
     this.form = new Form(config, byId("fields"));
+    this.form.onchange = () => this.view?.look?.();
     this.worker = new WorkerLine(byId("target"), config, {
       model: (id) => this.form.serve(id),
       answers: () => byId("not-sent").replaceChildren(),
@@ -41,6 +63,7 @@ class App {
       this.#run();
     });
     byId("vary").addEventListener("click", () => this.#run(4));
+    byId("sweep").addEventListener("click", () => this.#plan());
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -52,10 +75,15 @@ class App {
   }
 
   async restore() {
-    const { jobs } = await allJobs();
+    const [{ jobs }, { sweeps }] = await Promise.all([allJobs(), allSweeps()]);
+    for (const sweep of sweeps) this.sweeps.set(sweep.number, sweep); // their runs have their titles
     for (const job of jobs) this.#take(job);
-    if (jobs.length) this.#show(jobs.at(-1));
-    for (const job of jobs) if (isOpen(job)) this.#watch(job.number);
+    for (const sweep of sweeps) this.#takeSweep(sweep);
+    const [job, sweep] = [jobs.at(-1), sweeps.at(-1)];
+    if (sweep && sweep.after >= (jobs.findLast((other) => !other.sweep)?.number ?? 0)) this.#showSweep(sweep.number);
+    else if (job) this.#show(job);
+    for (const job of jobs) if (isOpen(job) && !job.sweep) this.#watch(job.number);
+    for (const sweep of sweeps) this.#watchSweep(sweep.number);
   }
 
   // Runs
@@ -116,7 +144,8 @@ class App {
 
   #take(job) {
     this.jobs.set(job.number, job);
-    this.strip.put(job);
+    if (job.sweep) job.title = cellsOf(this.sweeps.get(job.sweep) ?? { cells: [] }).find(({ place }) => place === job.cell)?.title;
+    else this.strip.put(job);
     this.#title();
     if (this.shown === job.number) {
       this.stage.show(job);
@@ -124,10 +153,13 @@ class App {
     }
   }
 
-  /** The tab's title tells how far the newest open run is. */
+  /** The tab's title tells how far the newest open run is, or else the newest open sweep. */
   #title() {
-    const open = [...this.jobs.values()].filter(isOpen).at(-1);
-    document.title = open ? `${inAWord(open)} · Playground` : this.unseen ? `● ${this.unseen} · Playground` : "Playground";
+    const run = [...this.jobs.values()].filter((job) => isOpen(job) && !job.sweep).at(-1);
+    const sweep = [...this.sweeps.values()].filter(({ is_open }) => is_open).at(-1);
+    const cells = sweep ? cellsOf(sweep) : [];
+    const open = run ? inAWord(run) : sweep && `${cells.filter(({ status }) => status === "done").length} of ${cells.length}`;
+    document.title = open ? `${open} · Playground` : this.unseen ? `● ${this.unseen} · Playground` : "Playground";
   }
 
   /** Tell of a run that ended while the page was not looked at. */
@@ -155,12 +187,25 @@ class App {
   }
 
   #show(job, item) {
-    if (this.comparison) this.strip.unpick();
-    this.comparison?.close();
-    this.comparison = undefined;
+    this.#closeView();
     this.shown = job.number;
     this.stage.show(this.jobs.get(job.number), item);
-    this.strip.mark(job.number, this.stage.item);
+    this.strip.mark(job.number, this.stage.item, job.sweep);
+  }
+
+  #closeView() {
+    if (this.view) this.strip.picks.clear();
+    this.view?.close();
+    this.view = undefined;
+  }
+
+  /** Show something else than a run: `make` builds the view. */
+  #open(make, sweep) {
+    this.#closeView();
+    this.stage.leave();
+    this.shown = undefined;
+    this.strip.mark(undefined, undefined, sweep);
+    this.view = make(byId("screen"), byId("facts"));
   }
 
   /** Scroll to the stage in the one-column layout, where the form fills the screen. */
@@ -177,15 +222,26 @@ class App {
     }
     this.jobs.delete(job.number);
     this.samples.delete(job.number);
-    this.strip.remove(job.number);
     say(`Run ${job.number} was deleted`);
-    const next = [...this.jobs.values()].at(-1);
-    if (next) this.#show(next);
+    if (job.sweep) {
+      this.#takeSweep(await refreshSweep(job.sweep));
+      return this.#showSweep(job.sweep);
+    }
+    this.strip.remove(job.number);
+    this.#showLast();
+    byId("stage").focus();
+  }
+
+  #showLast() {
+    const runs = [...this.jobs.values()].filter((job) => !job.sweep);
+    const sweep = [...this.sweeps.keys()].at(-1);
+    if (runs.length) this.#show(runs.at(-1));
+    else if (sweep) this.#showSweep(sweep);
     else {
+      this.#closeView();
       this.shown = undefined;
       this.stage.clear();
     }
-    byId("stage").focus();
   }
 
   async #cancel(job) {
@@ -206,15 +262,127 @@ class App {
 
   // Comparison
 
-  async #compare(a, b) {
-    const back = this.jobs.get(Number(b.split("/")[0]));
-    this.comparison?.close();
-    this.comparison = new Comparison(byId("screen"), byId("facts"), () => this.#show(back));
-    this.stage.leave();
-    this.shown = undefined;
-    this.strip.mark(undefined);
+  /** `sweep`: the number of the one whose cells they are. */
+  async #compare(a, b, sweep) {
+    const { item } = this.stage;
+    const back = () => (sweep ? this.#showSweep(sweep) : this.#show(this.jobs.get(Number(b.split("/")[0]))));
+    this.#open((screen, facts) => new Comparison(screen, facts, back, sweep ? "sweep" : "video"), sweep);
+    this.stage.item = item; // of which another sample can be dropped on the screen
     this.#toStage();
-    await this.comparison.open(a, b);
+    await this.view.open(a, b);
+  }
+
+  // Sweeps
+
+  #plan() {
+    const close = () => {
+      this.#showLast();
+      byId("sweep").focus();
+    };
+    this.#open((screen, facts) => new Planner(screen, facts, this.form, this.config.loras, { start: (sweep) => this.#startSweep(sweep), close }));
+    this.#toStage();
+    this.view.focus();
+  }
+
+  async #startSweep(asked) {
+    if (this.starting) return;
+    this.starting = true;
+    try {
+      const sweep = await startSweep(asked);
+      this.#takeSweep(sweep);
+      this.#showSweep(sweep.number);
+      byId("stage").focus();
+      this.#watchSweep(sweep.number);
+    } catch (error) {
+      this.#showTrouble(error, () => this.#startSweep(asked));
+    } finally {
+      this.starting = false;
+    }
+  }
+
+  /** Poll a sweep until it ends. */
+  async #watchSweep(number) {
+    if (this.watched.has(number)) return;
+    this.watched.add(number);
+    const pause = SECONDS_BETWEEN_POLLS[this.config.target.is_local ? "local" : "endpoint"];
+    while (this.sweeps.get(number)?.is_open) {
+      try {
+        await sleep(pause);
+        const sweep = await refreshSweep(number);
+        this.stage.hideTrouble();
+        if (this.sweeps.has(number)) this.#takeSweep(sweep);
+        if (!sweep.is_open) this.#sweepEnded(sweep);
+      } catch (error) {
+        this.#showTrouble(error, null);
+        if (!error.again) break;
+        await sleep(SECONDS_UNTIL_RETRY);
+      }
+    }
+    this.watched.delete(number);
+  }
+
+  #takeSweep(sweep) {
+    this.sweeps.set(sweep.number, sweep);
+    this.strip.putSweep(sweep);
+    this.#title();
+    if (this.view instanceof SweepView && this.view.sweep.number === sweep.number) this.view.update(sweep);
+  }
+
+  #sweepEnded(sweep) {
+    const text = `Sweep ${sweep.number} has ended: ${standing(sweep)}`;
+    say(text);
+    this.#notify(text);
+    this.worker.look();
+  }
+
+  #showSweep(number) {
+    const act = async (ask) => {
+      try {
+        const sweep = await ask();
+        this.#takeSweep(sweep);
+        this.#watchSweep(number);
+      } catch (error) {
+        this.#showTrouble(error, () => act(ask));
+      }
+    };
+    const actions = {
+      open: (cell) => this.#openCell(cell),
+      compare: (a, b) => this.#compare(a, b, number),
+      cancel: () => act(() => cancelSweep(number)),
+      again: (place) => act(() => sweepAgain(number, { place, hf_token: this.form.read().request.hf_token })),
+      remove: () => this.#removeSweep(number),
+    };
+    this.#open((screen, facts) => new SweepView(screen, facts, actions, this.sweeps.get(number)), number);
+    this.stage.item = undefined;
+  }
+
+  /** Show the run of a cell as any other. */
+  async #openCell(cell) {
+    try {
+      const job = await refreshJob(cell.job);
+      this.#take(job);
+      this.#show(job);
+      byId("stage").focus();
+      this.#toStage();
+      if (isOpen(job)) this.#watch(job.number);
+    } catch (error) {
+      this.#showTrouble(error, () => this.#openCell(cell));
+    }
+  }
+
+  async #removeSweep(number) {
+    try {
+      await deleteSweep(number);
+    } catch (error) {
+      this.#showTrouble(error, () => this.#removeSweep(number));
+      return;
+    }
+    this.sweeps.delete(number);
+    for (const job of [...this.jobs.values()]) if (job.sweep === number) this.jobs.delete(job.number);
+    this.strip.removeSweep(number);
+    say(`Sweep ${number} was deleted`);
+    this.#showLast();
+    byId("stage").focus();
   }
 
   // Errors and copying

@@ -2,13 +2,15 @@
 
 import { ApiError, compare } from "./api.js";
 import { Curve } from "./curve.js";
-import { calm, capital, h, prose, refill, say, sentence } from "./dom.js";
+import { capital, h, prose, refill, say, sentence } from "./dom.js";
 import { list } from "./facts.js";
+import { Film, playButton } from "./film.js";
 import { titleOf, twoValues } from "./words.js";
 
 export class Comparison {
-  constructor(screen, facts, back) {
-    Object.assign(this, { screen, facts, back });
+  /** `back` goes back to `what`: the video, or the sweep. */
+  constructor(screen, facts, back, what) {
+    Object.assign(this, { screen, facts, back, what });
   }
 
   async open(a, b) {
@@ -27,14 +29,13 @@ export class Comparison {
 
   close() {
     this.closed = true;
-    this.video?.pause();
-    this.video?.removeAttribute("src");
+    this.film?.close();
     this.curve?.close();
     this.facts.removeAttribute("tabindex");
   }
 
   #fail(text) {
-    const back = h("button", { type: "button", onclick: this.back }, "Back to the video");
+    const back = h("button", { type: "button", onclick: this.back }, `Back to the ${this.what}`);
     this.screen.replaceChildren(h("div", { class: "lead", role: "alert" }, h("p", { class: "big" }, "The videos were not compared."), h("p", {}, prose(text)), back));
   }
 
@@ -47,9 +48,7 @@ export class Comparison {
     const figures = this.canvases.map((canvas) =>
       h("figure", {}, canvas, h("figcaption", {}, canvas.getAttribute("aria-label"))),
     );
-    this.video = h("video", { src: found.url, loop: true, playsinline: true, preload: "auto" });
-    this.video.muted = true;
-    this.toggle = h("button", { type: "button", onclick: () => this.#playOrPause() }, "Play");
+    const toggle = playButton(() => this.film);
     this.readout = h("p", { class: "frame" });
     this.curve = new Curve(found.frames, (frame) => this.#seek(frame));
     this.screen.className = "comparison";
@@ -59,18 +58,14 @@ export class Comparison {
     this.panes = panes;
     this.way = h("button", { type: "button", onclick: () => this.#show(!this.overlaid) });
     for (const side of ["width", "height"]) panes.style.setProperty(`--${side}`, found[side]);
-    const back = h("button", { type: "button", class: "quiet", onclick: this.back }, "Back to the video");
-    const tools = h("div", { class: "tools" }, this.toggle, this.way, this.readout, h("span", { class: "gap" }), back);
+    const back = h("button", { type: "button", class: "quiet", onclick: this.back }, `Back to the ${this.what}`);
+    const tools = h("div", { class: "tools" }, toggle, this.way, this.readout, h("span", { class: "gap" }), back);
     this.screen.replaceChildren(panes, tools);
     this.#show(localStorage.comparison !== "side by side");
     this.#divide();
     this.curve.draw();
     this.#facts();
-    for (const event of ["play", "pause"]) this.video.addEventListener(event, () => this.#label());
-    this.video.addEventListener("seeked", () => this.#draw(this.frame));
-    const begin = () => (calm.matches || this.frame !== undefined ? this.#seek(this.frame ?? 0) : this.video.play());
-    this.video.addEventListener("loadeddata", begin, { once: true });
-    this.#follow();
+    this.film = new Film({ ...found, frames: found.frames.length }, (frame) => this.#draw(frame), { toggle });
     say(found.verdict.text);
   }
 
@@ -113,37 +108,16 @@ export class Comparison {
     );
   }
 
-  /** Draw every frame that the video shows. */
-  #follow() {
-    if (this.closed) return;
-    this.video.requestVideoFrameCallback((_, { mediaTime }) => {
-      if (!this.video.paused) this.#draw(Math.round(mediaTime * this.found.fps));
-      this.#follow();
-    });
-  }
-
   #draw(frame) {
-    const { width, height, frames } = this.found;
-    this.frame = Math.min(Math.max(frame ?? 0, 0), frames.length - 1);
+    const { width, height } = this.found;
     this.canvases.forEach((canvas, index) => {
-      canvas.getContext("2d").drawImage(this.video, index * width, 0, width, height, 0, 0, width, height);
+      canvas.getContext("2d").drawImage(this.film.video, index * width, 0, width, height, 0, 0, width, height);
     });
-    this.readout.textContent = this.curve.mark(this.frame);
+    this.readout.textContent = this.curve.mark(frame);
   }
 
   #seek(frame) {
-    this.video.pause();
-    this.frame = frame;
+    this.film.seek(frame);
     this.readout.textContent = this.curve.mark(frame);
-    this.video.currentTime = (frame + 0.5) / this.found.fps;
-  }
-
-  #playOrPause() {
-    if (this.video.paused) this.video.play();
-    else this.video.pause();
-  }
-
-  #label() {
-    this.toggle.textContent = this.video.paused ? "Play" : "Pause";
   }
 }

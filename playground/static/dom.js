@@ -16,9 +16,11 @@ function filled(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...shown(children));
   return element;
 }
+
+const shown = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
 /** Text with `code` between backticks, as nodes. */
 export function prose(text) {
@@ -35,7 +37,7 @@ export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "
 /** Replace the content. If it had the focus, the nearest focusable parent gets it, so that it does not jump to the top. */
 export function refill(element, ...children) {
   const had = element.contains(document.activeElement);
-  element.replaceChildren(...children);
+  element.replaceChildren(...shown(children));
   if (had) element.closest("[tabindex='-1']")?.focus();
 }
 
@@ -43,6 +45,20 @@ export function seconds(value) {
   if (value < 10) return `${Number(value.toFixed(1))} s`;
   if (value < 60) return `${Math.round(value)} s`;
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+}
+
+/** A button that needs two presses, so that one by mistake does nothing. */
+export function twoPresses(text, again, act) {
+  const button = h("button", { type: "button", class: "quiet", onclick: () => ("sure" in button.dataset ? act() : ask()) }, text);
+  const ask = () => {
+    button.dataset.sure = "";
+    button.textContent = again;
+  };
+  button.addEventListener("blur", () => {
+    delete button.dataset.sure;
+    button.textContent = text;
+  });
+  return button;
 }
 
 /** Announce a text to screen readers. */

@@ -44,7 +44,7 @@ export class Facts {
     });
     choose(this.chosen in panels ? this.chosen : item ? "Details" : "Log", false);
     const word = job.request.draft ? h("span", { class: "draft" }, "draft") : "";
-    this.root.replaceChildren(h("h2", {}, item ? outputName(job, item) : `Run ${job.number}`, word), list, ...nodes);
+    this.root.replaceChildren(h("h2", {}, item ? outputName(job, item) : `Run ${job.number}`, word), job.title ? h("p", { class: "cell-title" }, job.title) : "", list, ...nodes);
     this.update(job);
   }
 
@@ -89,7 +89,7 @@ function details(job, item) {
     }),
     h("h3", {}, "Seconds"),
     timings(result.timings ?? {}),
-    cost(result.timings?.total ?? 0),
+    cost(secondsOf(result)),
   ];
 }
 
@@ -100,6 +100,9 @@ function json(job) {
 
 /** The worker's answer without the addresses that this process added to it. */
 const withoutFiles = (result) => JSON.parse(JSON.stringify(result, (name, value) => (["file", "play"].includes(name) ? undefined : value)));
+
+/** The seconds of the worker that a result took: without those in which it waited for another job. */
+const secondsOf = ({ timings: { total = 0, wait = 0 } = {} }) => total - wait;
 
 /** What the worker's time costs, at a price per hour that is entered once. A cold start is not in it. */
 function cost(total) {

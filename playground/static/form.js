@@ -274,8 +274,11 @@ export class Form {
 
   // The request
 
-  /** The `request`, and `places`: the form's field for each path in it, such as `prompts[0].width`. */
-  read() {
+  /**
+   * The `request`, and `places`: the form's field for each path in it, such as `prompts[0].width`. Without images, an address
+   * stands for each, so that they are not sent for a mere question.
+   */
+  read({ withImages = true } = {}) {
     const places = new Map();
     const collect = (fields, prefix) => {
       const values = {};
@@ -292,6 +295,7 @@ export class Form {
     for (const [path, field] of loras.places) places.set(path, field);
     request.prompts = this.prompts.map((prompt, index) => collect(Object.values(prompt.fields), `prompts[${index}].`));
     Object.assign(request, collect(this.request, ""));
+    if (!withImages) for (const prompt of request.prompts) for (const name in IMAGES) if (prompt[name]) prompt[name] = "https://example.com/";
     return { request, places };
   }
 
@@ -344,6 +348,7 @@ export class Form {
     this.pending = setTimeout(() => {
       this.#keep();
       this.#showEffective();
+      this.onchange?.();
     }, 100);
   }
 
@@ -376,12 +381,11 @@ export class Form {
 
   /** Show sizes and frame counts by the worker's rules; see playground/check.py. */
   async #showEffective() {
-    const { request } = this.read();
+    const { request } = this.read({ withImages: false });
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
     const { match, trained_with: training } = Object.fromEntries(this.request.map((field) => [field.name, field]));
     training.shown = match.value === "preview" || training.value !== undefined;
     this.#countSet();
-    for (const prompt of request.prompts) for (const name in IMAGES) if (prompt[name]) prompt[name] = "https://example.com/";
     const mine = (this.latest = Symbol());
     const { prompts } = await check(request).catch(() => ({ prompts: [] }));
     if (mine !== this.latest) return;

@@ -1,6 +1,6 @@
 // The stage: one run with its progress, then its video and settings.
 
-import { calm, h, prose, refill, s, say, seconds, sentence } from "./dom.js";
+import { calm, h, prose, refill, s, say, seconds, sentence, twoPresses } from "./dom.js";
 import { Facts, outputName } from "./facts.js";
 import { takesDrops } from "./fields.js";
 import { doing, shownPercent, stageName, stageOf, timeLeft } from "./progress.js";
@@ -88,7 +88,7 @@ export class Stage {
         h("h2", {}, `Run ${job.number}`),
         this.percent,
         this.bar,
-        h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), h("div", { class: "making-buttons" }, canAsk ? notify : "", cancel)),
+        h("div", { class: "making-text" }, h("div", {}, this.doing, this.left), h("div", { class: "making-buttons" }, this.#toSweep(job), canAsk ? notify : "", cancel)),
         promptsOf(job),
       ),
     );
@@ -143,6 +143,7 @@ export class Stage {
         "div",
         { class: "tools" },
         file,
+        this.#toSweep(job),
         h("button", { type: "button", onclick: () => file.click() }, "Compare with a sample"),
         h("span", { class: "soft tip" }, "or drop the sample on the video"),
         h("span", { class: "gap" }),
@@ -168,6 +169,7 @@ export class Stage {
           ? h("button", { type: "button", onclick: () => (this.actions.reuse(job), this.actions.correct(job)) }, "Correct the request")
           : h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings"),
         this.#deleteButton(job),
+        this.#toSweep(job),
       ),
     );
     this.facts.show(job);
@@ -175,22 +177,17 @@ export class Stage {
 
   #cancelled(job) {
     const again = h("button", { type: "button", onclick: () => this.actions.reuse(job) }, "Use its settings");
-    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again, this.#deleteButton(job)));
+    this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, `Run ${job.number} was cancelled.`), promptsOf(job), again, this.#deleteButton(job), this.#toSweep(job)));
     this.facts.show(job);
   }
 
-  /** Two presses delete a run, so that one by mistake does not. */
   #deleteButton(job) {
-    const button = h("button", { type: "button", class: "quiet", onclick: () => ("sure" in button.dataset ? this.actions.remove(job) : ask()) }, "Delete");
-    const ask = () => {
-      button.dataset.sure = "";
-      button.textContent = "Really delete";
-    };
-    button.addEventListener("blur", () => {
-      delete button.dataset.sure;
-      button.textContent = "Delete";
-    });
-    return button;
+    return twoPresses("Delete", "Really delete", () => this.actions.remove(job));
+  }
+
+  /** The way back, from a run that is a cell of a sweep. */
+  #toSweep(job) {
+    return job.sweep ? h("button", { type: "button", onclick: () => this.actions.sweep(job.sweep) }, `Back to sweep ${job.sweep}`) : "";
   }
 
   /** Nothing is shown any more. */

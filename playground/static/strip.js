@@ -3,20 +3,57 @@
 import { h } from "./dom.js";
 import { changesBetween } from "./words.js";
 import { outputName } from "./facts.js";
+import { Picks } from "./picks.js";
 import { inAWord } from "./progress.js";
 import { itemsOf, placeOf } from "./stage.js";
-
-const HINT = "Tick two to compare them.";
 
 export class Strip {
   constructor(root, actions) {
     this.root = root;
     this.actions = actions;
     this.tiles = root.querySelector("ol");
-    this.hint = root.querySelector("#picking");
+    this.picks = new Picks(root.querySelector("#picking"), actions.compare);
     this.groups = new Map();
     this.requests = new Map(); // by the number of the run
-    this.picked = [];
+    this.sweeps = new Map(); // by the number of the sweep
+  }
+
+  /** Add or update the tile of a sweep. It stands between the runs before and after it; its own runs have no tiles. */
+  putSweep(sweep) {
+    this.root.hidden = false;
+    const cells = sweep.cells.flat();
+    const done = cells.filter(({ status }) => status === "done");
+    const state = `${sweep.is_open} ${done.length}`;
+    const before = this.sweeps.get(sweep.number);
+    if (before?.state === state) return;
+    const posters = done.slice(0, 4).map(poster);
+    const open = h(
+      "button",
+      {
+        type: "button",
+        class: "open",
+        "data-sweep": sweep.number,
+        "aria-label": `Show Sweep ${sweep.number}`,
+        onclick: () => this.actions.sweep(sweep.number),
+      },
+      h("span", { class: posters.length === 4 && !sweep.is_open ? "poster four" : "poster" }, sweep.is_open ? h("span", { class: "big" }, `${done.length}/${cells.length}`) : posters.length === 4 ? posters : posters[0] ?? "no video"),
+      h("span", { class: "caption" }, h("b", {}, `Sweep ${sweep.number}`), `${cells.length} videos`),
+    );
+    const tile = h("li", {}, open);
+    const after = [...this.groups.keys()].filter((number) => number > sweep.after).sort((one, other) => one - other)[0];
+    this.#showHint();
+    if (before) before.tile.replaceWith(tile);
+    else if (after) this.groups.get(after).tiles[0].before(tile);
+    else this.tiles.append(tile);
+    this.sweeps.set(sweep.number, { state, tile });
+    if (this.marked?.sweep === sweep.number) open.setAttribute("aria-current", "true");
+    if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth;
+  }
+
+  removeSweep(number) {
+    this.sweeps.get(number)?.tile.remove();
+    this.sweeps.delete(number);
+    this.root.hidden = !this.groups.size && !this.sweeps.size;
   }
 
   /** Add or update the tiles of a job: one while it runs, then one per output. */
@@ -36,8 +73,13 @@ export class Strip {
       for (const tile of before.tiles) tile.remove();
     } else this.tiles.append(...group.tiles);
     this.groups.set(job.number, group);
+    this.#showHint();
     if (this.marked?.number === job.number) this.mark(job.number, items[0]);
     if (!before) this.tiles.scrollLeft = this.tiles.scrollWidth; // scrollIntoView would scroll the whole page
+  }
+
+  #showHint() {
+    this.picks.hint.hidden = this.tiles.querySelectorAll(".pick").length < 2;
   }
 
   #waiting(job, group) {
@@ -72,9 +114,7 @@ export class Strip {
       h("span", { class: "poster" }, poster(item)),
       h("span", { class: "caption" }, h("b", {}, String(job.number)), job.request.draft ? h("b", { class: "draft" }, "draft") : "", this.#whatChanged(job, item)),
     );
-    const pick = h("input", { type: "checkbox", "aria-label": `Compare ${name}` });
-    pick.addEventListener("change", () => this.#pick(pick, placeOf(item)));
-    return h("li", {}, open, h("label", { class: "pick" }, pick));
+    return h("li", {}, open, this.picks.box(name, placeOf(item)));
   }
 
   /** What tells this run from the one before it; of several videos of one run, their seeds. */
@@ -91,28 +131,17 @@ export class Strip {
     for (const tile of this.groups.get(number)?.tiles ?? []) tile.remove();
     this.groups.delete(number);
     this.requests.delete(number);
-    this.root.hidden = !this.groups.size;
-    this.unpick();
+    this.#showHint();
+    this.root.hidden = !this.groups.size && !this.sweeps.size;
+    this.picks.clear();
   }
 
-  #pick(box, place) {
-    this.picked = this.picked.filter((other) => other.box !== box);
-    if (box.checked) this.picked.push({ box, place });
-    while (this.picked.length > 2) this.picked.shift().box.checked = false;
-    this.hint.textContent = this.picked.length === 1 ? "Tick one more." : HINT;
-    if (box.checked && this.picked.length === 2) this.actions.compare(...this.picked.map((other) => other.place));
-  }
-
-  unpick() {
-    for (const { box } of this.picked) box.checked = false;
-    this.picked = [];
-    this.hint.textContent = HINT;
-  }
-
-  mark(number, item) {
-    this.marked = { number };
+  /** What is on the screen: a run's `item`, or a sweep, or a run of one. */
+  mark(number, item, sweep) {
+    this.marked = { number, sweep };
     for (const button of this.tiles.querySelectorAll(".open")) {
-      const here = Number(button.dataset.run) === number && (!item || !button.dataset.file || button.dataset.file === item.file);
+      const { run, file } = button.dataset;
+      const here = button.dataset.sweep ? Number(button.dataset.sweep) === sweep : Number(run) === number && (!item || !file || file === item.file);
       if (here) button.setAttribute("aria-current", "true");
       else button.removeAttribute("aria-current");
     }

@@ -83,6 +83,11 @@ export class Training {
     this.onrequest(request);
   }
 
+  /** The LoRA of each step, for a sweep; undefined without a folder. Of two with one step, the last counts. */
+  get checkpoints() {
+    return this.found && [...new Map(this.found.checkpoints.map((one) => [one.title, one])).values()];
+  }
+
   /** The trainer's own video of a request that is still one of the folder's; otherwise undefined. */
   ownSample(request) {
     if (!this.found) return undefined;

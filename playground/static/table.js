@@ -1,0 +1,21 @@
+// The cells of a sweep under their headings.
+
+import { h } from "./dom.js";
+
+/** `cellAt(row, column)` makes the content of a cell. One row alone becomes a list that wraps, each cell below its heading. */
+export function tableOf({ rows, columns }, cellAt) {
+  if (rows.length === 1) {
+    return h("ol", { class: "cells" }, columns.map((column, index) => h("li", {}, h("p", { class: "heading" }, column), cellAt(0, index))));
+  }
+  const heading = (scope, text) => h("th", { scope, class: "heading" }, h("span", {}, text));
+  return h(
+    "div",
+    { class: "table" },
+    h(
+      "table",
+      {},
+      h("thead", {}, h("tr", {}, h("td"), columns.map((text) => heading("col", text)))),
+      h("tbody", {}, rows.map((text, row) => h("tr", {}, heading("row", text), columns.map((_, column) => h("td", {}, cellAt(row, column)))))),
+    ),
+  );
+}
