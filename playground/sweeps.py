@@ -68,15 +68,21 @@ class Asked:
         prompts = [prompt | {"num_videos": 1} for prompt in self.request["prompts"]]
         scales = _numbers(float, self.scales, "--scale", "numbers, such as 0.6, 0.8, 1")
         seeds = _numbers(int, self.seeds, "--seed", "whole numbers, such as 42, 43")
+        # Before they are made: thousands would take minutes to check. Two lines of `loras` can be one LoRA.
+        _limit(len(prompts) * max(len(self.loras) // 2, 1) * max(len(scales), 1) * max(len(seeds), 1))
         plan = sweep_of(self.request | {"prompts": prompts}, self.loras, scales, seeds, is_local)
-        if len(plan.cells) > MOST:
-            text = f"a sweep has at most {MOST} videos, and this one has {len(plan.cells)}; take fewer LoRAs, scales or seeds"
-            raise InvalidRequest([Problem(Code.INVALID_INPUT, "", text)])
+        _limit(len(plan.cells))
         return plan
 
     def without_token(self) -> Asked:
         request = {name: value for name, value in self.request.items() if name != "hf_token"}
         return Asked(request, self.loras, self.scales, self.seeds)
+
+
+def _limit(count: int) -> None:
+    if count > MOST:
+        text = f"a sweep has at most {MOST} videos, and this one has {count}; take fewer LoRAs, scales or seeds"
+        raise InvalidRequest([Problem(Code.INVALID_INPUT, "", text)])
 
 
 def _items(lora: Any) -> tuple[dict[str, Any], ...]:

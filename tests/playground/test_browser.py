@@ -727,6 +727,52 @@ def test_a_trainings_folder_fills_the_form_and_its_sample_is_compared(
     assert not divider.is_visible() and page.locator(".panes canvas:visible").count() == 3
 
 
+def test_a_sweep_plays_in_step_and_its_best_cell_fills_the_form(page: Page, playground: Server) -> None:
+    page.get_by_role("button", name="Sweep", exact=True).press("Enter")
+    assert page.evaluate("document.activeElement.innerText") == "Plan a sweep"
+    page.get_by_label("Scales", exact=True).fill("0, half")
+    page.locator("#sweep-scales-error").get_by_text("must be numbers").wait_for()
+    page.get_by_label("Scales", exact=True).fill("0, 1")
+    page.get_by_label("Seeds").fill("7 8")
+    page.get_by_role("button", name="Make 4 videos").wait_for()
+    assert axe(page) == []
+    page.get_by_role("button", name="Make 4 videos").press("Enter")
+    page.get_by_text("4 of 4 videos.", exact=True).wait_for()
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    pictures = "() => [...document.querySelectorAll('.open-cell canvas:not([hidden])')].map(canvas => canvas.toDataURL())"
+    page.wait_for_function(f"() => ({pictures})().length === 4")
+    position = page.get_by_role("slider", name="Frame")
+    position.press("End")
+    page.locator(".frame", has_text="Frame 5 of 5").wait_for()
+    last = page.evaluate(pictures)
+    assert len(set(last)) == 4, "without the LoRA, with it, and with each seed"
+    position.press("Home")
+    page.locator(".frame", has_text="Frame 1 of 5").wait_for()
+    assert not set(page.evaluate(pictures)) & set(last), "all go to the frame together"
+    for colours, rules in (("light", []), ("dark", ["color-contrast"])):
+        page.emulate_media(color_scheme=colours)
+        assert axe(page, *rules) == []
+    cell = page.get_by_role("button", name="Open seed 7, scale 0", exact=True)
+    cell.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.locator("#facts", has_text="seed 8, scale 1").wait_for()
+    page.get_by_role("button", name="Use its settings").click()
+    assert (field(page, "seed").input_value(), field(page, "network_multiplier").input_value()) == ("8", "1")
+    page.get_by_role("button", name="Back to sweep 1").click()
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.get_by_label("Compare seed 8, scale 0").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for name in ("seed 7, scale 0", "seed 8, scale 1"):
+        page.get_by_label(f"Compare {name}").press("Space")
+    page.get_by_role("button", name="Back to the sweep").click()
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Really delete").click()
+    page.locator("[data-sweep]").wait_for(state="detached")
+
+
 def media(page: Page, playground: Server, folder: Path) -> Path:
     """The video that the page shows, as a file."""
     (folder / "shown.mp4").write_bytes(playground.get(str(page.locator("video.made").get_attribute("src"))).content)
