@@ -53,6 +53,9 @@ def main(tiny: Path) -> None:
             page.keyboard.press("ArrowLeft")
             page.evaluate("document.activeElement.blur()")
             _save(page, "dark")
+            page.emulate_media(color_scheme="light")
+            _sweep(page)
+            _save(page, "sweep")
             browser.close()
             web.shutdown()
 
@@ -62,6 +65,19 @@ def _run(page: Page, number: int, **values: str) -> None:
         page.locator(f"[name={name}]").first.fill(value)
     page.keyboard.press("Control+Enter")
     page.locator("#stage", has=page.locator("#facts h2", has_text=f"Run {number}")).locator(".made").wait_for()
+
+
+def _sweep(page: Page) -> None:
+    """The two steps of the demo's LoRA at three scales, at a frame in the middle."""
+    for name, value in {"sample_steps": "20", "width": "128"}.items():
+        page.locator(f"[name={name}]").first.fill(value)
+    page.get_by_role("button", name="Sweep", exact=True).click()
+    page.get_by_label("Scales", exact=True).fill("0, 0.5, 1")
+    page.get_by_role("button", name="Make 6 videos").click()
+    page.get_by_text("6 of 6 videos.", exact=True).wait_for()
+    page.wait_for_function("() => document.querySelectorAll('.open-cell canvas:not([hidden])').length === 6")
+    page.get_by_role("slider", name="Frame").fill("8")
+    page.locator(".frame", has_text="Frame 9 of 17").wait_for()
 
 
 def _save(page: Page, name: str) -> None:

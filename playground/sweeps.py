@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +29,9 @@ MOST = 60
 _AT_ONCE = 3
 """Jobs of sweeps in the worker's queue at the same time, so that another run does not wait for a whole sweep."""
 
-_TILE = 384
-"""Pixels of a tile's longer side in the video of all cells. The page shows hardly more; a click shows the original."""
+_TILE, _ALL_TILES = 384, 2_500_000
+"""Pixels of a tile's longer side in the video of all cells, and of all tiles together, which decide how long it takes to draw.
+The page shows hardly more; a click shows the original."""
 
 _SECONDS_BETWEEN_LOOKS = {"local": 0.4, "endpoint": 1.5}
 _SECONDS_UNTIL_RETRY = 4.0
@@ -193,6 +195,7 @@ class Sweeps:
             "cells": [[cells[place] for place in row] for row in places],
             "is_open": is_open,
             "trouble": sweep.trouble if is_open else "",
+            "size": [sweep.plan.cells[0].job["input"]["prompts"][0].get(side) for side in ("width", "height")],
             "after": sweep.after,
             "seconds": sum(seconds) / len(seconds) if seconds else None,
         }
@@ -264,7 +267,8 @@ class Sweeps:
                 films[place] = self._jobs.file(job.number, 0)
         table, places = _places(sweep.plan)
         tiles = [[Tile(films.get(place)) for place in row] for row in places]
-        written = write_video(Table(title_of(sweep.plan), table.columns, table.rows, tiles), target, _TILE)
+        longest = min(_TILE, isqrt(_ALL_TILES * 16 // (9 * len(sweep.cells))))
+        written = write_video(Table(title_of(sweep.plan), table.columns, table.rows, tiles), target, longest)
         if not written:
             return {}
         corners = {
@@ -281,7 +285,8 @@ class Sweeps:
     def _wake(self) -> None:
         """Start the thread if there is something to do and none is at it."""
         with self._lock:
-            if not self._thread and not self._closed.is_set() and self._open():
+            is_at_it = self._thread is not None and self._thread.is_alive()
+            if not is_at_it and not self._closed.is_set() and self._open():
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
 
@@ -360,17 +365,23 @@ class Sweeps:
     def _stored(self) -> dict[int, Sweep]:
         """The sweeps of the process before this one; none if their list cannot be read."""
         sweeps = {}
-        with suppress(OSError, ValueError, TypeError, KeyError, ClientError, BadInput):
+        with suppress(OSError, ValueError, TypeError, KeyError):
             for stored in json.loads(self._index.read_text()) if self._store_folder else []:
-                number, jobs = stored["number"], self._jobs_of(stored["number"])
-                asked = Asked.of(stored["asked"])
-                cells = [_Cell(**cell) for cell in stored["cells"]]
-                for place, cell in enumerate(cells):
-                    cell.state = "settled" if place in jobs or cell.state in ("stopping", "settled") else "wanted"
-                    if cell.state == "wanted" and stored["had_token"]:
-                        cell.state, cell.code, cell.error = "settled", "NO_TOKEN", _NOT_KEPT
-                sweeps[number] = Sweep(number, asked, asked.plan(self._client.is_local), stored["after"], None, cells)
+                with suppress(ClientError, BadInput):
+                    sweeps[stored["number"]] = self._restored(stored)
         return sweeps
+
+    def _restored(self, stored: dict[str, Any]) -> Sweep:
+        """Raises KeyError, TypeError, ClientError and BadInput for one that cannot be read."""
+        number, asked, jobs = stored["number"], Asked.of(stored["asked"]), self._jobs_of(stored["number"])
+        plan, cells = asked.plan(self._client.is_local), [_Cell(**cell) for cell in stored["cells"]]
+        if len(plan.cells) != len(cells):
+            raise BadInput("another version made it")
+        for place, cell in enumerate(cells):
+            cell.state = "settled" if place in jobs or cell.state in ("stopping", "settled") else "wanted"
+            if cell.state == "wanted" and stored["had_token"]:
+                cell.state, cell.code, cell.error = "settled", "NO_TOKEN", _NOT_KEPT
+        return Sweep(number, asked, plan, stored["after"], None, cells)
 
     @property
     def _index(self) -> Path:

@@ -22,7 +22,7 @@ from tools.cli import BadInput
 from tools.frames import read_clip, rgb
 from tools.sheet import font, shortened
 from worker.pictures import scaled
-from worker.video import VIDEO, encode
+from worker.video import QUICK_MP4, VIDEO, encode
 
 Frame = npt.NDArray[np.uint8]
 """[height, width, 3], RGB."""
@@ -93,7 +93,8 @@ class Grid:
 def write_video(table: Table, target: Path, longest: int | None = None) -> Grid | None:
     """Write the films in step as an MP4. A film that is shorter than another stays on its last frame.
 
-    `longest`: pixels of a tile's longer side; None for as many as fit, up to the films' own.
+    `longest`: for a look in between, pixels of a tile's longer side, and written quickly. None: as many as fit, up to the
+    films' own.
     Returns None and writes nothing if no tile has more than one frame. Raises BadInput, OSError.
     """
     with ExitStack() as opened:
@@ -107,7 +108,7 @@ def write_video(table: Table, target: Path, longest: int | None = None) -> Grid 
         layout = _layout(table, (round(width * share), round(height * share)), _VIDEO_LIMIT)
         frames = _frames(_ground(table, layout), layout, films, fps, num_frames)
         part = target.with_name(f".{target.name}.part")
-        encode((frame[None] for frame in frames), part, VIDEO["mp4"], fps, num_frames)
+        encode((frame[None] for frame in frames), part, QUICK_MP4 if longest else VIDEO["mp4"], fps, num_frames)
         part.replace(target)
     return Grid(layout, fps, num_frames)
 

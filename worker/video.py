@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -39,10 +40,12 @@ def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, 
     encoding.write(itertools.chain.from_iterable(chunks), target, fps, num_frames, comment)
 
 
-_X264 = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}
+_X264 = {"crf": "18", "x264-params": "mbtree=0"}
 
 
-def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str) -> None:
+def _write_mp4(
+    frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str, preset: str = "medium"
+) -> None:
     """Write H.264, yuv420p, BT.709, with the index at the front. x264's authors call crf 17 or 18 visually lossless.
 
     Macroblock-tree is off: with it, x264 writes a different file from the same frames in every run.
@@ -51,7 +54,7 @@ def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int,
     height, width = first.shape[:2]
     with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=fps, options=_X264)
+        stream = container.add_stream("libx264", rate=fps, options=_X264 | {"preset": preset})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = Fraction(1, fps)
         context = stream.codec_context
@@ -125,3 +128,6 @@ VIDEO: dict[OutputFormat, Encoding] = {
     "gif": Encoding(".gif", "image/gif", _write_gif),
     "png": Encoding(".zip", "application/zip", _write_png_zip),
 }
+
+QUICK_MP4 = Encoding(".mp4", "video/mp4", partial(_write_mp4, preset="veryfast"))
+"""For a video that a person waits for on their own computer."""

@@ -67,7 +67,8 @@ class App {
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
-      this.#run();
+      if (this.view instanceof Planner && byId("screen").contains(event.target)) this.view.start();
+      else this.#run();
     });
     for (const button of document.querySelectorAll("[data-copy]")) {
       button.addEventListener("click", () => this.#copy(button));
@@ -313,6 +314,7 @@ class App {
         if (this.sweeps.has(number)) this.#takeSweep(sweep);
         if (!sweep.is_open) this.#sweepEnded(sweep);
       } catch (error) {
+        if (!this.sweeps.has(number)) break; // it was deleted meanwhile
         this.#showTrouble(error, null);
         if (!error.again) break;
         await sleep(SECONDS_UNTIL_RETRY);

@@ -28,7 +28,7 @@ export class Planner {
     this.says = h("p", { class: "plan-says", role: "status" });
     this.problems = h("div", { role: "alert" });
     this.preview = h("div", { class: "preview" });
-    this.button = h("button", { type: "button", class: "primary", onclick: () => this.#start() }, "Start");
+    this.button = h("button", { type: "button", class: "primary", onclick: () => this.start() }, "Start");
     screen.className = "sweep planner";
     facts.replaceChildren();
     refill(
@@ -140,7 +140,7 @@ export class Planner {
     this.problems.replaceChildren(rest.length ? h("div", { class: "summary" }, h("ul", {}, rest.map(item))) : "");
   }
 
-  #start() {
+  start() {
     if (this.button.ariaDisabled) return;
     this.actions.start(this.#asked(this.form.read().request));
   }

@@ -23,7 +23,7 @@ export function standing(sweep) {
 export class SweepView {
   /** `actions`: `open` a cell's run, `compare` two outputs, `cancel`, `again` for a cell's place or all, and `remove`. */
   constructor(screen, facts, actions, sweep) {
-    Object.assign(this, { screen, actions, sweep, drawn: "", shown: new Map() });
+    Object.assign(this, { screen, actions, sweep, drawn: "", rests: 0, shown: new Map() });
     this.toggle = playButton(() => this.film);
     this.position = h("input", { type: "range", min: 0, value: 0, "aria-label": "Frame", class: "position" });
     this.position.addEventListener("input", () => this.film.seek(Number(this.position.value)));
@@ -33,13 +33,15 @@ export class SweepView {
     this.progress = h("progress", { "aria-label": "Progress of the sweep" });
     this.trouble = h("div", { class: "trouble", role: "status", hidden: true });
     this.tools = h("div", { class: "tools" });
-    const hint = h("p", { class: "soft hint" });
-    this.picks = new Picks(hint, actions.compare);
+    this.picks = new Picks(h("p", { class: "soft hint" }), actions.compare);
     this.table = tableOf(sweep, (row, column) => h("div", { class: "cell", "data-place": sweep.cells[row][column].place }));
+    this.table.setAttribute("aria-label", `Videos of sweep ${sweep.number}`);
+    const [width, height] = sweep.size; // so that the table keeps its shape while it fills
+    if (width && height) this.table.style.setProperty("--shape", `${width} / ${height}`);
     this.table.addEventListener("keydown", (event) => this.#move(event));
     screen.className = "sweep";
     facts.replaceChildren();
-    refill(screen, h("div", { class: "sweep-head" }, h("h2", {}, `Sweep ${sweep.number}`), h("p", { class: "soft one-line", title: sweep.title }, sweep.title), this.standing, this.progress), this.trouble, this.table, this.player, h("div", { class: "sweep-foot" }, hint, this.tools));
+    refill(screen, h("div", { class: "sweep-head" }, h("h2", {}, `Sweep ${sweep.number}`), h("p", { class: "soft one-line", title: sweep.title }, sweep.title), this.standing, this.progress), this.trouble, this.table, this.player, h("div", { class: "sweep-foot" }, this.picks.hint, this.tools));
     this.update(sweep);
   }
 
@@ -56,6 +58,7 @@ export class SweepView {
     this.progress.max = cells.length;
     this.progress.value = cells.length - count(cells, ...OPEN);
     this.progress.hidden = !sweep.is_open;
+    this.picks.hint.hidden = count(cells, "done") < 2;
     this.trouble.hidden = !sweep.trouble;
     this.trouble.replaceChildren(h("p", {}, prose(sentence(sweep.trouble)), " The sweep goes on when a worker answers."));
     for (const cell of cells) this.#fill(cell);
@@ -125,11 +128,11 @@ export class SweepView {
   }
 
   #cancelled(cell) {
-    return h("div", { class: "state" }, h("p", { class: "soft" }, "Not made"), this.#again(cell));
+    return h("div", { class: "state" }, h("p", { class: "soft" }, "Not made"), this.#again(cell, "Make it"));
   }
 
-  #again(cell) {
-    return h("button", { type: "button", class: "link", "aria-label": `Make ${cell.title} again`, onclick: () => this.actions.again(cell.place) }, "Make again");
+  #again(cell, text = "Make again") {
+    return h("button", { type: "button", class: "link", "aria-label": `${text}: ${cell.title}`, onclick: () => this.actions.again(cell.place) }, text);
   }
 
   /** Arrow keys go from cell to cell. */
@@ -149,10 +152,15 @@ export class SweepView {
 
   // The video of all cells
 
-  /** Have the video drawn anew when more cells are done. The one before it plays on until then. */
+  /**
+   * Have the video drawn anew when more cells are done. The one before it plays on until then, and posters stand for what is
+   * not in it. While the sweep goes on, this computer draws a quarter of the time at most.
+   */
   async #drawGrid(cells) {
     const done = JSON.stringify(cells.filter(({ status }) => status === "done").map(({ place, job }) => [place, job]));
     if (done === this.drawn || done === "[]" || this.drawing || this.closed) return;
+    if (this.sweep.is_open && performance.now() < this.rests) return;
+    const began = performance.now();
     this.drawing = true;
     try {
       await this.#take(await gridOf(this.sweep.number));
@@ -162,6 +170,7 @@ export class SweepView {
       else if (!(error instanceof Event)) throw error; // an Event: a newer video has replaced this one
     } finally {
       this.drawing = false;
+      this.rests = performance.now() + 3 * (performance.now() - began);
     }
     this.#fillTools(cellsOf(this.sweep));
     this.#drawGrid(cellsOf(this.sweep)); // what was done meanwhile

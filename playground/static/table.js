@@ -7,10 +7,10 @@ export function tableOf({ rows, columns }, cellAt) {
   if (rows.length === 1) {
     return h("ol", { class: "cells" }, columns.map((column, index) => h("li", {}, h("p", { class: "heading" }, column), cellAt(0, index))));
   }
-  const heading = (scope, text) => h("th", { scope, class: "heading" }, h("span", {}, text));
-  return h(
+  const heading = (scope, text) => h("th", { scope, class: "heading" }, h("span", { title: text }, text));
+  const table = h(
     "div",
-    { class: "table" },
+    { class: "table", role: "group" },
     h(
       "table",
       {},
@@ -18,4 +18,7 @@ export function tableOf({ rows, columns }, cellAt) {
       h("tbody", {}, rows.map((text, row) => h("tr", {}, heading("row", text), columns.map((_, column) => h("td", {}, cellAt(row, column)))))),
     ),
   );
+  table.style.setProperty("--columns", columns.length);
+  table.style.setProperty("--rows", rows.length);
+  return table;
 }
