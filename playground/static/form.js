@@ -96,7 +96,7 @@ export class Form {
   }
 
   #training(schema) {
-    const fields = Object.entries(this.schema.$defs.Training.properties).map(([name, one]) => fieldOf(name, one, { short: true }));
+    const fields = Object.entries(this.schema.$defs.TrainingSettings.properties).map(([name, one]) => fieldOf(name, one, { short: true }));
     for (const { control } of fields) {
       if (control.localName === "select") control.options[0].textContent = UNKNOWN;
       else control.placeholder = UNKNOWN;

@@ -139,6 +139,11 @@ def test_the_page_makes_no_markup_from_data_and_loads_nothing_from_other_hosts()
         assert addresses <= {"http://www.w3.org", "https://", "https://example.com"}, path
 
 
+def test_the_schema_has_the_parts_that_the_page_reads(local: Page) -> None:
+    parts = {name for path in STATIC.glob("*.js") for name in re.findall(r"\$defs\.(\w+)", path.read_text())}
+    assert "Prompt" in parts and parts <= set(local.get("/api/config").json()["schema"]["$defs"])
+
+
 # The key
 
 
