@@ -7,7 +7,7 @@ export function tableOf({ rows, columns }, cellAt) {
   if (rows.length === 1) {
     return h("ol", { class: "cells" }, columns.map((column, index) => h("li", {}, h("p", { class: "heading" }, column), cellAt(0, index))));
   }
-  const heading = (scope, text) => h("th", { scope, class: "heading" }, h("span", { title: text }, text));
+  const heading = (scope, text) => h("th", { scope, class: "heading" }, text.split("\n").map((line) => h("span", { title: line }, line)));
   const table = h(
     "div",
     { class: "table", role: "group" },
