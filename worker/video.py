@@ -43,9 +43,7 @@ def encode(chunks: Iterable[Frame], target: Path, encoding: Encoding, fps: int, 
 _X264 = {"crf": "18", "x264-params": "mbtree=0"}
 
 
-def _write_mp4(
-    frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str, preset: str = "medium"
-) -> None:
+def _write_mp4(frames: Iterator[Frame], target: Path, fps: int, num_frames: int, comment: str, preset: str = "medium") -> None:
     """Write H.264, yuv420p, BT.709, with the index at the front. x264's authors call crf 17 or 18 visually lossless.
 
     Macroblock-tree is off: with it, x264 writes a different file from the same frames in every run.

@@ -189,13 +189,13 @@ class App {
 
   #show(job, item) {
     this.#closeView();
+    this.strip.picks.clear();
     this.shown = job.number;
     this.stage.show(this.jobs.get(job.number), item);
     this.strip.mark(job.number, this.stage.item, job.sweep);
   }
 
   #closeView() {
-    if (this.view) this.strip.picks.clear();
     this.view?.close();
     this.view = undefined;
   }
@@ -276,8 +276,11 @@ class App {
   // Sweeps
 
   #plan() {
+    const [run, sweep] = [this.jobs.get(this.shown), this.view instanceof SweepView && this.view.sweep.number];
     const close = () => {
-      this.#showLast();
+      if (sweep && this.sweeps.has(sweep)) this.#showSweep(sweep);
+      else if (run) this.#show(run);
+      else this.#showLast();
       byId("sweep").focus();
     };
     this.#open((screen, facts) => new Planner(screen, facts, this.form, this.config.loras, { start: (sweep) => this.#startSweep(sweep), close }));
@@ -355,6 +358,7 @@ class App {
       remove: () => this.#removeSweep(number),
     };
     this.#open((screen, facts) => new SweepView(screen, facts, actions, this.sweeps.get(number)), number);
+    this.strip.picks.clear();
     this.stage.item = undefined;
   }
 

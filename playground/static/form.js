@@ -49,6 +49,7 @@ export class Form {
     this.#build(config.loras);
     this.write(this.#kept() ?? config.example ?? { model: config.models[0].id, loras: [], prompts: [{}] });
     root.addEventListener("input", () => this.#changed());
+    addEventListener("pagehide", () => this.#keep()); // what was typed a moment before
     document.addEventListener("paste", (event) => this.#pasted(event));
     this.#takesFoldersAndRequests();
     this.#showNotes();
