@@ -15,11 +15,11 @@ class KeptInFloat32:
         self._is_cast = False
         self._wide = [
             (owner, name, tensor)
-            for model in models
+            for model, dtype in [(model, model.dtype) for model in models]  # diffusers walks through all modules to find it
             for module in model.modules()
             for owner in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers))
             for name, tensor in owner.items()
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != model.dtype
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
         ]
 
     def cast(self, dtype: torch.dtype) -> bool:
