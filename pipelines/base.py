@@ -35,6 +35,7 @@ from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora.applied import AppliedLoras
 from pipelines.lora.file import Adapter
 from pipelines.offload import Swap, place, refresh
+from pipelines.pristine import CheckpointFile
 from pipelines.quantized import encode_layers, fill_with_codes
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.schedulers import Schedulers
@@ -274,7 +275,7 @@ class WanModel(ABC):
 class Parts:
     """Loads the components of a model, each from its own repo and to its device before the next one, and times them.
 
-    Files in the model's dtype are mapped and go to a GPU as they are; of others, one component is in main memory at a time.
+    Files in the model's dtype are mapped, and read to a GPU as they are; of others, one component is in main memory at a time.
     """
 
     def __init__(
@@ -325,7 +326,9 @@ class Parts:
             part = part_class.from_pretrained(repo, dtype=self._dtype, use_safetensors=True, **options)
         if self.quantization and name not in self.stored:
             encode_layers(part, partial(self.quantization.format_of, name), self.device, self._dtype)
-        return part if name in self._stay_in_memory else part.to(self.device)
+        if name in self._stay_in_memory or self.device.type == "cpu":
+            return part
+        return CheckpointFile(self.checkpoints.folder_of(name), name).bring(part, self.device)
 
     def _from_codes(self, name: str, part_class: Any) -> Any:
         """A component of which the files have the codes."""

@@ -1,17 +1,24 @@
 """The weights as the checkpoint's files have them. Everything that changes weights for a job starts from and returns to these.
 
-The files stay memory-mapped, which costs no memory of its own.
+On a CPU the files stay memory-mapped, which costs no memory of its own; for a GPU they are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 
+from pipelines.reading import read_into
+from pipelines.safetensors_header import Header, read_header
 from pipelines.weights import file_names, index_of
+
+_CPU = torch.device("cpu")
+Component = TypeVar("Component", bound=torch.nn.Module)
 
 
 class CheckpointFile:
@@ -21,20 +28,65 @@ class CheckpointFile:
         self._folder = folder
         self._shard_of = index_of(folder, component)
         self._names = file_names(folder, component)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, tuple[Any, Header]] = {}
 
-    def read(self, key: str) -> torch.Tensor:
-        """The tensor in the file's dtype, in memory only while it is used. Raises OSError where there is no such file."""
-        name = self._shard_of[key] if self._shard_of else self._names[0]
-        if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt")
-        tensor: torch.Tensor = self._open[name].get_tensor(key)
-        return tensor
+    def read(self, key: str, device: torch.device = _CPU) -> torch.Tensor:
+        """The tensor in the file's dtype; on a CPU it is in memory only while it is used.
+
+        Raises OSError where there is no such file.
+        """
+        mapped: torch.Tensor = self._file_with(key)[0].get_tensor(key)
+        if device.type == "cpu":
+            return mapped
+        value = torch.empty_like(mapped, device=device)
+        self._fill({key: value})
+        return value
 
     @torch.no_grad()
     def restore(self, component: torch.nn.Module, parameters: set[str]) -> None:
-        """Give these parameters their values in the file; each leaves the set when it has them."""
-        for parameter in sorted(parameters):
-            value = component.get_parameter(parameter)
-            value.copy_(self.read(parameter).to(value.dtype))
-            parameters.discard(parameter)
+        """Give these parameters their values in the file; they leave the set when they have them."""
+        values = {name: component.get_parameter(name) for name in sorted(parameters)}
+        alike = {name: value for name, value in values.items() if self._has(name, value)}
+        self._fill(alike)
+        for name in values.keys() - alike.keys():
+            values[name].copy_(self.read(name).to(values[name].dtype))
+        parameters.clear()
+
+    @torch.no_grad()
+    def bring(self, component: Component, device: torch.device) -> Component:
+        """Do `component.to(device)`, but read what the file has in the weight's dtype straight to the device."""
+        there = {}
+        for name, tensor in chain(component.named_parameters(), component.named_buffers()):
+            if self._has(name, tensor):
+                there[name] = torch.empty_like(tensor, device=device)
+                tensor.data = there[name]
+        self._fill(there)
+        return component.to(device)
+
+    def _has(self, key: str, value: torch.Tensor) -> bool:
+        """Whether the file has the bytes of this tensor, as they are in memory."""
+        file, header = self._file_with(key)
+        if key not in header.places or not value.is_contiguous():
+            return False
+        mapped: torch.Tensor = file.get_tensor(key)
+        return mapped.dtype == value.dtype and mapped.shape == value.shape
+
+    def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
+        headers = {key: self._file_with(key)[1] for key in values}
+        read_into(
+            (self._folder / self._name_of(key), headers[key].bytes + headers[key].places[key][0], value)
+            for key, value in values.items()
+        )
+
+    def _name_of(self, key: str) -> str:
+        return self._shard_of.get(key, self._names[0])
+
+    def _file_with(self, key: str) -> tuple[Any, Header]:
+        """The file that has this tensor, if one has it, and its header."""
+        name = self._name_of(key)
+        if name not in self._open:
+            path = self._folder / name
+            with path.open("rb") as file:
+                header = read_header(file)
+            self._open[name] = safe_open(path, framework="pt"), header
+        return self._open[name]

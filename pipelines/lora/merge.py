@@ -78,7 +78,7 @@ class Merges:
         self._changed[name] = set(changes)
         for parameter, each in changes.items():
             value = parameters[parameter]
-            merged = self._files[name].read(parameter).to(self._device, value.dtype)
+            merged = self._files[name].read(parameter, self._device).to(value.dtype)
             for change, layer, tensors, scale in each:
                 merged = change(layer, tensors, merged, scale, self._device)
             value.copy_(merged)
