@@ -51,24 +51,24 @@ def main() -> int:
         tiny_checkpoints.write_checkpoints(root)
         if options.size in SIZES:
             write_real_size(root / tiny_checkpoints.T2V_1B / "transformer", options.size, options.blocks)
-        rows = measure(root, options.cache or root / "compiled", size | {"num_inference_steps": options.steps})
-    shape = f"{options.width}x{options.height}x{options.num_frames}, {options.steps} steps"
-    facts = {"size": options.size, "blocks": options.blocks, "video": shape}
-    report.write(f"denoise-{options.size}", rows, **facts)
+        video = f"{options.width}x{options.height}x{options.num_frames}, {options.steps} steps"
+        rows = report.Rows(f"denoise-{options.size}", size=options.size, blocks=options.blocks, video=video)
+        measure(rows, root, options.cache or root / "compiled", size | {"num_inference_steps": options.steps})
     return 0
 
 
-def measure(root: Path, cache: Path, size: dict[str, int]) -> list[dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure(rows: report.Rows, root: Path, cache: Path, size: dict[str, int]) -> None:
+    device = report.device()
 
     def load(attention: Attention) -> WanModel:
         return load_pipeline("wan21_1b", root, device, "none", attention=attention)
 
     model = load("native")
-    loras = [write_lora(root / f"rank{rank}.safetensors", model, rank, seed=rank) for rank in RANKS]
+    loras = [write_lora(root / f"rank{rank}.safetensors", model._pipe.transformer, rank, seed=rank) for rank in RANKS]
     del model
+    gc.collect()
     plain_first, plain_step, plain_frames = plain(root, loras[0], size)
-    rows = [{"way": "plain diffusers", "first_step_s": plain_first, "step_s": plain_step, "to_plain": 1.0, "equal": True}]
+    rows.add(way="plain diffusers", first_step_s=plain_first, step_s=plain_step, to_plain=1.0, equal=True, switch_s=None)
     ways: list[tuple[str, Attention, bool, LoraMode]] = [
         ("exact", "native", False, "adapter"),
         ("attention chosen", "auto", False, "adapter"),
@@ -82,18 +82,15 @@ def measure(root: Path, cache: Path, size: dict[str, int]) -> list[dict[str, Any
             model.compile_blocks(cache)
         first, step, frames = ours(model, loras[0], mode, size)
         switch, _, _ = ours(model, loras[1], mode, size)
-        rows.append(
-            {
-                "way": f"{name} ({model.facts['attention']})",
-                "first_step_s": first,
-                "step_s": step,
-                "to_plain": round(step / plain_step, 2),
-                "equal": bool(np.array_equal(frames, plain_frames)),
-                "switch_s": switch,
-            }
+        rows.add(
+            way=f"{name} ({model.facts['attention']})",
+            first_step_s=first,
+            step_s=step,
+            to_plain=round(step / plain_step, 2),
+            equal=bool(np.array_equal(frames, plain_frames)),
+            switch_s=switch,
         )
         del model
-    return rows
 
 
 class Steps:

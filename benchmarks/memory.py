@@ -1,17 +1,23 @@
-"""What a model and a job take of the GPU's memory in each OFFLOAD_MODE, by arithmetic.
+"""What a model and a job take of the GPU's memory in each OFFLOAD_MODE, by arithmetic and as it is measured.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --measure --size 14B     needs a GPU: one video of two steps in each mode that fits
 
-The real code runs on tensors without contents, in bf16 and in the real sizes, and the bytes that are alive at once are
-counted. Not in it: what kernels allocate for themselves, CUDA's own share, and what an allocator loses between the pieces.
+`--measure` puts what torch allocated at most beside the arithmetic, with random weights of the real size, a VAE of the real
+size, a tiny text encoder and no LoRA. Without a GPU it prints the arithmetic alone.
+
+By arithmetic: the real code runs on tensors without contents, in bf16 and in the real sizes, and the bytes that are alive at
+once are counted. Not in it: what kernels allocate for themselves, CUDA's own share, and what an allocator loses between the
+pieces.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +26,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import real_size, report
-from pipelines.catalog import MODELS, OFFLOAD
+from benchmarks.switch import SIZES, arguments, in_a_folder, write_real_size, write_vae
+from builder import tiny_checkpoints
+from pipelines import Sampling, load_pipeline
+from pipelines.catalog import MODELS, OFFLOAD, ModelSpec, OffloadMode
+from pipelines.checkpoints import Checkpoints
 from pipelines.diffusers_privates import decode_pieces
+from pipelines.errors import DeviceUnavailable, OutOfMemory
 from pipelines.load import quantization_in
-from pipelines.offload import on_device
+from pipelines.offload import bytes_by_mode, on_device
 
-SIZES = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
+VIDEOS = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
 """Width, height, frames."""
 
 
@@ -53,14 +64,25 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def main() -> int:
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    parser = arguments("python -m benchmarks.memory", __doc__, repeat=1)
+    parser.add_argument("--measure", action="store_true", help="measure, in place of the tables by arithmetic")
+    for name, default in (("width", 832), ("height", 480), ("num-frames", 81)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    if options.measure:
+        video = (options.width, options.height, options.num_frames)
+        in_a_folder(lambda folder: measure(folder, options.size, options.blocks, video))
+    else:
+        calculate()
+    return 0
+
+
+def calculate() -> None:
     torch.set_default_dtype(torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for model_id, spec in MODELS.items():
         sizes = real_size.bytes_of_parts(model_id)
-        work = {size: max(denoising(model_id, *size), decoding(model_id, *size)) for size in SIZES}
+        work = {size: max(denoising(model_id, *size), decoding(model_id, *size)) for size in VIDEOS}
         needed = on_device(spec, sizes)
         modes = {f"weights {mode}": gigabytes(needed[mode]) if mode in needed else None for mode in OFFLOAD}
         waiting = {mode: sum(sizes.get(part, 0) for part in spec.waits_in_memory(mode)) for mode in needed}
@@ -70,7 +92,44 @@ def main() -> int:
     report.write("memory", rows, unit="GB, calculated")
     quantized = [{"model": model_id} | dict(_quantized(model_id)) for model_id in MODELS]
     report.write("memory-quantized", quantized, unit="GB, calculated")
-    return 0
+
+
+def measure(root: Path, size: str, blocks: int | None, video: tuple[int, int, int]) -> None:
+    spec = MODELS["wan21_14b" if size == "14B" else "wan21_1b"]
+    repo = root / spec.sources["vae"].repo
+    tiny_checkpoints.write_checkpoints(root)
+    if size in SIZES:
+        write_real_size(repo / "transformer", size, blocks)
+        write_vae(repo / "vae", spec.id)
+    torch.set_default_dtype(torch.bfloat16)
+    job = max(denoising(spec.id, *video), decoding(spec.id, *video))
+    torch.set_default_dtype(torch.float32)
+    weights = bytes_by_mode(Checkpoints(spec, root), torch.bfloat16.itemsize)
+    shape = "x".join(map(str, video))
+    rows = report.Rows(f"memory-measured-{size}", size=size, blocks=blocks, video=shape, unit="GB")
+    for mode in spec.offload_modes:
+        facts = {"mode": mode, "weights_by_arithmetic": gigabytes(weights[mode].device), "job_by_arithmetic": gigabytes(job)}
+        try:
+            rows.add(**facts, **(measured(spec, root, mode, video) if torch.cuda.is_available() else {}))
+        except (DeviceUnavailable, OutOfMemory) as error:
+            rows.add(**facts, error=str(error))
+
+
+def measured(spec: ModelSpec, root: Path, mode: OffloadMode, video: tuple[int, int, int]) -> dict[str, Any]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    with report.Peak() as load:
+        model = load_pipeline(spec.id, root, "cuda", mode)
+    there = torch.cuda.memory_allocated()
+    with report.Peak() as job:
+        for _ in model.generate(Sampling("a boat", "", *video, num_inference_steps=2, seed=42)):
+            pass
+    return {
+        "weights_between_videos": gigabytes(there),
+        "peak_of_the_load": load.total_gigabytes,
+        "peak_of_the_job": job.total_gigabytes,
+        "reserved": gigabytes(torch.cuda.memory_reserved()),
+    }
 
 
 def _quantized(model_id: str) -> Iterator[tuple[str, float | None]]:

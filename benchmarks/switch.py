@@ -2,10 +2,10 @@
 
     python -m benchmarks.switch                          tiny models, on a CPU
     python -m benchmarks.switch --size 1.3B              random weights of the real size, written to a temp folder
-    python -m benchmarks.switch --size 14B --blocks 8    real widths, fewer blocks, for a machine with less memory
+    python -m benchmarks.switch --size 14B --repeat 2    on a GPU; --blocks for fewer blocks, where all do not fit
 
-Prints a table and writes JSON with the device and versions to benchmarks/results/. Each figure is the median of several
-switches between two LoRAs of different weights, measured in one run with the fresh loads.
+Prints a table row by row, and writes JSON with the device and versions to benchmarks/results/. Each figure is the median of
+several switches between two LoRAs of different weights, measured in one run with the fresh loads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -23,10 +24,10 @@ import transformers
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from benchmarks import report
+from benchmarks import real_size, report
 from benchmarks.report import median
 from builder import tiny_checkpoints
-from pipelines import Adapter, WanModel, load_pipeline
+from pipelines import Adapter, load_pipeline
 from pipelines.lora.file import LoraFile
 
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
@@ -66,23 +67,22 @@ def write_model(root: Path, size: str, blocks: int | None) -> tiny_checkpoints.S
 
 
 def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = report.device()
     shape = write_model(root, size, blocks)
     fresh = median(repeat, lambda: plain_diffusers(root, device))
     gc.collect()
     model = load_pipeline("wan21_1b", root, device, dtype=torch.bfloat16)
-    rows = []
+    gigabytes = round(sum(p.nbytes for p in model._pipe.transformer.parameters()) / 1e9, 2)
+    size = f"{size}-{shape.blocks}-blocks"
+    rows = report.Rows(f"switch-{size}", size=size, transformer_gigabytes=gigabytes, fresh_pipeline_seconds=round(fresh, 3))
     for rank in ranks:
-        pair = [write_lora(root / f"{rank}-{seed}.safetensors", model, rank, seed) for seed in (1, 2)]
+        pair = [write_lora(root / f"{rank}-{seed}.safetensors", model._pipe.transformer, rank, seed) for seed in (1, 2)]
         row: dict[str, object] = {"rank": rank}
         for mode in ("adapter", "merge"):
             model.apply_loras([pair[1]], mode)
             seconds = median(repeat, *(lambda lora=lora, mode=mode: model.apply_loras([lora], mode) for lora in pair))
             row |= {f"{mode}_seconds": round(seconds, 3), f"{mode}_to_fresh": round(seconds / fresh, 3)}
-        rows.append(row)
-    size = f"{size}-{shape.blocks}-blocks"
-    gigabytes = round(sum(p.nbytes for p in model._pipe.transformer.parameters()) / 1e9, 2)
-    report.write(f"switch-{size}", rows, size=size, transformer_gigabytes=gigabytes, fresh_pipeline_seconds=round(fresh, 3))
+        rows.add(**row)
 
 
 def plain_diffusers(root: Path, device: str) -> None:
@@ -97,34 +97,43 @@ def plain_diffusers(root: Path, device: str) -> None:
 
 
 def write_real_size(folder: Path, size: str, blocks: int | None) -> tiny_checkpoints.Size:
+    """Write a transformer with random weights, which a GPU makes in seconds, in place of the one in `folder`."""
     heads, ffn_dim, all_blocks = SIZES[size]
     shape = tiny_checkpoints.Size(heads, ffn_dim, blocks or all_blocks)
     with torch.device("meta"):
         model = WanTransformer3DModel(
             num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn_dim, num_layers=shape.blocks, text_dim=32
         )
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    model = model.to(torch.bfloat16).to_empty(device=report.device())
     for parameter in model.parameters():
         parameter.data.uniform_(-0.03, 0.03)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="10GB")
+    model.to("cpu").save_pretrained(folder, max_shard_size="10GB")
     return shape
 
 
-def write_lora(path: Path, model: WanModel, rank: int, seed: int) -> Adapter:
-    """A LoRA on every linear layer of every block, in ai-toolkit's format."""
-    generator = torch.Generator().manual_seed(seed)
+def write_vae(folder: Path, model_id: str) -> None:
+    """Write a VAE of the real size in place of the one in `folder`, in bf16, with random weights."""
+    with torch.device(report.device()):
+        vae = real_size.vae(model_id)
+    vae.to("cpu", torch.bfloat16).save_pretrained(folder)
+
+
+def write_lora(path: Path, model: Any, rank: int, seed: int) -> Adapter:
+    """A LoRA on every linear layer of every block of a transformer, in ai-toolkit's format."""
+    generator = torch.Generator(device := report.device()).manual_seed(seed)
     names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "net.0.proj": "0", "net.2": "2"}
     tensors = {}
-    for name, module in model._pipe.transformer.named_modules():
+    for name, module in model.named_modules():
         _, _, layer = name.partition("blocks.")
         block, _, layer = layer.partition(".")
         group, _, part = layer.partition(".")
         if part in names and isinstance(module, torch.nn.Linear):
             group = {"attn1": "self_attn", "attn2": "cross_attn"}.get(group, group)
             key = f"diffusion_model.blocks.{block}.{group}.{names[part]}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator).to(torch.bfloat16)
-            tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator).to(torch.bfloat16)
+            for part, shape in {"A": (rank, module.in_features), "B": (module.out_features, rank)}.items():
+                factor = torch.randn(*shape, generator=generator, device=device)
+                tensors[f"{key}.lora_{part}.weight"] = factor.to("cpu", torch.bfloat16)
     save_file(tensors, path, metadata=tiny_checkpoints.lora_metadata(path.stem, "wan_2.1"))
     return Adapter(LoraFile.read(path), 0.5)
 

@@ -56,7 +56,7 @@ def loras(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
     folder = tmp_path_factory.mktemp("loras")
     plain = load_pipeline("wan21_1b", tiny, "cpu")
     return {
-        rank: [write_lora(folder / f"{rank}-{seed}.safetensors", plain, rank, seed) for seed in (1, 2)]
+        rank: [write_lora(folder / f"{rank}-{seed}.safetensors", plain._pipe.transformer, rank, seed) for seed in (1, 2)]
         for rank in (4, 16, COMPILED_RANK, COMPILED_RANK + 8)
     }
 
