@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from pipelines.base import Parts, WanModel
+from pipelines.base import WanModel
+from pipelines.parts import Parts
 from pipelines.toolkit import Toolkit
 from pipelines.weights import STEM_OF
 

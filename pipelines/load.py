@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from pipelines import diffusers_privates as privates
 from pipelines.attention import set_attention
-from pipelines.base import Parts, WanModel
+from pipelines.base import WanModel
 from pipelines.catalog import MODELS, Attention, Family, ModelSpec, OffloadMode, Quantize
 from pipelines.checkpoints import Checkpoints
 from pipelines.device import is_out_of_memory
@@ -21,6 +21,7 @@ from pipelines.errors import CheckpointNotFound, DeviceUnavailable, OutOfMemory
 from pipelines.facts import facts_of
 from pipelines.host_memory import available
 from pipelines.offload import Memory, bytes_by_mode, mode_for
+from pipelines.parts import Parts
 from pipelines.toolkit import load_toolkit
 from pipelines.toolkit_models import Wan22ImageToVideo, Wan22TextImageToVideo
 from pipelines.trained import Quantization, TrainedWith

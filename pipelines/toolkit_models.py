@@ -10,7 +10,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from pipelines.base import Parts, WanModel
+from pipelines.base import WanModel
+from pipelines.parts import Parts
 from pipelines.recipes import Sampling
 from pipelines.schedulers import UNIPC
 from pipelines.toolkit import Toolkit
