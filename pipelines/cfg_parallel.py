@@ -80,7 +80,7 @@ class CfgParallel:
         """
         self._is_over, self._conditional, self._has_guidance = False, None, has_guidance
         try:
-            with _forward_of(transformers, self._pass):
+            with _calls_of(transformers, self._pass):
                 yield
         except DeviceLost:
             raise
@@ -156,21 +156,24 @@ def _without_values(transformer: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _forward_of(models: Sequence[torch.nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Have `call(model, hidden_states, compute)` run instead of each model's `forward`, whatever hooks it has by then."""
-    distinct: list[Any] = list({id(model): model for model in models}.values())
-    before = [(model, vars(model).get("forward")) for model in distinct]
+def _calls_of(models: Sequence[torch.nn.Module], instead: Callable[..., Any]) -> Iterator[None]:
+    """Have `instead(model, hidden_states, compute)` run when one of these models is called.
+
+    Their class is changed, and not their `forward`: hooks of offloading replace that, even within a pass.
+    """
+    before: dict[Any, Callable[..., Any]] = {type(model): type(model).__call__ for model in models}
     try:
-        for model in distinct:
-            model.forward = _calling(call, model, model.forward)
+        for of_models, plain in before.items():
+            of_models.__call__ = _calling(instead, set(map(id, models)), plain)
         yield
     finally:
-        for model, forward in before:
-            if forward is None:
-                del model.forward
-            else:
-                model.forward = forward
+        for of_models, plain in before.items():
+            of_models.__call__ = plain
 
 
-def _calling(call: Callable[..., Any], model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda hidden_states, *rest, **named: call(model, hidden_states, partial(forward, hidden_states, *rest, **named))
+def _calling(instead: Callable[..., Any], shared: set[int], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(model: Any, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        compute = partial(plain, model, hidden_states, *rest, **named)
+        return instead(model, hidden_states, compute) if id(model) in shared else compute()
+
+    return call

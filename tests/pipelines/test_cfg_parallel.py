@@ -23,10 +23,12 @@ from pipelines.recipes import Recipe, documented, preview
 from pipelines.trained import TrainedWith
 from tests.conftest import STAND_IN
 from tests.pipelines.test_models import PICTURE, adapters
+from tests.stand_in_device import StandInDevice
 
 SAMPLING = Sampling("a boat", "blurry", width=32, height=32, num_frames=5, num_inference_steps=3)
 PASSES_OF_A_RANK = 3
 FAMILIES = ["wan22_14b_t2v", "wan22_5b"]
+_PATCH = pytest.MonkeyPatch()
 
 
 class Ranks:
@@ -111,8 +113,13 @@ def other_rank(rank: int, number: int, tiny: Path, store: Path, connection: Conn
                 connection.send(None)
 
 
-def load(model_id: str, tiny: Path) -> WanModel:
-    return load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN if MODELS[model_id].needs_toolkit else None)
+def load(name: str, tiny: Path) -> WanModel:
+    """`name`: a model id, or one with the offload mode in which it runs on a stand-in for a GPU's memory."""
+    model_id, *modes = name.split()
+    model = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN if MODELS[model_id].needs_toolkit else None)
+    for mode in modes:
+        StandInDevice(_PATCH).place(model, mode)  # type: ignore[arg-type]
+    return model
 
 
 @contextmanager
@@ -141,6 +148,7 @@ def ranks(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.T
     of_a_worker = Ranks(tiny, tmp_path_factory.mktemp("ranks") / "store", request.param)
     yield of_a_worker
     of_a_worker.end()
+    _PATCH.undo()
 
 
 two = pytest.mark.parametrize("ranks", [2], indirect=True, scope="module")
@@ -180,6 +188,16 @@ def test_two_ranks_make_the_frames_of_one_with_half_of_its_passes(ranks: Ranks, 
         assert shared == alone
         assert ranks.passes == passes[::2], "a rank runs the conditional pass of each step and no other"
     assert len(seen) == len(ways)
+
+
+@two
+@pytest.mark.parametrize("mode", ["group", "swap"])
+def test_two_ranks_share_the_passes_of_transformers_that_wait_in_memory(ranks: Ranks, mode: str) -> None:
+    name, recipe = f"wan22_14b_t2v {mode}", documented(MODELS["wan22_14b_t2v"])
+    shared = ranks.video(name, SAMPLING, recipe)
+    assert len(ranks.passes) == PASSES_OF_A_RANK
+    assert ranks.video(name, SAMPLING, recipe) == shared, "the hooks are as they were"
+    assert video_of_one_rank(ranks.model(name), SAMPLING, recipe) == shared
 
 
 @two
