@@ -135,7 +135,6 @@ class WanModel(ABC):
         none), LoraInvalid (its values are too large), and whatever `on_step` raises.
         """
         recipe = recipe or documented(self.spec)
-        sampling = self._fit(sampling, recipe)
         with self._device_errors():
             try:
                 latents = self._latents(sampling, recipe, on_step)
@@ -146,23 +145,23 @@ class WanModel(ABC):
 
     def shares(self, sampling: Sampling, recipe: Recipe) -> bool:
         """Whether the other ranks must `denoise` this video while this one runs `generate`."""
-        return self._parallel is not None and self._parallel.shares(recipe.fit(sampling).guidance_scale > 1)
+        return self._parallel is not None and self._parallel.shares(_has_guidance(sampling, recipe))
 
     def denoise(self, sampling: Sampling, recipe: Recipe) -> None:
         """What a rank other than 0 does for a video. Raises what `generate` raises, and RankFailed."""
         with self._device_errors():
             try:
-                self._latents(self._fit(sampling, recipe), recipe, None)
+                self._latents(sampling, recipe, None)
             finally:
                 self._pipe.maybe_free_model_hooks()
 
     def _latents(self, sampling: Sampling, recipe: Recipe, on_step: OnStep | None) -> torch.Tensor:
         transformers = [getattr(self._pipe, name) for name in self.spec.transformers]
         sharing: Any = contextlib.nullcontext()
-        has_guidance = sampling.guidance_scale > 1
-        if self._parallel and self._parallel.shares(has_guidance):
-            sharing = self._parallel.one_video(transformers, has_guidance)
-        with sharing:
+        if self._parallel and self.shares(sampling, recipe):
+            sharing = self._parallel.one_video(transformers, _has_guidance(sampling, recipe))
+        with sharing:  # from here on, what fails on this rank ends the video on all
+            sampling = self._fit(sampling, recipe)
             self._apply_recipe(recipe)
             swapping = self._swap or contextlib.nullcontext()
             with torch.no_grad(), swapping, self._compiled(), _seeded(sampling.seed, self.device) as generator:
@@ -262,6 +261,10 @@ class WanModel(ABC):
             if self.bytes_by_mode[mode] < now and can_be_used:
                 return f"run the worker with OFFLOAD_MODE={mode}"
         return "use a GPU with more memory"
+
+
+def _has_guidance(sampling: Sampling, recipe: Recipe) -> bool:
+    return recipe.fit(sampling).guidance_scale > 1
 
 
 @contextmanager

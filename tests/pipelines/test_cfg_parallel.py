@@ -61,6 +61,7 @@ class Ranks:
             connection.send((model_id, method, arguments, fails[1] if rank == fails[0] else 0))
 
     def answers(self) -> list[Exception | None]:
+        assert all(connection.poll(60) for connection in self._connections), "a rank waits in vain"
         return [connection.recv() for connection in self._connections]
 
     def video(
@@ -259,6 +260,19 @@ def test_what_fails_on_one_rank_ends_the_video_on_all_and_the_next_one_is_right(
         ranks.video("wan22_14b_t2v", SAMPLING, recipe, fails=(at_fault % ranks.number, fails_at))
     assert len(ranks.passes) <= fails_at
     assert ranks.video("wan22_14b_t2v", SAMPLING, recipe) == right
+
+
+@two
+def test_a_picture_that_finds_no_memory_on_one_rank_ends_the_video_on_all(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    model = ranks.model("wan22_14b_t2v")
+    monkeypatch.setattr(model, "_fit", full)
+    with pytest.raises(OutOfMemory):
+        ranks.video("wan22_14b_t2v", SAMPLING, documented(model.spec))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
