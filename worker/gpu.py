@@ -67,8 +67,8 @@ class Gpu:
         await self._run(run, self._generate, run, shot, frames)
 
     async def _run(self, run: Run, function: Callable[..., None], *arguments: Any) -> None:
-        if left_behind.is_set():
-            raise DeviceLost("a thread does not stop")
+        if self.is_lost or left_behind.is_set():
+            raise DeviceLost("the worker shuts down")  # a job that has waited for the GPU while another lost it
         try:
             await in_thread(run.stop, function, *arguments, executor=self._thread, seconds_to_stop=_SECONDS_TO_STOP)
         except DeviceLost:
