@@ -58,6 +58,9 @@ def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, 
             commands.put(connection.recv())
     except (OSError, EOFError):
         os._exit(0)
+    except BaseException as error:  # a command that cannot be read; without this thread, nothing would end the process
+        logs.log.error("a command of the worker cannot be read", exc_info=error)
+        os._exit(1)
 
 
 def _sendable(error: Exception) -> Exception:
