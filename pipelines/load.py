@@ -74,7 +74,7 @@ def load_pipeline(
         _check_codes(checkpoints, quantization, quantize, dtype)
         if target.type == "cuda":
             sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
-            mode = mode_for(offload_mode, spec, sizes, free, available() // processes or None)
+            mode = mode_for(offload_mode, spec, sizes, free, available() or None, processes)
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
         model = _MODEL_CLASS[spec.family].load(parts, toolkit)
         model.place(mode)

@@ -33,15 +33,22 @@ class Memory:
 
 
 def mode_for(
-    asked: OffloadMode, spec: ModelSpec, needed: Mapping[OffloadMode, Memory], free: int, host: int | None = None
+    asked: OffloadMode,
+    spec: ModelSpec,
+    needed: Mapping[OffloadMode, Memory],
+    free: int,
+    host: int | None = None,
+    processes: int = 1,
 ) -> OffloadMode:
     """The mode in which the weights fit into `free` bytes of the device and `host` bytes of main memory (None: not known).
+
+    `processes`: how many share the main memory. Each of them keeps its own weights there.
 
     `auto`: the quickest of the modes that stream or swap which leaves room for a job of up to 1280x720, 81 frames, else
     `group`. For a mode that is asked for, only what is certain is checked of the device: the weights themselves. Raises
     DeviceUnavailable.
     """
-    room = float("inf") if host is None else host - BYTES_OF_THE_PROCESS
+    room = float("inf") if host is None else host // processes - BYTES_OF_THE_PROCESS
     if asked == "auto":
         possible = [mode for mode in spec.offload_modes if OFFLOAD[mode].streamed is not None]
         asked = next((mode for mode in possible if needed[mode].device + spec.bytes_of_a_job(mode) <= free), "group")
@@ -55,10 +62,12 @@ def mode_for(
             f"the weights of {spec.id} take {needed[asked].device / 1e9:.1f} GB with OFFLOAD_MODE={asked}, and the GPU has "
             f"{free / 1e9:.1f} GB free: {remedy}use a larger GPU"
         )
+    each = f" for each of {processes} GPUs" if processes > 1 else ""
+    remedy += "set GPUS to fewer, or " if processes > 1 else ""
     raise DeviceUnavailable(
         f"OFFLOAD_MODE={asked} keeps {needed[asked].host / 1e9:.1f} GB of {spec.id} in main memory, of which this machine or "
-        f"container has {(host or 0) / 1e9:.1f} GB, {BYTES_OF_THE_PROCESS / 1e9:.0f} GB of them for the worker itself: "
-        f"{remedy}use a GPU that holds more of it, or a machine with more memory"
+        f"container has {(host or 0) / processes / 1e9:.1f} GB{each}, {BYTES_OF_THE_PROCESS / 1e9:.0f} GB of them for the "
+        f"worker itself: {remedy}use a GPU that holds more of it, or a machine with more memory"
     )
 
 

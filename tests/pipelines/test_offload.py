@@ -95,6 +95,15 @@ def test_weights_that_do_not_fit_into_main_memory_end_the_start_with_a_remedy(
         mode_for("group", one_billion, 2, bytes_by_mode(one_billion, 2)["group"].device, BYTES_OF_THE_PROCESS)
 
 
+def test_several_gpus_share_the_main_memory(one_billion: Checkpoints, sizes: dict[str, int]) -> None:
+    free = sum(sizes.values()) - sizes["text_encoder"] + one_billion.spec.bytes_of_a_job("text_encoder")
+    enough = 4 * (BYTES_OF_THE_PROCESS + sizes["text_encoder"])
+    needed = bytes_by_mode(one_billion, 2)
+    assert mode_of_sizes("auto", one_billion.spec, needed, free, enough, processes=4) == "text_encoder"
+    with pytest.raises(DeviceUnavailable, match=r"has 6.0 GB for each of 4 GPUs, .*set GPUS to fewer"):
+        mode_of_sizes("auto", one_billion.spec, needed, free, enough - 1, processes=4)
+
+
 def test_the_memory_of_a_large_lora_is_the_sum_of_its_factors() -> None:
     """Rank 128 in 16 bits on every linear layer of the blocks, by the shapes of diffusers' own model."""
     from benchmarks import real_size
