@@ -97,6 +97,17 @@ class WanModel(ABC):
         self._parallel = parallel
         self.facts["gpus"] = parallel.ranks
 
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """Raises DeviceUnavailable when this rank would compute otherwise than another, which has these facts.
+
+        How the weights wait in memory may differ.
+        """
+        names = sorted(self.facts.keys() - {"offload_mode"})
+        if differing := [f"{name} {self.facts[name]} and {facts[name]}" for name in names if self.facts[name] != facts[name]]:
+            raise DeviceUnavailable(
+                f"the GPUs of this worker would not compute alike: {', '.join(differing)}; set what is `auto`, or GPUS=1"
+            )
+
     def apply_loras(
         self,
         adapters: Sequence[Adapter],

@@ -56,7 +56,10 @@ class CfgParallel:
                 timeout=_LONGEST_WAIT,
                 device_id=device if is_cuda else None,
             )
-            halves = [dist.new_group(range(source, source + per_pass)) for source in self._sources] if per_pass > 1 else []
+            halves = [
+                dist.new_group(range(source, source + per_pass), timeout=_LONGEST_WAIT)
+                for source in (self._sources if per_pass > 1 else ())
+            ]
         self._with_half = SequenceParallel(halves[self._own_pass], self._agree) if halves else None
         self._with_all = SequenceParallel(dist.group.WORLD, self._agree) if halves else None
         self._has_guidance = True

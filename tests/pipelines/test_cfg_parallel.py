@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipelines import Sampling, WanModel, load_pipeline
 from pipelines.catalog import MODELS
 from pipelines.cfg_parallel import CfgParallel
-from pipelines.errors import DeviceLost, LibraryMoved, OutOfMemory, RankFailed
+from pipelines.errors import DeviceLost, DeviceUnavailable, LibraryMoved, OutOfMemory, RankFailed
 from pipelines.recipes import Recipe, documented, preview
 from pipelines.trained import TrainedWith
 from tests.conftest import STAND_IN
@@ -189,6 +189,14 @@ def test_two_ranks_make_the_frames_of_one_with_half_of_its_passes(ranks: Ranks, 
         assert shared == alone
         assert ranks.passes == passes[::2], "a rank runs the conditional pass of each step and no other"
     assert len(seen) == len(ways)
+
+
+@two
+def test_ranks_with_other_weights_share_no_video(ranks: Ranks) -> None:
+    model = ranks.model("wan22_14b_t2v")
+    model.check_equal({**model.facts, "offload_mode": "swap"})
+    with pytest.raises(DeviceUnavailable, match="quantize None and uint4"):
+        model.check_equal({**model.facts, "quantize": "uint4"})
 
 
 @two

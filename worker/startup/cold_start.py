@@ -65,6 +65,8 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
                 with timed(took, "other GPUs"):
                     ranks.wait_until_loaded()
                     meet(model, settings, 0, ranks.store)
+                    with ranks.doing("check_equal", model.facts):
+                        pass
     except pipeline_errors.DeviceUnavailable as error:
         raise SettingsError(str(error)) from error
     except pipeline_errors.PipelineError as error:
