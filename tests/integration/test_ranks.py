@@ -98,9 +98,9 @@ def test_ranks_end_with_their_worker_whatever_they_are_doing(tiny: Path, tmp_pat
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"ready\n"
+        time.sleep(1)  # they import their libraries by now; at first, /proc may not have their command lines yet
         ranks = ranks_of(worker.pid)
         assert len(ranks) == 3
-        time.sleep(1)  # they import their libraries by now
         worker.kill()
         assert all(ends_within(5, rank) for rank in ranks)
     subprocess.run([sys.executable, "-c", "from worker.files import scratch; scratch()"], cwd=ROOT, env=env, check=True)
