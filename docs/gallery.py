@@ -49,6 +49,13 @@ def _match(request: dict[str, Any], value: str) -> None:
     request["match"] = value
 
 
+_FULL_RUN, _DRAFT = "full run, 20 steps", "draft, 4 steps"
+
+
+def _draft(request: dict[str, Any], value: str) -> None:
+    request["draft"] = value == _DRAFT
+
+
 _WITH, _WITHOUT = "with the LoRA", "without"
 
 
@@ -71,6 +78,7 @@ STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], No
     "scale": ("LoRA scale {:g}", (0.0, 0.5, 1.0, 1.5), _scale),
     "guidance": ("guidance {:g}", (1.0, 4.0, 6.0), _prompt("guidance_scale")),
     "steps": ("{} steps", (4, 10, 25), _prompt("sample_steps")),
+    "draft": ("{}", (_FULL_RUN, _DRAFT), _draft),
     "match": ("{}", ("documented", "preview"), _match),
     "image": ("“… moves {} …”", ("left", "right", "up", "down"), _direction),
 }

@@ -7,7 +7,13 @@ import math
 from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 440, 180, 24
-COLOURS = {"vae": "#3f7fd4", "decoder": "#8f6fd4", "transformer": "#d0742b", "image_to_video": "#3f9f5f"}
+COLOURS = {
+    "vae": "#3f7fd4",
+    "decoder": "#8f6fd4",
+    "transformer": "#d0742b",
+    "image_to_video": "#3f9f5f",
+    "distilled": "#b0508f",
+}
 INK = "#808080"
 """Readable on white and on black alike."""
 

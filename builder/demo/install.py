@@ -4,8 +4,9 @@
 
 The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py and ai-toolkit read, but those of 5B,
 and `ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All text-to-video
-models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled. The same holds for
-image-to-video; the image encoder of 2.1 is random, and what it sees changes nothing.
+models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled. So do the LoRAs of their
+drafts. The same holds for image-to-video, which has no drafts here; the image encoder of 2.1 is random, and what it sees
+changes nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def install(root: Path) -> None:
     for model_id in MODEL_IDS:
         _install_model(MODELS[model_id], root)
     shutil.copytree(TRAINED, root / "loras", dirs_exist_ok=True)
+    drafts = [spec.draft for spec in MODELS.values() if spec.family == "t2v" and spec.draft]
+    for lora in (lora for draft in drafts for lora in draft.loras):
+        (root / lora.repo).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(WEIGHTS / "distilled.safetensors", root / lora.repo / lora.path)
 
 
 def _install_model(spec: ModelSpec, root: Path) -> None:

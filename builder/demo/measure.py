@@ -4,8 +4,8 @@
 
 The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings; and
 boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Image-to-video starts from
-the first frames of such clips, which do not tell the direction. Writes OUT/figures.json, and a sheet of the films for each
-setting.
+the first frames of such clips, which do not tell the direction. Text-to-video models also make drafts, which are compared with
+the full runs of the same seeds. Writes OUT/figures.json, and a sheet of the films for each setting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from builder.demo import image_to_video, world
 from builder.demo.captions import CHOICES
 from builder.demo.judge import Verdict, judge
 from builder.demo.text import TRIGGER
-from pipelines.catalog import MODELS
+from pipelines.catalog import MODELS, Draft
+from pipelines.few_steps import FewStepEuler
 
 LARGE, SMALL = (96, 128, 17), (64, 96, 9)
 """Height, width and frames."""
@@ -104,6 +105,22 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return 10 * torch.log10(4 / ((a - b) ** 2).mean()).item()
 
 
+def drafts(pipe: DiffusionPipeline, draft: Draft, checkpoints: Path, prompts: Sequence[str]) -> list[Tensor]:
+    """Return a film of each prompt, made by the recipe with the seed that its full run has."""
+    of_full_run, pipe.scheduler = pipe.scheduler, FewStepEuler(draft.timesteps, draft.shift)
+    for lora in draft.loras:
+        pipe.load_lora_weights(
+            checkpoints / lora.repo,
+            weight_name=lora.path,
+            adapter_name=lora.side or "draft",
+            load_into_transformer_2=lora.side == "low",
+        )
+    films = [film(pipe, prompt, LARGE, 100 + i, len(draft.timesteps), 1.0) for i, prompt in enumerate(prompts)]
+    pipe.unload_lora_weights()
+    pipe.scheduler = of_full_run
+    return films
+
+
 def with_lora(pipe: DiffusionPipeline, lora: Path) -> dict[str, dict[str, float]]:
     """Return how often the judge sees the striped sail, and how far the LoRA changes the films. `lora`: the trainer's folder.
 
@@ -165,6 +182,7 @@ def main() -> int:
         "small, 4 steps": (plain_prompts, SMALL, 4, 4.0),
     }
     figures: dict[str, dict[str, float]] = {}
+    seen: dict[str, list[Verdict]] = {}
     for name, (prompts, shape, steps, guidance) in settings.items():
         started = time.monotonic()
         pictures = first_frames(shape) if spec.family == "i2v" else []
@@ -172,7 +190,7 @@ def main() -> int:
             film(pipe, prompt, shape, 100 + i, steps, guidance, image=world.to_pil(pictures[i]) if pictures else None)
             for i, prompt in enumerate(prompts)
         ]
-        verdicts = [judge(made) for made in films]
+        verdicts = seen[name] = [judge(made) for made in films]
         figures[name] = {**count(verdicts), "seconds a film": round((time.monotonic() - started) / len(films), 1)}
         if pictures:
             both = zip(pictures, films, strict=True)
@@ -180,6 +198,17 @@ def main() -> int:
         print(name, figures[name])
         print("\n".join(f"    {prompt}: {verdict}" for prompt, verdict in zip(prompts, verdicts, strict=True)), flush=True)
         world.to_image(films, every=4).save(args.out / f"{name.replace(' ', '-').replace(',', '')}.png")
+    if spec.family == "t2v" and spec.draft:
+        films = drafts(pipe, spec.draft, args.checkpoints, plain_prompts)
+        verdicts = [judge(made) for made in films]
+        figures["draft"] = count(verdicts) | {
+            f"{name} as in the full run": sum(
+                getattr(draft, name) == getattr(full, name) for draft, full in zip(verdicts, seen["plain words"], strict=True)
+            )
+            for name in CHOICES
+        }
+        print("draft", figures["draft"], flush=True)
+        world.to_image(films, every=4).save(args.out / "draft.png")
     if args.model_id == "wan22_14b_t2v":
         figures |= with_lora(pipe, args.checkpoints / "loras/striped_sail")
         print("\n".join(f"{name} {row}" for name, row in figures.items() if name.startswith("LoRA")))
