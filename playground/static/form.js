@@ -345,6 +345,8 @@ export class Form {
 
   #changed() {
     if (!this.root.querySelector("[aria-invalid]")) this.summary.hidden = true;
+    this.#showTraining();
+    this.#countSet();
     clearTimeout(this.pending);
     this.pending = setTimeout(() => {
       this.#keep();
@@ -373,6 +375,12 @@ export class Form {
     }
   }
 
+  /** Ask how the training ran only where it matters, or has been said. */
+  #showTraining() {
+    const { match, trained_with: training } = Object.fromEntries(this.request.map((field) => [field.name, field]));
+    training.shown = match.value === "preview" || training.value !== undefined;
+  }
+
   /** Say beside "More" how many of its fields have been set, so that none works unseen. */
   #countSet() {
     const fields = [...this.rest, ...this.prompts.flatMap((prompt) => prompt.rest.map((name) => prompt.fields[name]))];
@@ -384,9 +392,6 @@ export class Form {
   async #showEffective() {
     const { request } = this.read({ withImages: false });
     for (const prompt of this.prompts) this.#shapePrompt(prompt);
-    const { match, trained_with: training } = Object.fromEntries(this.request.map((field) => [field.name, field]));
-    training.shown = match.value === "preview" || training.value !== undefined;
-    this.#countSet();
     const mine = (this.latest = Symbol());
     const { prompts } = await check(request).catch(() => ({ prompts: [] }));
     if (mine !== this.latest) return;

@@ -93,7 +93,7 @@ def test_sigterm_finishes_the_running_job(tiny: Path, tmp_path: Path) -> None:
         env = environment(tiny, "wan22_5b", AI_TOOLKIT_PATH=STAND_IN, **bucket.environment(), **cloud.environment())
         with process(env, tmp_path / "worker.log") as worker:
             cloud.submit("last", request_for("wan22_5b", tiny, width=128, height=128, num_frames=33, sample_steps=40))
-            cloud.wait_for("last", stage="denoise")
+            cloud.wait(lambda: cloud.progress_of("last"), "progress")
             worker.terminate()
             assert "output" in cloud.wait_for("last")
             assert worker.wait(timeout=120) == 0
