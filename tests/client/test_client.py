@@ -81,7 +81,7 @@ def test_the_client_gives_up_on_an_endpoint_that_stays_down_and_names_the_job(ap
     with pytest.raises(Unreachable) as caught:
         client.wait(job_id)
     assert caught.value.job_id == job_id
-    assert 0.2 < time.monotonic() - started < 1
+    assert 0.2 < time.monotonic() - started < 5
 
 
 def test_patience_counts_from_the_last_answer(api: Api, script: Script) -> None:

@@ -40,7 +40,7 @@ def test_a_local_error_ends_with_status_1_and_says_the_code(tiny: Path, tmp_path
 
 
 def test_a_terminal_shows_a_progress_bar(tiny: Path, tmp_path: Path) -> None:
-    job = json.dumps({"input": request_for("wan21_1b", tiny, width=128, height=128, num_frames=17, sample_steps=60)})
+    job = json.dumps({"input": request_for("wan21_1b", tiny, width=128, height=128, num_frames=33, sample_steps=150)})
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     command = [sys.executable, str(ROOT / "handler.py"), "--test_input", job]

@@ -311,7 +311,7 @@ def test_a_place_that_does_not_answer_holds_a_job_up_once_and_not_for_each_of_it
     monkeypatch.setattr(delivery, "_SECONDS_TO_SEARCH", 0.3)
     place, started = Delivery(Deaf(tmp_path), True, recovery, "job", JOB), time.monotonic()
     assert [place.find(f"{number}.mp4", STOP) for number in range(10)] == [None] * 10
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2.5
 
 
 # What a stranger can put into RECOVERY_DIR, and how much
