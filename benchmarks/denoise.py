@@ -105,7 +105,7 @@ class Steps:
         self._ends.append(time.perf_counter())
 
     def seconds(self, start: float) -> tuple[float, float]:
-        """Of the first step, with the texts, and of the mean of the others."""
+        """The seconds of the first step, with the texts, and the mean of the others."""
         first, last = self._ends[0], self._ends[-1]
         return round(first - start, 4), round((last - first) / (len(self._ends) - 1), 4)
 

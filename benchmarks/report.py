@@ -66,7 +66,7 @@ def _version_of(package: str) -> str | None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call, the device's work included."""
+    """The seconds of one call, the device's work included."""
     return timed(call)[1]
 
 

@@ -53,7 +53,7 @@ OFFLOAD: Mapping[OffloadMode, Offload] = MappingProxyType(
 """The modes but `auto`, the quickest first. `auto` is the first of those that stream which leaves room for a job."""
 
 TOOLKIT_COMMIT = "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350"
-"""Of ostris/ai-toolkit (0.12.26): the one that everything here was compared with."""
+"""The commit of ostris/ai-toolkit (0.12.26) that everything here was compared with."""
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE_SCALE = 4.0

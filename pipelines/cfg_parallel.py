@@ -26,7 +26,7 @@ from pipelines.errors import DeviceLost, LibraryMoved, RankFailed, lost_with_ano
 from pipelines.sequence_parallel import SequenceParallel
 
 PASSES = 2
-"""Of a step with guidance."""
+"""A step with guidance has two: with the prompt, and with the negative prompt."""
 
 _LONGEST_WAIT = timedelta(minutes=15)
 """How long one rank waits for another, which may have to load or compile first. A rank that ends is noticed at once."""

@@ -31,7 +31,7 @@ class Place:
     """A folder with checkpoints: `ORG/NAME` per Hub repo, or the layout of the cache of `huggingface_hub`."""
 
     name: str
-    """Of the variable that says where it is; errors name it, and never the folder itself."""
+    """The variable that says where it is; errors name it, and never the folder itself."""
     path: Path
     is_hub_cache: bool = False
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAME = "worker-wan-lora.manifest.json"
-"""Of the manifest, in the folder of a repo."""
+"""The manifest's file name, in the folder of a repo."""
 
 
 @dataclass(frozen=True)

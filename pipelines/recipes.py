@@ -85,7 +85,7 @@ class Recipe:
     timesteps: tuple[int, ...] | None = None
     """The steps of a draft, of 1000 and before the shift. They replace the number of steps, and there is no guidance."""
     era: Era | None = None
-    """Of the trainer, in `preview`, also where an explicit sampler took the place of its solver."""
+    """The trainer's, in `preview`, also where an explicit sampler took the place of its solver."""
     era_why: str | None = None
 
     @property

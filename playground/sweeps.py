@@ -45,7 +45,7 @@ class Asked:
     """A sweep as the page asks for it."""
 
     request: dict[str, Any]
-    """Of the form; its own LoRAs, scale and seed count where an axis has no values."""
+    """The form's; its own LoRAs, scale and seed count where an axis has no values."""
     loras: tuple[str | TriedLora, ...]
     scales: str
     """As "0.6, 0.8, 1"."""
@@ -105,7 +105,7 @@ class _Cell:
     state: str = "wanted"
     """wanted; sending; stopping: cancelled while it was sent; or settled: its job or its error says the rest."""
     code: str = ""
-    """Of the error for which it could not be sent."""
+    """The code of the error for which it could not be sent."""
     error: str = ""
 
 

@@ -80,7 +80,7 @@ class LoraFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file, as hexadecimal digits."""
+        """The checksum of the whole file, as hexadecimal digits."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

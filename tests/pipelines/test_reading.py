@@ -88,7 +88,7 @@ def test_shards_are_read_each_from_its_file(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_frames_are_those_of_weights_that_were_copied(tiny: Path) -> None:
-    """Of a copy, since kernels of a CPU round with the weight in its mapped file otherwise."""
+    """A copy's frames, since kernels of a CPU round with the weight in its mapped file otherwise."""
     copied, read = (load_pipeline("wan21_1b", tiny, "cpu") for _ in range(2))
     for part in ("transformer", "text_encoder", "vae"):
         for value in getattr(copied._pipe, part).parameters():
