@@ -263,10 +263,7 @@ class Jobs:
     def _store(self) -> None:
         if not self._keep:
             return
-        part = self._folder / f"{_INDEX}.part"
-        part.touch(mode=0o600)  # the URLs of results are secrets
-        part.write_text(json.dumps([{name: getattr(job, name) for name in _STORED} for job in self._jobs.values()]))
-        part.replace(self._folder / _INDEX)
+        write_private(self._folder / _INDEX, [{name: getattr(job, name) for name in _STORED} for job in self._jobs.values()])
 
     def _ended(self, job: Job) -> None:
         with self._lock:
@@ -349,6 +346,14 @@ class Jobs:
                 encode([frames], part, VIDEO["mp4"], output.fps, len(frames))
                 part.rename(target)
         return target
+
+
+def write_private(target: Path, values: Any) -> None:
+    """Write JSON that only this user can read, whole or not at all: the URLs of results are secrets."""
+    part = target.with_name(f"{target.name}.part")
+    part.touch(mode=0o600)
+    part.write_text(json.dumps(values))
+    part.replace(target)
 
 
 def _name_of(file: File) -> str:

@@ -19,7 +19,7 @@ from client import Client, ClientError, DownloadFailed, InvalidRequest, JobNotFo
 from client.errors import BadInput
 from client.sweep.plan import Plan, TriedLora, sweep_of
 from client.sweep.table import Arranged, arranged, title_of
-from playground.jobs import Job, Jobs, NoFile
+from playground.jobs import Job, Jobs, NoFile, write_private
 from tools.grid import Table, Tile, write_video
 from worker.errors import Code, Problem
 
@@ -391,10 +391,7 @@ class Sweeps:
     def _store(self) -> None:
         if not self._store_folder:
             return
-        part = self._index.with_name(f"{_INDEX}.part")
-        part.touch(mode=0o600)
-        part.write_text(json.dumps([_as_stored(sweep) for sweep in self._sweeps.values()]))
-        part.replace(self._index)
+        write_private(self._index, [_as_stored(sweep) for sweep in self._sweeps.values()])
 
 
 _NOT_KEPT = (

@@ -49,22 +49,15 @@ def noise_levels() -> list[float]:
     return [*(timestep / 1000 for timestep in draft.shifted_timesteps), 0.0]
 
 
-@torch.no_grad()
 def record_path(trainee: Trainee, texts: list[str], shape: Shape, seed: int) -> Tensor:
     """Return the latents of the full run at each noise level, [levels, n, 16, frames, height, width]."""
     height, width, frames = shape
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(texts), 16, frames // 4 + 1, height // 8, width // 8, generator=generator)
-    hidden = trainee.condition([*texts, *[""] * len(texts)])
     path = [latents]
     for (start, end), steps in zip(itertools.pairwise(noise_levels()), STEPS_BETWEEN, strict=True):
-        for now, then in itertools.pairwise(torch.linspace(start, end, steps + 1)):
-            both = trainee.model(torch.cat([latents, latents]), (now * 1000).expand(2 * len(texts)), hidden, return_dict=False)[
-                0
-            ]
-            wanted, unwanted = both.chunk(2)
-            latents = latents + (then - now) * (unwanted + GUIDANCE * (wanted - unwanted))
-        path.append(latents)
+        sigmas = torch.linspace(start, end, steps + 1)
+        path.append(trainee.denoise(texts, path[-1], latents[:, :0], sigmas, GUIDANCE))
     return torch.stack(path)
 
 

@@ -142,14 +142,17 @@ class Trainee:
         loss: Tensor = ((flow - (noise - latents)) ** 2).mean()
         return loss
 
-    @torch.no_grad()
     def sample(
         self, texts: list[str], like: Tensor, conditions: Tensor, steps: int = 20, guidance: float = 4.0, seed: int = 0
     ) -> Tensor:
         """Return latents of the shape of `like`, made by Euler's method, one for each text."""
         latents = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
         sigmas = torch.linspace(1, 0, steps + 1)
-        sigmas = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
+        return self.denoise(texts, latents, conditions, SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas), guidance)
+
+    @torch.no_grad()
+    def denoise(self, texts: list[str], latents: Tensor, conditions: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
+        """Return the latents after a step of Euler's method from each noise level to the next."""
         hidden = self.condition([*texts, *[""] * len(texts)])
         for now, then in itertools.pairwise(sigmas):
             noisy = torch.cat([latents, conditions], dim=1).repeat(2, 1, 1, 1, 1)
