@@ -18,7 +18,7 @@ from worker.decide import FIELD_OF, Shot
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
 from worker.run import Run
-from worker.storage import Stored
+from worker.storage.base import Stored
 
 NumbersOf = Callable[[Recipe], dict[str, Any]]
 """Returns the values of a recipe on the loaded model; see `Schedulers.numbers_of`."""
