@@ -137,6 +137,11 @@ class Quantization:
         return " and ".join(f"the {part} as {format}" for part, format in parts.items() if format)
 
 
+def quantization_in(spec: ModelSpec, quantize: str) -> Quantization | None:
+    """What a training with the newest trainer quantizes in this format; None for the format `none`."""
+    return None if quantize == "none" else TrainedWith(quantize=True, qtype=quantize).quantization(spec, None)
+
+
 def trained_with(process: Mapping[str, Any]) -> TrainedWith:
     """Read a training config's `process` item."""
     model, train, save, sample = (_section(process, name) for name in ("model", "train", "save", "sample"))
