@@ -147,11 +147,11 @@ def trained_with(process: Mapping[str, Any]) -> TrainedWith:
     model, train, save, sample = (_section(process, name) for name in ("model", "train", "save", "sample"))
     kwargs = _section(model, "model_kwargs")
     qtype = str(model.get("qtype") or DEFAULT_QTYPE)
-    if adapter := model.get("accuracy_recovery_adapter"):
-        qtype = f"{qtype.partition('|')[0]}|{adapter}"
     offloads = bool(model.get("layer_offloading", model.get("auto_memory", False)))
-    if offloads and qtype.partition("|")[0] == "qfloat8":  # the trainer changes it
-        qtype = "float8" + qtype.removeprefix("qfloat8")
+    if offloads and qtype == "qfloat8":  # the trainer changes it
+        qtype = "float8"
+    if (adapter := model.get("accuracy_recovery_adapter")) and "|" not in qtype:
+        qtype = f"{qtype}|{adapter}"
     quantize = bool(model.get("quantize", False))
     quantize_te = bool(model.get("quantize_te", quantize))
     mixed = offloads or len(set(_multipliers(sample))) > 1

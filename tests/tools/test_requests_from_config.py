@@ -354,7 +354,10 @@ def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others
     [
         ({"qtype": "uint4|ostris/adapters/a.safetensors"}, "uint4|ostris/adapters/a.safetensors"),
         ({"qtype": "uint3", "accuracy_recovery_adapter": "a.safetensors"}, "uint3|a.safetensors"),
+        ({"qtype": "uint3|b.safetensors", "accuracy_recovery_adapter": "a.safetensors"}, "uint3|b.safetensors"),
         ({"layer_offloading": True}, "float8"),
+        ({"layer_offloading": True, "accuracy_recovery_adapter": "a.safetensors"}, "float8|a.safetensors"),
+        ({"layer_offloading": True, "qtype": "qfloat8|a.safetensors"}, "qfloat8|a.safetensors"),
         ({"qtype": None}, "qfloat8"),
     ],
 )
