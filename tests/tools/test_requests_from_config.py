@@ -368,6 +368,19 @@ def test_the_format_is_what_the_trainer_makes_of_the_config(tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ({"quantize": True, "low_vram": True}, "trained with quantize, quantize_te, low_vram as qfloat8: the worker computes"),
+        ({}, "trained in bf16, not quantized"),
+    ],
+)
+def test_how_the_training_ran_is_printed(tmp_path, capsys, model, line):
+    train = {"train": {"dtype": "bf16"}, "save": {"dtype": "float32"}}
+    assert main([str(config(tmp_path, {"prompts": ["a"]}, WAN21_1B | model, **train)), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith(line)
+
+
+@pytest.mark.parametrize(
     ("sample", "words"),
     [
         ({"prompts": ["a --w wide"]}, "--w in the prompt of sample 0"),
