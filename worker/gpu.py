@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
+from itertools import chain
 from typing import Any
 
 from pipelines import WanModel
@@ -22,6 +23,7 @@ from worker.run import Run, in_thread, left_behind
 
 _SECONDS_TO_STOP = 120.0
 """A step of the largest video, or the decode of some of its frames, takes up to a minute and cannot be interrupted."""
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Gpu:
@@ -69,8 +71,17 @@ class Gpu:
     async def _run(self, run: Run, function: Callable[..., None], *arguments: Any) -> None:
         if self.is_lost or left_behind.is_set():
             raise DeviceLost("the worker shuts down")  # a job that has waited for the GPU while another lost it
+        in_vain = self._ranks.are_waited_for_in_vain
         try:
-            await in_thread(run.stop, function, *arguments, executor=self._thread, seconds_to_stop=_SECONDS_TO_STOP)
+            async with _until(in_vain):
+                await in_thread(
+                    run.stop,
+                    function,
+                    *arguments,
+                    executor=self._thread,
+                    seconds_to_stop=_SECONDS_TO_STOP,
+                    is_in_vain=in_vain,
+                )
         except DeviceLost:
             self._is_lost = True
             raise
@@ -95,11 +106,12 @@ class Gpu:
         shared = self.model.shares(shot.sampling, shot.recipe)
         with (
             stage("generate", run.timings, job=run.id, prompt_index=shot.prompt_index),
-            self._ranks.doing("denoise", shot.sampling, shot.recipe) if shared else nullcontext(),
             closing(self.model.generate(shot.sampling, shot.recipe, on_step)) as chunks,
         ):
+            with self._ranks.doing("denoise", shot.sampling, shot.recipe) if shared else nullcontext():
+                first = next(chunks)  # the rest is decoded by this process alone
             colour = None
-            for chunk in chunks:
+            for chunk in chain([first], chunks):
                 run.check()
                 colour = _has_one_colour(chunk) if colour is None else colour and _has_one_colour(chunk)
                 run.progress.stage("encode", shot.index, shot.sampling.num_inference_steps)
@@ -111,6 +123,28 @@ class Gpu:
         if colour:
             said = "every pixel of the video has the same colour; the LoRA may be too strong, or its training may have failed"
             run.warnings.append(f"{shot.field}: {said}")
+
+
+@asynccontextmanager
+async def _until(is_in_vain: Callable[[], bool]) -> AsyncIterator[None]:
+    """Stop the block when it is in vain. Raises DeviceLost."""
+
+    async def watch(limit: asyncio.Timeout) -> None:
+        while not is_in_vain():
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            watching = asyncio.create_task(watch(limit))
+            try:
+                yield
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeviceLost("another GPU's process ended, and this one waits for it in vain") from None
 
 
 def _has_one_colour(frames: Frames) -> bool:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -20,6 +22,13 @@ from worker.logs import log
 _MODULE = "worker.rank"
 _ROOT = Path(__file__).parent.parent
 
+_ENDED = "another GPU's process ended"
+
+_SECONDS_TO_NOTICE = 5.0
+"""How long this process may go on with what needs a rank that has ended. Over gloo, an exchange fails at once then. Over NCCL it
+waits on, and with it everything that waits for the device."""
+_SECONDS_BETWEEN_LOOKS = 0.5
+
 
 class Ranks:
     """Every rank but 0, which is the worker itself. Without one, nothing happens here."""
@@ -29,7 +38,9 @@ class Ranks:
         self._connections: list[Connection[Any, Any]] = []
         self.store = Path(scratch().name) / "ranks" if number else None
         """Where the ranks find each other; see `CfgParallel`. None: there is only this one."""
-        self._are_lost = threading.Event()
+        self._lost_at: float | None = None
+        self._are_needed = False
+        """Whether this process is doing what it cannot end without the others."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
         for rank in range(1, number + 1):
             ours, theirs = Pipe()
@@ -42,11 +53,34 @@ class Ranks:
 
     @property
     def are_lost(self) -> bool:
-        return self._are_lost.is_set()
+        return self._lost_at is not None
+
+    def are_waited_for_in_vain(self) -> bool:
+        """Whether what this process is doing can no longer end, or at least has not a while after a rank has ended."""
+        return self._are_needed and self._lost_at is not None and time.monotonic() > self._lost_at + _SECONDS_TO_NOTICE
 
     def wait_until_loaded(self) -> None:
         """Raises the PipelineError that kept a rank from loading its model, and DeviceLost when its process ended."""
         self._raise(self._answers())
+
+    def meet(self, meet: Callable[[], None]) -> None:
+        """Run `meet`, which waits for every rank. Raises what it raises, and DeviceLost soon after a rank has ended."""
+        met: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                meet()
+            except BaseException as error:
+                met.set_exception(error)
+            else:
+                met.set_result(None)
+
+        threading.Thread(target=run, daemon=True).start()  # a daemon: it may wait for minutes, and must not keep the process
+        with self._needed():
+            while not wait([met], _SECONDS_BETWEEN_LOOKS).done:
+                if self.are_waited_for_in_vain():
+                    raise DeviceLost(_ENDED)
+        met.result()
 
     @contextmanager
     def doing(self, method: str, *arguments: Any) -> Iterator[None]:
@@ -57,17 +91,26 @@ class Ranks:
         for connection in self._connections:
             with suppress(OSError):  # its process has ended, which shows when the answer is read
                 connection.send((method, arguments))
+        with self._needed():
+            try:
+                yield
+            except DeviceLost:
+                raise  # the other ranks may wait for this one until it ends
+            except RankFailed:
+                self._raise(self._answers())
+                raise
+            except BaseException:
+                self._answers()
+                raise
+            self._raise(self._answers())
+
+    @contextmanager
+    def _needed(self) -> Iterator[None]:
+        self._are_needed = True
         try:
             yield
-        except DeviceLost:
-            raise  # the other ranks may wait for this one until it ends
-        except RankFailed:
-            self._raise(self._answers())
-            raise
-        except BaseException:
-            self._answers()
-            raise
-        self._raise(self._answers())
+        finally:
+            self._are_needed = False
 
     def _answers(self) -> list[Exception | None]:
         """Wait until every rank is done. None: it succeeded."""
@@ -76,8 +119,8 @@ class Ranks:
             try:
                 answers.append(connection.recv())
             except (OSError, EOFError):
-                self._are_lost.set()
-                answers.append(DeviceLost("another GPU's process ended"))
+                self._lost_at = self._lost_at or time.monotonic()
+                answers.append(DeviceLost(_ENDED))
         return answers
 
     @staticmethod
@@ -89,9 +132,9 @@ class Ranks:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         """An idle worker whose rank has ended must take no job: it could only fail it."""
         status = process.wait()
-        if self._are_lost.is_set():
+        if self.are_lost:
             return
-        self._are_lost.set()
+        self._lost_at = time.monotonic()
         log.error("the process of GPU %d ended with status %d; the worker shuts down and must be replaced", rank, status)
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a single local run ends by itself
             os.kill(os.getpid(), signal.SIGTERM)

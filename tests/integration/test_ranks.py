@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import requests
 
+from tests.cloud import Cloud
 from tests.integration.test_local_api import frames_of, request_for
-from tests.worker_process import ROOT, LocalApi, environment, local_api
+from tests.s3_server import serve
+from tests.worker_process import ROOT, LocalApi, environment, local_api, run_handler
 
 MODEL = "wan22_14b_t2v"
 SLOW = {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 150}
@@ -90,6 +92,47 @@ def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalA
     assert answer.result()["error"] == "INTERNAL: the GPU failed and this worker is shutting down; send the job again"
     assert pair.process.wait(timeout=60) == 1
     assert ends_within(0.1, rank)
+
+
+def test_a_rank_that_dies_while_the_worker_does_not_look_ends_the_job_and_the_worker(tiny: Path, tmp_path: Path) -> None:
+    """A call that never ends stands for one of the driver's, which waits for a result that the dead rank was to send."""
+    lines = [
+        "import handler, threading",
+        "from pipelines import WanModel",
+        "WanModel._denoise = lambda *_: print('held', flush=True) or threading.Event().wait()",
+        "handler.main()",
+    ]
+    cloud = Cloud()
+    with serve() as bucket:
+        env = environment(tiny, MODEL, GPUS="2", TMPDIR=tmp_path, **bucket.environment(), **cloud.environment())
+        command = [sys.executable, "-c", "\n".join(lines)]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as worker:
+            cloud.submit("unlucky", request_for(MODEL, tiny))
+            assert worker.stdout is not None
+            assert any(line == b"held\n" for line in worker.stdout)
+            (rank,) = ranks_of(worker.pid)
+            os.kill(rank, signal.SIGKILL)
+            assert cloud.wait_for("unlucky")["error"].startswith("INTERNAL: the GPU failed and this worker is shutting down")
+            assert worker.wait(timeout=60) == 1
+    cloud.close()
+
+
+def test_a_rank_that_dies_while_the_ranks_meet_ends_the_start_soon(tiny: Path, tmp_path: Path) -> None:
+    lines = [
+        "import os, sys",
+        "if 'worker.rank' in sys.orig_argv:",
+        "    import torch.distributed",
+        "    torch.distributed.init_process_group = lambda *_, **__: os._exit(9)",
+    ]
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    cloud = Cloud()
+    with serve() as bucket:
+        env = environment(tiny, MODEL, GPUS="2", PYTHONPATH=tmp_path, **bucket.environment(), **cloud.environment())
+        started = run_handler(env)
+    cloud.close()
+    assert started.returncode == 1
+    assert "worker-wan-lora cannot start: INTERNAL: another GPU's process ended" in started.stderr
+    assert "another GPU's process ended" in cloud.pings[-1].unhealthy_because
 
 
 def test_ranks_end_with_their_worker_whatever_they_are_doing(tiny: Path, tmp_path: Path) -> None:

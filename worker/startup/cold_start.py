@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 from pipelines import errors as pipeline_errors
 from pipelines.catalog import MODELS
@@ -64,7 +65,7 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
             if ranks.store:
                 with timed(took, "other GPUs"):
                     ranks.wait_until_loaded()
-                    meet(model, settings, 0, ranks.store)
+                    ranks.meet(partial(meet, model, settings, 0, ranks.store))
                     with ranks.doing("check_equal", model.facts):
                         pass
     except pipeline_errors.DeviceUnavailable as error:
