@@ -24,7 +24,7 @@ from worker.startup import lean_imports
 def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when this process ends
-    logs.configure()
+    logs.configure(rank)
     commands: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
     settings = load_settings()
