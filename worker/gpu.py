@@ -73,7 +73,7 @@ class Gpu:
             raise DeviceLost("the worker shuts down")  # a job that has waited for the GPU while another lost it
         in_vain = self._ranks.are_waited_for_in_vain
         try:
-            async with _until(in_vain):
+            async with _until(in_vain, self._ranks.reason):
                 await in_thread(
                     run.stop,
                     function,
@@ -126,8 +126,8 @@ class Gpu:
 
 
 @asynccontextmanager
-async def _until(is_in_vain: Callable[[], bool]) -> AsyncIterator[None]:
-    """Stop the block when it is in vain. Raises DeviceLost."""
+async def _until(is_in_vain: Callable[[], bool], reason: Callable[[], DeviceLost]) -> AsyncIterator[None]:
+    """Stop the block when it is in vain, and raise the reason."""
 
     async def watch(limit: asyncio.Timeout) -> None:
         while not is_in_vain():
@@ -144,7 +144,7 @@ async def _until(is_in_vain: Callable[[], bool]) -> AsyncIterator[None]:
     except TimeoutError:
         if not limit.expired():
             raise
-        raise DeviceLost("another GPU's process ended, and this one waits for it in vain") from None
+        raise reason() from None
 
 
 def _has_one_colour(frames: Frames) -> bool:

@@ -34,11 +34,11 @@ def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
 
     try:
         model = load_model(settings, rank)
+        connection.send(None)
+        meet(model, settings, rank, store)
     except Exception as error:
         connection.send(_sendable(error))
-        return
-    connection.send(None)
-    meet(model, settings, rank, store)
+        os._exit(1)
     while True:
         method, arguments = commands.get()
         try:
@@ -64,7 +64,9 @@ def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, 
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error as the worker can raise it. It has one class for each kind, and the traceback stays in this log."""
+    """The error as the worker can raise it. The worker knows the pipelines' errors, and of others only that there was one."""
+    if isinstance(error, DeviceLost):
+        logs.log.error("this GPU is lost", exc_info=error)
     if isinstance(error, PipelineError):
         return error
     logs.log.error("internal error on another GPU", exc_info=error)

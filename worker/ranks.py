@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import DeviceLost, RankFailed
+from pipelines.errors import DeviceLost, MemoryLost, RankFailed
 from worker.files import scratch
 from worker.logs import log
 
@@ -25,8 +25,8 @@ _ROOT = Path(__file__).parent.parent
 _ENDED = "another GPU's process ended"
 
 _SECONDS_TO_NOTICE = 5.0
-"""How long this process may go on with what needs a rank that has ended. Over gloo, an exchange fails at once then. Over NCCL it
-waits on, and with it everything that waits for the device."""
+"""How long this process may go on with what needs a rank that has ended. Over gloo, an exchange fails at once then. Over NCCL,
+it waits on, and with it everything that waits for the device."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -79,7 +79,7 @@ class Ranks:
         with self._needed():
             while not wait([met], _SECONDS_BETWEEN_LOOKS).done:
                 if self.are_waited_for_in_vain():
-                    raise DeviceLost(_ENDED)
+                    raise self.reason()
         met.result()
 
     @contextmanager
@@ -94,8 +94,10 @@ class Ranks:
         with self._needed():
             try:
                 yield
-            except DeviceLost:
-                raise  # the other ranks may wait for this one until it ends
+            except MemoryLost:
+                raise
+            except DeviceLost as error:
+                raise self.reason() from error  # no answers are awaited: the ranks may wait for this one until it ends
             except RankFailed:
                 self._raise(self._answers())
                 raise
@@ -111,6 +113,15 @@ class Ranks:
             yield
         finally:
             self._are_needed = False
+
+    def reason(self) -> DeviceLost:
+        """Why the ranks are lost, as far as one of them has told."""
+        for connection in self._connections:
+            with suppress(OSError, EOFError):
+                while connection.poll():
+                    if isinstance(answer := connection.recv(), DeviceLost):
+                        return answer
+        return DeviceLost(_ENDED)
 
     def _answers(self) -> list[Exception | None]:
         """Wait until every rank is done. None: it succeeded."""

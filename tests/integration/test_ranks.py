@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,17 @@ def ends_within(seconds: float, pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def write_for_ranks(folder: Path, *lines: str) -> None:
+    """Have every rank but 0 run these lines first, when PYTHONPATH is the folder."""
+    code = [
+        "import os, sys",
+        "if 'worker.rank' in sys.orig_argv:",
+        "    import torch.distributed",
+        *(f"    {line}" for line in lines),
+    ]
+    (folder / "sitecustomize.py").write_text("\n".join(code))
 
 
 def started(api: LocalApi, request: dict[str, Any]) -> str:
@@ -118,13 +130,7 @@ def test_a_rank_that_dies_while_the_worker_does_not_look_ends_the_job_and_the_wo
 
 
 def test_a_rank_that_dies_while_the_ranks_meet_ends_the_start_soon(tiny: Path, tmp_path: Path) -> None:
-    lines = [
-        "import os, sys",
-        "if 'worker.rank' in sys.orig_argv:",
-        "    import torch.distributed",
-        "    torch.distributed.init_process_group = lambda *_, **__: os._exit(9)",
-    ]
-    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    write_for_ranks(tmp_path, "torch.distributed.init_process_group = lambda *_, **__: os._exit(9)")
     cloud = Cloud()
     with serve() as bucket:
         env = environment(tiny, MODEL, GPUS="2", PYTHONPATH=tmp_path, **bucket.environment(), **cloud.environment())
@@ -133,6 +139,19 @@ def test_a_rank_that_dies_while_the_ranks_meet_ends_the_start_soon(tiny: Path, t
     assert started.returncode == 1
     assert "worker-wan-lora cannot start: INTERNAL: another GPU's process ended" in started.stderr
     assert "another GPU's process ended" in cloud.pings[-1].unhealthy_because
+
+
+def test_memory_that_runs_out_in_an_exchange_is_named_and_ends_the_worker(tiny: Path, tmp_path: Path) -> None:
+    write_for_ranks(
+        tmp_path, "def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')", "torch.distributed.broadcast = full"
+    )
+    env = environment(tiny, MODEL, GPUS="2", PYTHONPATH=tmp_path, OUTPUT_DIR=tmp_path / "out")
+    with local_api(env, tmp_path) as api:
+        answer = api.run(request_for(MODEL, tiny))
+        assert answer["error"].startswith("OUT_OF_MEMORY: the memory ran out while the GPUs exchanged their results; ask for")
+        assert api.process.wait(timeout=60) == 1
+        lines = [json.loads(line) for line in api.log.read_text().splitlines() if line.startswith('{"time"')]
+    assert [line["gpu"] for line in lines if line["message"] == "this GPU is lost"] == [1]
 
 
 def test_ranks_end_with_their_worker_whatever_they_are_doing(tiny: Path, tmp_path: Path) -> None:
