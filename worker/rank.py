@@ -1,4 +1,6 @@
-"""The process of one more GPU of this worker: `python -m worker.rank RANK FILE_DESCRIPTOR STORE`, started by `worker.ranks`.
+"""The process of one more GPU of this worker, started by `worker.ranks`.
+
+    python -m worker.rank RANK FILE_DESCRIPTOR STORE MEMORY
 
 It loads the same model as the worker and calls the model's methods that the worker names, one after another. It ends when
 the worker does.
@@ -21,7 +23,7 @@ from worker.settings import load_settings
 from worker.startup import lean_imports
 
 
-def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
+def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when this process ends
     logs.configure(rank)
@@ -33,7 +35,7 @@ def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
     from worker.startup.load_model import load_model, meet
 
     try:
-        model = load_model(settings, rank)
+        model = load_model(settings, memory, rank)
         connection.send(None)
         meet(model, settings, rank, store)
     except Exception as error:
@@ -74,4 +76,4 @@ def _sendable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Connection(int(sys.argv[2])), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Connection(int(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4]))

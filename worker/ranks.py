@@ -33,8 +33,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 class Ranks:
     """Every rank but 0, which is the worker itself. Without one, nothing happens here."""
 
-    def __init__(self, number: int = 0) -> None:
-        """Start `number` processes, which load the model beside this one. They inherit the environment."""
+    def __init__(self, number: int = 0, memory: int = 0) -> None:
+        """Start `number` processes, which load the model beside this one. They inherit the environment.
+
+        `memory`: bytes of main memory for all of them and this one.
+        """
         self._connections: list[Connection[Any, Any]] = []
         self.store = Path(scratch().name) / "ranks" if number else None
         """Where the ranks find each other; see `CfgParallel`. None: there is only this one."""
@@ -44,7 +47,7 @@ class Ranks:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
         for rank in range(1, number + 1):
             ours, theirs = Pipe()
-            command = [sys.executable, "-m", _MODULE, str(rank), str(theirs.fileno()), str(self.store)]
+            command = [sys.executable, "-m", _MODULE, str(rank), str(theirs.fileno()), str(self.store), str(memory)]
             # A session of its own: Ctrl-C in the terminal must not reach a rank before the worker has finished its job.
             process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)  # noqa: S603
             theirs.close()
