@@ -2,8 +2,8 @@
 
     python -m worker.rank RANK FILE_DESCRIPTOR STORE MEMORY
 
-It loads the same model as the worker and calls the model's methods that the worker names, one after another. It ends when
-the worker does.
+It loads the same model as the worker and calls the model's methods that the worker names, one after another. When it makes a
+video by itself, it sends each finished step and the frames. It ends when the worker does.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import os
 import signal
 import sys
 import threading
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DeviceLost, PipelineError
+from pipelines.errors import DeviceLost, PipelineError, RankFailed
+from pipelines.recipes import Recipe, Sampling
 from worker import logs
+from worker.ranks import STOP
 from worker.settings import load_settings
 from worker.startup import lean_imports
+
+if TYPE_CHECKING:
+    from pipelines import WanModel
 
 
 def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) -> None:
@@ -28,7 +34,8 @@ def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) 
         signal.signal(number, signal.SIG_IGN)  # the worker decides when this process ends
     logs.configure(rank)
     commands: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
+    stop = threading.Event()
+    threading.Thread(target=_receive, args=(connection, commands, stop), daemon=True).start()
     settings = load_settings()
     logs.hide(settings.secrets)
     lean_imports.install()
@@ -44,7 +51,10 @@ def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) 
     while True:
         method, arguments = commands.get()
         try:
-            getattr(model, method)(*arguments)
+            if method == "generate":
+                _generate(model, connection, stop, *arguments)
+            else:
+                getattr(model, method)(*arguments)
         except Exception as error:
             connection.send(_sendable(error))
             if isinstance(error, DeviceLost):
@@ -53,11 +63,34 @@ def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) 
             connection.send(None)
 
 
-def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
-    """Take commands until the worker ends; then end too, whatever is being computed."""
+def _generate(
+    model: WanModel, connection: Connection[Any, Any], stop: threading.Event, sampling: Sampling, recipe: Recipe
+) -> None:
+    def go_on(done: Any) -> None:
+        if stop.is_set():
+            raise RankFailed("the worker stopped the video")
+        connection.send(done)
+
+    with closing(model.generate(sampling, recipe, go_on)) as chunks:
+        for frames in chunks:
+            go_on(frames)
+
+
+def _receive(
+    connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, tuple[Any, ...]]], stop: threading.Event
+) -> None:
+    """Take commands until the worker ends; then end too, whatever is being computed.
+
+    The command `stop` is for the video that is being made. The worker sends no other before it has got the answer.
+    """
     try:
         while True:
-            commands.put(connection.recv())
+            command = connection.recv()
+            if command == STOP:
+                stop.set()
+            else:
+                stop.clear()
+                commands.put(command)
     except (OSError, EOFError):
         os._exit(0)
     except BaseException as error:  # a command that cannot be read; without this thread, nothing would end the process

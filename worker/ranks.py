@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DeviceLost, MemoryLost, RankFailed
+from pipelines.recipes import Recipe, Sampling
 from worker.files import scratch
+from worker.frame_queue import Frames
 from worker.logs import log
 
 _MODULE = "worker.rank"
+STOP = ("stop", ())
+"""A command beside the names of methods: end the video that is being made."""
 _ROOT = Path(__file__).parent.parent
 
 _ENDED = "another GPU's process ended"
@@ -58,6 +62,11 @@ class Ranks:
     def are_lost(self) -> bool:
         return self._lost_at is not None
 
+    @property
+    def number(self) -> int:
+        """How many there are, and this process."""
+        return len(self._connections) + 1
+
     def are_waited_for_in_vain(self) -> bool:
         """Whether what this process is doing can no longer end, or at least has not a while after a rank has ended."""
         return self._are_needed and self._lost_at is not None and time.monotonic() > self._lost_at + _SECONDS_TO_NOTICE
@@ -92,8 +101,7 @@ class Ranks:
         Raises what the block raises; else what a rank raises, or DeviceLost when its process ended.
         """
         for connection in self._connections:
-            with suppress(OSError):  # its process has ended, which shows when the answer is read
-                connection.send((method, arguments))
+            self._send(connection, (method, arguments))
         with self._needed():
             try:
                 yield
@@ -108,6 +116,33 @@ class Ranks:
                 self._answers()
                 raise
             self._raise(self._answers())
+
+    def generate(
+        self, rank: int, sampling: Sampling, recipe: Recipe, on_step: Callable[[int], None], check: Callable[[], None]
+    ) -> Generator[Frames, None, None]:
+        """Have one rank make a video by itself: yields and raises what `WanModel.generate` does there.
+
+        `check`: called again and again; what it raises ends the video, also within a step.
+        """
+        connection, is_over = self._connections[rank - 1], False
+        self._send(connection, ("generate", (sampling, recipe)))
+        try:
+            while not is_over:
+                while not connection.poll(_SECONDS_BETWEEN_LOOKS):
+                    check()
+                answer = self._answer(connection)
+                is_over = _is_last(answer)
+                if isinstance(answer, Exception):
+                    raise answer
+                if isinstance(answer, int):
+                    on_step(answer)
+                elif answer is not None:
+                    yield answer
+        finally:
+            if not is_over:
+                self._send(connection, STOP)
+                while not _is_last(self._answer(connection)):
+                    pass
 
     @contextmanager
     def _needed(self) -> Iterator[None]:
@@ -128,14 +163,19 @@ class Ranks:
 
     def _answers(self) -> list[Exception | None]:
         """Wait until every rank is done. None: it succeeded."""
-        answers: list[Exception | None] = []
-        for connection in self._connections:
-            try:
-                answers.append(connection.recv())
-            except (OSError, EOFError):
-                self._lost_at = self._lost_at or time.monotonic()
-                answers.append(DeviceLost(_ENDED))
-        return answers
+        return [self._answer(connection) for connection in self._connections]
+
+    def _answer(self, connection: Connection[Any, Any]) -> Any:
+        try:
+            return connection.recv()
+        except (OSError, EOFError):
+            self._lost_at = self._lost_at or time.monotonic()
+            return DeviceLost(_ENDED)
+
+    @staticmethod
+    def _send(connection: Connection[Any, Any], command: tuple[str, tuple[Any, ...]]) -> None:
+        with suppress(OSError):  # its process has ended, which shows when the answer is read
+            connection.send(command)
 
     @staticmethod
     def _raise(answers: list[Exception | None]) -> None:
@@ -152,3 +192,8 @@ class Ranks:
         log.error("the process of GPU %d ended with status %d; the worker shuts down and must be replaced", rank, status)
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a single local run ends by itself
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_last(answer: Any) -> bool:
+    """Whether the answer ends a command. Before it, a rank that makes a video sends steps and frames."""
+    return answer is None or isinstance(answer, Exception)

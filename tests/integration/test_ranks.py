@@ -22,6 +22,7 @@ from tests.s3_server import serve
 from tests.worker_process import ROOT, LocalApi, environment, local_api, run_handler
 
 MODEL = "wan22_14b_t2v"
+WHICH = ("prompt_index", "video_index", "seed")
 SLOW = {"width": 128, "height": 128, "num_frames": 33, "sample_steps": 150}
 
 
@@ -104,6 +105,38 @@ def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalA
     assert answer.result()["error"] == "INTERNAL: the GPU failed and this worker is shutting down; send the job again"
     assert pair.process.wait(timeout=60) == 1
     assert ends_within(0.1, rank)
+
+
+def test_two_ranks_make_videos_without_guidance_side_by_side(pair: LocalApi, worker: LocalApi, tiny: Path) -> None:
+    request = request_for(MODEL, tiny, guidance_scale=1)
+    (plain,) = request["prompts"]
+    guided, other = plain | {"guidance_scale": 5}, plain | {"prompt": "no boat"}
+    several = request | {"prompts": [plain, plain | {"num_videos": 3, "seed": 7, "num_frames": 5}, guided, other]}
+    alone, both = (api.run(several)["output"] for api in (worker, pair))
+    assert alone["settings"] | {"gpus": 2} == both["settings"]
+    for one, two in zip(alone["outputs"]["videos"], both["outputs"]["videos"], strict=True):
+        assert [one.get(name) for name in WHICH] == [two.get(name) for name in WHICH]
+        assert (frames_of(one) == frames_of(two)).all()
+    assert [text.partition(":")[0] for text in both["warnings"] if "makes this video" in text] == ["prompts[3]"]
+    lines = [json.loads(line) for line in pair.log.read_text().splitlines() if '"stage": "generate"' in line]
+    assert len(lines) == 6
+    made_by = {rank: {line["prompt_index"] for line in lines if line.get("gpu", 0) == rank} for rank in (0, 1)}
+    assert made_by[0] >= {0, 2, 3}
+    assert made_by[1] == {1}, "the first rank takes the first video, and shares or makes alone what nothing can go beside"
+
+    slow = request | {"prompts": [plain | SLOW | {"seed": seed} for seed in (1, 2, 3)]}
+    requests.post(f"{pair.url}/cancel/{started(pair, slow)}", timeout=30)
+    again = pair.run(several)["output"]
+    for before, after in zip(both["outputs"]["videos"], again["outputs"]["videos"], strict=True):
+        assert (frames_of(before) == frames_of(after)).all()
+
+    job_id = started(pair, slow)
+    (rank,) = ranks_of(pair.process.pid)
+    os.kill(rank, signal.SIGKILL)
+    left = requests.post(f"{pair.url}/status/{job_id}", timeout=120).json()["output"]
+    assert [video["prompt_index"] for video in left["outputs"]["videos"]] == [0], "what needed no other rank is finished"
+    assert [(error["prompt_index"], error["code"]) for error in left["errors"]] == [(1, "INTERNAL"), (2, "INTERNAL")]
+    assert pair.process.wait(timeout=60) == 1
 
 
 def test_a_rank_that_dies_while_the_worker_does_not_look_ends_the_job_and_the_worker(tiny: Path, tmp_path: Path) -> None:
