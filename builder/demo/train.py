@@ -2,6 +2,9 @@
 
     python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --image-to-video 45]     minutes of each
 
+With `--start WEIGHTS`, the transformers begin with finished weights, whose VAE is copied, and text-to-video with RESTART of its
+rates.
+
 It writes OUT/weights in the layout of diffusers, in bf16, with the loss curves, and pictures that show the progress. You can
 stop and start it again at any time: finished parts are kept, and the others resume from their last save. The seeds are fixed,
 but the number of steps depends on the machine, so two trainings give similar weights, not the same.
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
 from transformers import T5TokenizerFast
 from transformers import UMT5EncoderModel as TextEncoder
 
@@ -26,7 +30,7 @@ from builder.demo import image_to_video, text, world
 from builder.demo import transformer as demo_transformer
 from builder.demo import vae as demo_vae
 from builder.demo.captions import phrase
-from builder.demo.curve import write_curves
+from builder.demo.curve import write_curve, write_curves
 from builder.demo.judge import judge
 from builder.demo.muon import Muon
 from builder.demo.training import Training
@@ -34,6 +38,8 @@ from builder.demo.transformer import Latents, Shape, Trainee
 from builder.tiny_checkpoints import scheduler
 
 PICTURE_SHAPE = (96, 128, 9)
+RESTART = 0.6
+"""The share of the rates with which a training begins that starts from finished weights."""
 
 
 def train_vae(out: Path, minutes: float) -> AutoencoderKLWan:
@@ -84,25 +90,37 @@ def text_side(out: Path) -> tuple[T5TokenizerFast, TextEncoder]:
     return T5TokenizerFast.from_pretrained(out / "weights/tokenizer"), encoder
 
 
-def train_transformer(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the text-to-video transformer and write it, where there is none yet."""
+def train_transformer(out: Path, minutes: float, vae: AutoencoderKLWan, start: Path | None) -> None:
+    """Train the text-to-video transformer and write it, where there is none yet. `start`: weights to begin with."""
     folder = out / "weights/transformer"
     if (folder / "config.json").exists():
         return
-    model = demo_transformer.new_transformer(seed=4)
-    muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
+    if start:
+        model = WanTransformer3DModel.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+    else:
+        model = demo_transformer.new_transformer(seed=4)
+    share = RESTART if start else 1.0
+    muon = Muon(model, demo_transformer.is_matrix, rate=0.02 * share, adam_rate=2e-3 * share, momentum=0.95)
     training = Training(out, "transformer", model, muon, minutes, decay=0.99, seed=5)
     latents = Latents(vae, random.Random(6 + training.step), world.sample_seen)
-    _train(out, training, model, latents, demo_transformer.shapes_at)
+    if start:
+        _train(out, training, model, latents, lambda _progress: demo_transformer.shapes_at(1), pad_until=0)
+    else:
+        _train(out, training, model, latents, demo_transformer.shapes_at)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the image-to-video transformer, from the text-to-video one, and write what differs, where there is none yet."""
+def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan, start: Path | None) -> None:
+    """Train the image-to-video transformer, from the text-to-video one, and write what differs, where there is none yet.
+
+    `start`: weights whose own layers of image-to-video to begin with.
+    """
     weights = out / "weights"
     if (weights / image_to_video.FILE).exists() or not minutes:
         return
     model = image_to_video.new_transformer(weights)
+    if start:
+        model.load_state_dict(load_file(start / image_to_video.FILE), strict=False)
     image_to_video.freeze_the_rest(model)
     muon = Muon(model, demo_transformer.is_matrix, rate=0.01, adam_rate=1.5e-3, momentum=0.95)
     training = Training(out, "image_to_video", model, muon, minutes, decay=0.99, seed=11)
@@ -164,15 +182,18 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
     for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("image-to-video", 45)):
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
+    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="finished weights to begin with")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.start:
+        shutil.copytree(args.start / "vae", args.out / "weights/vae", dirs_exist_ok=True)
     vae = train_vae(args.out, args.vae)
     polish_decoder(args.out, args.decoder, vae)
-    train_transformer(args.out, args.transformer, vae)
-    train_image_to_video(args.out, args.image_to_video, vae)
+    train_transformer(args.out, args.transformer, vae, args.start)
+    train_image_to_video(args.out, args.image_to_video, vae, args.start)
     scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
     for curve in args.out.glob("*-loss.csv"):
-        shutil.copy(curve, args.out / "weights" / curve.name)
+        write_curve(curve, args.out / "weights" / curve.name, args.start)
     write_curves(args.out / "weights")
     for file in args.out.glob("weights/*/config.json"):
         config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}

@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]
 SMALL_SHAPES: tuple[Shape, ...] = ((64, 96, 9), (96, 64, 9), (64, 64, 9), (96, 96, 9), (64, 96, 17))
 LARGE_SHAPES: tuple[Shape, ...] = (
     *((96, 128, 9), (96, 128, 17), (96, 128, 17), (96, 128, 17)),
-    *((128, 96, 17), (64, 96, 33)),
+    *((128, 96, 17), (64, 96, 33), (128, 128, 9), (128, 192, 9), (96, 64, 17)),
 )
 """Height, width and frames of the clips. The one of `make run` comes three times."""
 SMALL_SHARE = 0.5
