@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import torch
 
 from tests.cloud import Cloud
 from tests.integration.test_local_api import frames_of, request_for
@@ -84,14 +86,38 @@ def status(api: LocalApi, job_id: str) -> dict[str, Any]:
     return requests.get(f"{api.url}/status/{job_id}", timeout=30).json()
 
 
-def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalApi, worker: LocalApi, tiny: Path) -> None:
+def check_alike(one: LocalApi, two: LocalApi, tiny: Path) -> None:
     request, plain = request_for(MODEL, tiny), request_for(MODEL, tiny, guidance_scale=1)
-    for asked in (request, request | {"match": "preview"}, plain):
-        alone, both = (api.run(asked)["output"] for api in (worker, pair))
+    for asked in (request, request | {"match": "preview"}, plain, plain | {"prompts": 2 * plain["prompts"]}):
+        alone, both = (api.run(asked)["output"] for api in (one, two))
         assert (alone["settings"]["gpus"], both["settings"]["gpus"]) == (1, 2)
-        assert (frames_of(alone["outputs"]["videos"][0]) == frames_of(both["outputs"]["videos"][0])).all()
+        for its, theirs in zip(alone["outputs"]["videos"], both["outputs"]["videos"], strict=True):
+            assert (frames_of(its) == frames_of(theirs)).all()
         idle = [text for text in both["warnings"] if "one of the worker's GPUs makes this video" in text]
         assert len(idle) == (asked is plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_serve_as_one_does_and_the_death_of_one_ends_both(tiny: Path, tmp_path: Path) -> None:
+    with ExitStack() as workers:
+        apis = []
+        for gpus in ("1", "2"):
+            (folder := tmp_path / gpus).mkdir()
+            env = environment(tiny, MODEL, DEVICE="cuda", OUTPUT_DIR=folder / "out", GPUS=gpus)
+            apis.append(workers.enter_context(local_api(env, folder)))
+        check_alike(*apis, tiny)
+        job_id = started(apis[1], request_for(MODEL, tiny, **SLOW))
+        (rank,) = ranks_of(apis[1].process.pid)
+        os.kill(rank, signal.SIGKILL)  # the other may wait for its result over NCCL, which does not notice
+        error = requests.post(f"{apis[1].url}/status/{job_id}", timeout=60).json()["error"]
+        assert error == "INTERNAL: the GPU failed and this worker is shutting down; send the job again"
+        assert apis[1].process.wait(timeout=60) == 1
+
+
+def test_two_ranks_serve_as_one_does_and_the_death_of_one_ends_both(pair: LocalApi, worker: LocalApi, tiny: Path) -> None:
+    request = request_for(MODEL, tiny)
+    check_alike(worker, pair, tiny)
     job_id = started(pair, request_for(MODEL, tiny, **SLOW))
     requests.post(f"{pair.url}/cancel/{job_id}", timeout=30)
     assert pair.run(request)["status"] == "COMPLETED"
