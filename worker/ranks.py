@@ -186,10 +186,10 @@ class Ranks:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         """An idle worker whose rank has ended must take no job: it could only fail it."""
         status = process.wait()
-        if self.are_lost:
-            return
-        self._lost_at = time.monotonic()
         log.error("the process of GPU %d ended with status %d; the worker shuts down and must be replaced", rank, status)
+        if self.are_lost:
+            return  # it was waited for, and what waited ends the worker
+        self._lost_at = time.monotonic()
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a single local run ends by itself
             os.kill(os.getpid(), signal.SIGTERM)
 
