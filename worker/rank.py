@@ -16,7 +16,7 @@ from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.errors import DeviceLost, PipelineError, RankFailed
 from pipelines.recipes import Recipe, Sampling
@@ -24,9 +24,6 @@ from worker import logs
 from worker.ranks import STOP
 from worker.settings import load_settings
 from worker.startup import lean_imports
-
-if TYPE_CHECKING:
-    from pipelines import WanModel
 
 
 def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) -> None:
@@ -63,9 +60,9 @@ def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) 
             connection.send(None)
 
 
-def _generate(
-    model: WanModel, connection: Connection[Any, Any], stop: threading.Event, sampling: Sampling, recipe: Recipe
-) -> None:
+def _generate(model: Any, connection: Connection[Any, Any], stop: threading.Event, sampling: Sampling, recipe: Recipe) -> None:
+    """Have the WanModel make a video; send its finished steps and its frames."""
+
     def go_on(done: Any) -> None:
         if stop.is_set():
             raise RankFailed("the worker stopped the video")
