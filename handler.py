@@ -62,16 +62,17 @@ def main() -> None:
 
     def shut_down(*_: object) -> NoReturn:
         status = int(service.must_be_replaced)
-        end = threading.Timer(_SECONDS_TO_END, os._exit, (status,))
-        end.daemon = True
-        end.start()
+        end_soon(status)
         sys.exit(status)
 
     if not one_local_run:
         signal.signal(
             signal.SIGTERM, shut_down
         )  # the queue's loop replaces this; the local API raises the signal again when done
-    queue.serve(service.run, service.wants_a_job, settings.model_id)
+    try:
+        queue.serve(service.run, service.wants_a_job, settings.model_id)
+    finally:
+        end_soon(int(service.must_be_replaced))  # the SDK ends a single local run by itself, with another status
     shut_down()
 
 
@@ -95,11 +96,21 @@ def start(settings: Settings) -> Service:
 def fail(reason: str, in_cloud: bool) -> NoReturn:
     """Print one line on stderr, report it to RunPod in the cloud, and exit with status 1."""
     print(f"worker-wan-lora cannot start: {reason}", file=sys.stderr)
-    if in_cloud:
-        from worker.runpod import queue
+    try:
+        if in_cloud:
+            from worker.runpod import queue
 
-        queue.report_unhealthy(reason)
+            queue.report_unhealthy(reason)
+    finally:
+        end_soon(1)
     sys.exit(1)
+
+
+def end_soon(status: int) -> None:
+    """Have the process end with `status`, should a thread keep it from ending by itself."""
+    end = threading.Timer(_SECONDS_TO_END, os._exit, (status,))
+    end.daemon = True
+    end.start()
 
 
 if __name__ == "__main__":

@@ -83,11 +83,15 @@ def readers(files: list[Path], device: str) -> None:
 
 
 def worker(root: Path, device: str) -> object:
-    spec = MODELS["wan21_1b"]
-    read_weights(spec, root)
-    model = load_pipeline(spec.id, root, device, dtype=torch.bfloat16)
+    read_weights(MODELS["wan21_1b"], root)
+    return pipeline(root, device)
+
+
+def pipeline(root: Path, device: str) -> object:
+    """The worker's, with its weights on the device."""
+    model = load_pipeline("wan21_1b", root, device, dtype=torch.bfloat16)
     if device == "cpu":
-        folders = Checkpoints(spec, root)
+        folders = Checkpoints(MODELS["wan21_1b"], root)
         for part in ("text_encoder", "vae", "transformer"):
             CheckpointFile(folders.folder_of(part), part).bring(getattr(model._pipe, part), model.device)
     return model

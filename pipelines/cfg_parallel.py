@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import DeviceLost, LibraryMoved, RankFailed, lost_with_another_rank
+from pipelines.device import exchange_errors
+from pipelines.errors import DeviceLost, LibraryMoved, RankFailed
 from pipelines.sequence_parallel import SequenceParallel
 
 PASSES = 2
@@ -47,7 +48,7 @@ class CfgParallel:
         self._sources = range(0, ranks, per_pass)
         """The rank that sends the result of each pass."""
         is_cuda = device.type == "cuda"
-        with lost_with_another_rank():
+        with exchange_errors():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
                 init_method=store.as_uri(),
@@ -116,7 +117,7 @@ class CfgParallel:
         if unconditional.shape != conditional.shape or unconditional.dtype != conditional.dtype:
             raise LibraryMoved("the transformer's result has another shape or dtype than expected; set GPUS=1")
         self._agree()
-        with lost_with_another_rank():
+        with exchange_errors():
             for source, tensor in zip(self._sources, (conditional, unconditional), strict=True):
                 _broadcast(tensor, source)
         return (unconditional,)
@@ -127,7 +128,7 @@ class CfgParallel:
         Raises RankFailed when this one can and another cannot, and DeviceLost.
         """
         failures = torch.tensor([not can_go_on], dtype=torch.int32)
-        with lost_with_another_rank():
+        with exchange_errors():
             dist.all_reduce(failures)
         if failures.item():
             self._is_over = True

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pipelines.errors import DeviceLost, OutOfMemory, RankFailed
+from pipelines.errors import DeviceLost, MemoryLost, OutOfMemory, RankFailed
 
 
 def answers(device: torch.device) -> bool:
@@ -47,6 +47,23 @@ def device_errors(device: torch.device, refresh: Callable[[], None], remedy: Cal
         if out_of_memory:
             raise OutOfMemory(f"the device ran out of memory; ask for fewer frames or a smaller size, or {remedy()}") from None
         raise
+
+
+@contextmanager
+def exchange_errors() -> Iterator[None]:
+    """Raise DeviceLost for the RuntimeError with which torch says that another process ended or that nothing came in time.
+
+    Raises MemoryLost when there was no memory for the exchange.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryLost(
+                "the memory ran out while the GPUs exchanged their results; ask for fewer frames or a smaller size, or run the "
+                "worker with GPUS=1 or larger GPUs"
+            ) from error
+        raise DeviceLost("another GPU's process ended, or is silent; if this happens at every start, set GPUS=1") from error
 
 
 def free(error: Exception, device: torch.device) -> None:

@@ -52,18 +52,13 @@ class DeviceLost(PipelineError):
     """The device no longer computes, whatever it is given: only a new process, or another device, helps."""
 
 
+class MemoryLost(DeviceLost):
+    """A device ran out of memory in an exchange with others, which wait for it in vain."""
+
+
 class RankFailed(PipelineError):
     """Another process that makes the same video could not go on. It has the reason."""
 
 
 class OutOfMemory(PipelineError):
     """The device ran out of memory; caches were freed and the pipeline can be used again."""
-
-
-@contextmanager
-def lost_with_another_rank() -> Iterator[None]:
-    """Raise DeviceLost for the RuntimeError with which torch says that a connection ended or that nothing came in time."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise DeviceLost("another GPU's process ended, or is silent; if this happens at every start, set GPUS=1") from error

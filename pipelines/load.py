@@ -46,6 +46,7 @@ def load_pipeline(
     attention: Attention = "native",
     quantize: Quantize = "none",
     processes: int = 1,
+    memory: int | None = None,
 ) -> WanModel:
     """Load one model of the catalog, by default in bf16 on CUDA and in float32 on a CPU. Downloads nothing.
 
@@ -54,7 +55,8 @@ def load_pipeline(
     `took` gets the seconds of each component. `attention`: see `attention.set_attention`. `quantize`: the format in which the
     weights of the transformers and the text encoder are kept; `auto`: the first of none, qfloat8 and uint4 that leaves room
     for a job without streaming a transformer. `processes`: how many load the model on this machine, each to a device of its
-    own: what waits in main memory waits there once for each.
+    own: what waits in main memory waits there once for each. `memory`: bytes of main memory that they have together, from
+    before the first of them loads; None: what is free now.
     Raises KeyError (unknown id), DeviceUnavailable, ToolkitRequired, CheckpointNotFound, OutOfMemory, LibraryMoved.
     """
     _quiet_libraries()
@@ -74,7 +76,7 @@ def load_pipeline(
         _check_codes(checkpoints, quantization, quantize, dtype)
         if target.type == "cuda":
             sizes = bytes_by_mode(checkpoints, dtype.itemsize, quantization)
-            mode = mode_for(offload_mode, spec, sizes, free, available() or None, processes)
+            mode = mode_for(offload_mode, spec, sizes, free, memory or available() or None, processes)
         parts = Parts(spec, checkpoints, dtype, target, mode, {} if took is None else took, quantization)
         model = _MODEL_CLASS[spec.family].load(parts, toolkit)
         model.place(mode)

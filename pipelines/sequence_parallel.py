@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines import diffusers_privates as privates
-from pipelines.errors import LibraryMoved, lost_with_another_rank
+from pipelines.device import exchange_errors
+from pipelines.errors import LibraryMoved
 
 
 class SequenceParallel:
@@ -99,7 +100,7 @@ class SequenceParallel:
         """Send a part of the flat tensor to each rank of the group, and receive one from each, as bytes."""
         received = sent.new_empty(sum(from_each))
         self._agree()
-        with lost_with_another_rank():
+        with exchange_errors():
             dist.all_to_all_single(
                 received.view(torch.uint8),
                 sent.view(torch.uint8),

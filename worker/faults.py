@@ -10,6 +10,7 @@ from pipelines.errors import (
     LoraError,
     LoraIncompatible,
     LoraInvalid,
+    MemoryLost,
     OutOfMemory,
     ToolkitRequired,
 )
@@ -22,6 +23,7 @@ _CODE_OF: dict[type[Exception], Code] = {
     LoraInvalid: Code.LORA_INVALID,
     LoraIncompatible: Code.LORA_INCOMPATIBLE,
     OutOfMemory: Code.OUT_OF_MEMORY,
+    MemoryLost: Code.OUT_OF_MEMORY,
 }
 
 
@@ -40,7 +42,8 @@ def report(error: Exception, job_id: str) -> WorkerError:
 
 
 def worker_error(error: Exception) -> WorkerError | None:
-    """Return the documented error for `error`; None for an unexpected error and for a lost device."""
+    """Return the documented error for `error`; None for an unexpected error, and for a device that is lost without a
+    reason that the client can do something about."""
     if isinstance(error, WorkerError):
         return error
     if isinstance(error, Stopped):

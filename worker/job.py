@@ -6,9 +6,11 @@ Blocking work runs in threads. Only the making holds the GPU, so that the next j
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -238,19 +240,32 @@ class Job:
         try:
             async with run.in_time(), gpu.held_by(run):
                 await gpu.apply_loras(run, adapters)
-                for files in missing:
-                    try:
-                        async with files.receive(tasks) as frames:
-                            await gpu.generate(run, files.shot, frames)
-                    except DeviceLost:
-                        raise
-                    except Exception as error:
-                        errors[files.shot.index] = report(error, run.id)
+                for ranks, alike in groupby(missing, lambda files: gpu.ranks_for(files.shot)):
+                    waiting = deque(alike)
+                    works = [self._make_each(waiting, rank, tasks, errors) for rank in range(ranks)]
+                    for outcome in await asyncio.gather(*works, return_exceptions=True):
+                        if outcome:
+                            raise outcome
         except Exception as error:
             reported = report(error, run.id)
             for files in missing:
                 if files.shot.index not in tasks:
                     errors.setdefault(files.shot.index, reported)
+
+    async def _make_each(
+        self, waiting: deque[ShotFiles], rank: int, tasks: dict[int, asyncio.Task[Output]], errors: dict[int, WorkerError]
+    ) -> None:
+        """Have a rank make the next of these prompts until none is left. Raises DeviceLost."""
+        run = self._run
+        while waiting:
+            files = waiting.popleft()
+            try:
+                async with files.receive(tasks) as frames:
+                    await self._gpu.generate(run, files.shot, frames, rank)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                errors[files.shot.index] = report(error, run.id)
 
     async def _outcome(self, task: asyncio.Task[Output]) -> Output | WorkerError:
         try:

@@ -88,11 +88,16 @@ class Redacting(logging.Filter):
 
 
 class _JsonLines(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._of_all = {"gpu": rank} if rank else {}
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
             "message": record.getMessage(),
+            **self._of_all,
         }
         line |= getattr(record, "fields", {})
         if record.exc_text:
@@ -109,11 +114,14 @@ class _AroundProgressBars(logging.StreamHandler[TextIO]):
             tqdm.write(self.format(record), file=self.stream)
 
 
-def configure() -> None:
-    """Set up the root logger. Call this before runpod or transformers is imported: they change an unconfigured logger."""
+def configure(rank: int = 0) -> None:
+    """Set up the root logger. Call this before runpod or transformers is imported: they change an unconfigured logger.
+
+    `rank`: of the process; above 0, every line names its GPU.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = _AroundProgressBars(sys.stderr)
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_JsonLines(rank))
     handler.addFilter(Redacting())  # on the handler: a logger's own filter does not see what its children log
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -34,25 +35,49 @@ class Progress:
         self._step_counts = step_counts
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._making: dict[int, tuple[str, int]] = {}
+        """The stage and the finished steps of each prompt that is being made."""
+        self._begun = 0
+        """The last prompt that was begun."""
+        self._lock = threading.Lock()
         self._first_step_at: float | None = None
         self._steps_at_first = 0
         self.latest: Update = {}
         self.stage("fetch")
 
     def stage(self, name: str, prompt_index: int = 0, step: int = 0) -> None:
-        """Begin a stage: fetch, wait, load, denoise, encode or upload."""
-        total = sum(self._step_counts)
-        done = total if name == "upload" else sum(self._step_counts[:prompt_index]) + step
-        self.latest = {
-            "stage": name,
-            "prompt_index": prompt_index,
-            "prompts": len(self._step_counts),
-            "step": step,
-            "steps": self._step_counts[prompt_index],
-            "percent": round(100 * done / total),
-            "seconds_left": self._seconds_left(done, total),
-        }
+        """Begin a stage: fetch, wait, load, denoise, encode or upload. Of prompts made side by side, the first is shown."""
+        with self._lock:
+            if prompt_index in self._making:
+                self._making[prompt_index] = (name, step)
+            self._begun = max(self._begun, prompt_index)
+            making = self._making or {prompt_index: (name, step)}
+            shown = min(making)
+            name, step = making[shown]
+            total = sum(self._step_counts)
+            finished = sum(self._step_counts[index] for index in range(self._begun + 1) if index not in making)
+            done = total if name == "upload" else finished + sum(steps for _, steps in making.values())
+            self.latest = {
+                "stage": name,
+                "prompt_index": shown,
+                "prompts": len(self._step_counts),
+                "step": step,
+                "steps": self._step_counts[shown],
+                "percent": round(100 * done / total),
+                "seconds_left": self._seconds_left(done, total),
+            }
         self._loop.call_soon_threadsafe(self._changed.set)
+
+    @contextmanager
+    def making(self, prompt_index: int) -> Iterator[None]:
+        """Count this prompt's steps while the block makes it, beside others; afterwards all of them count as done."""
+        with self._lock:
+            self._making[prompt_index] = ("denoise", 0)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._making[prompt_index]
 
     @property
     def seconds_left(self) -> float:

@@ -1,7 +1,9 @@
-"""The process of one more GPU of this worker: `python -m worker.rank RANK FILE_DESCRIPTOR STORE`, started by `worker.ranks`.
+"""The process of one more GPU of this worker, started by `worker.ranks`.
 
-It loads the same model as the worker and calls the model's methods that the worker names, one after another. It ends when
-the worker does.
+    python -m worker.rank RANK FILE_DESCRIPTOR STORE MEMORY
+
+It loads the same model as the worker and calls the model's methods that the worker names, one after another. When it makes a
+video by itself, it sends each finished step and the frames. It ends when the worker does.
 """
 
 from __future__ import annotations
@@ -10,39 +12,46 @@ import os
 import signal
 import sys
 import threading
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from pipelines.errors import DeviceLost, PipelineError
+from pipelines.errors import DeviceLost, PipelineError, RankFailed
+from pipelines.recipes import Recipe, Sampling
 from worker import logs
+from worker.ranks import STOP
 from worker.settings import load_settings
 from worker.startup import lean_imports
 
 
-def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
+def main(rank: int, connection: Connection[Any, Any], store: Path, memory: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when this process ends
-    logs.configure()
+    logs.configure(rank)
     commands: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
+    stop = threading.Event()
+    threading.Thread(target=_receive, args=(connection, commands, stop), daemon=True).start()
     settings = load_settings()
     logs.hide(settings.secrets)
     lean_imports.install()
     from worker.startup.load_model import load_model, meet
 
     try:
-        model = load_model(settings, rank)
+        model = load_model(settings, memory, rank)
+        connection.send(None)
+        meet(model, settings, rank, store)
     except Exception as error:
         connection.send(_sendable(error))
-        return
-    connection.send(None)
-    meet(model, settings, rank, store)
+        os._exit(1)
     while True:
         method, arguments = commands.get()
         try:
-            getattr(model, method)(*arguments)
+            if method == "generate":
+                _generate(model, connection, stop, *arguments)
+            else:
+                getattr(model, method)(*arguments)
         except Exception as error:
             connection.send(_sendable(error))
             if isinstance(error, DeviceLost):
@@ -51,11 +60,34 @@ def main(rank: int, connection: Connection[Any, Any], store: Path) -> None:
             connection.send(None)
 
 
-def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
-    """Take commands until the worker ends; then end too, whatever is being computed."""
+def _generate(model: Any, connection: Connection[Any, Any], stop: threading.Event, sampling: Sampling, recipe: Recipe) -> None:
+    """Have the WanModel make a video; send its finished steps and its frames."""
+
+    def go_on(done: Any) -> None:
+        if stop.is_set():
+            raise RankFailed("the worker stopped the video")
+        connection.send(done)
+
+    with closing(model.generate(sampling, recipe, go_on)) as chunks:
+        for frames in chunks:
+            go_on(frames)
+
+
+def _receive(
+    connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, tuple[Any, ...]]], stop: threading.Event
+) -> None:
+    """Take commands until the worker ends; then end too, whatever is being computed.
+
+    The command `stop` is for the video that is being made. The worker sends no other before it has got the answer.
+    """
     try:
         while True:
-            commands.put(connection.recv())
+            command = connection.recv()
+            if command == STOP:
+                stop.set()
+            else:
+                stop.clear()
+                commands.put(command)
     except (OSError, EOFError):
         os._exit(0)
     except BaseException as error:  # a command that cannot be read; without this thread, nothing would end the process
@@ -64,7 +96,9 @@ def _receive(connection: Connection[Any, Any], commands: SimpleQueue[tuple[str, 
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error as the worker can raise it. It has one class for each kind, and the traceback stays in this log."""
+    """The error as the worker can raise it. The worker knows the pipelines' errors, and of others only that there was one."""
+    if isinstance(error, DeviceLost):
+        logs.log.error("this GPU is lost", exc_info=error)
     if isinstance(error, PipelineError):
         return error
     logs.log.error("internal error on another GPU", exc_info=error)
@@ -72,4 +106,4 @@ def _sendable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Connection(int(sys.argv[2])), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Connection(int(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4]))

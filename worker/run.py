@@ -33,6 +33,7 @@ _SECONDS_TO_UPLOAD = 15.0
 """How long the upload of finished work is retried when the job has no time left."""
 _SECONDS_TO_STOP = 30.0
 """How long a thread may run on after `stop` is set."""
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(eq=False)
@@ -127,12 +128,14 @@ async def in_thread(
     *arguments: Any,
     executor: Executor | None = None,
     seconds_to_stop: float = _SECONDS_TO_STOP,
+    is_in_vain: Callable[[], bool] = lambda: False,
 ) -> T:
     """Run blocking work in a new thread, or in one of `executor`. A cancellation sets `stop` and waits for the thread.
 
     Without the wait, the thread of a cancelled job would run on beside the next job, on the same GPU. A thread that does not
-    stop within `seconds_to_stop` is left behind: the job's answer is sent, and the process ends. asyncio's own pool is too
-    small: a few uploads that wait for their bucket would fill it, and the GPU would get no work.
+    stop within `seconds_to_stop` is left behind: the job's answer is sent, and the process ends. So is one of which
+    `is_in_vain` says that it cannot stop. asyncio's own pool is too small: a few uploads that wait for their bucket would fill
+    it, and the GPU would get no work.
     """
     pool = executor or ThreadPoolExecutor(1)
     work: asyncio.Future[T] = asyncio.wrap_future(pool.submit(function, *arguments))
@@ -143,9 +146,9 @@ async def in_thread(
     except asyncio.CancelledError:
         stop.set()
         give_up_at = time.monotonic() + seconds_to_stop
-        while not work.done() and (left := give_up_at - time.monotonic()) > 0:
+        while not work.done() and (left := give_up_at - time.monotonic()) > 0 and not is_in_vain():
             try:
-                await asyncio.wait([work], timeout=left)
+                await asyncio.wait([work], timeout=min(left, _SECONDS_BETWEEN_LOOKS))
             except asyncio.CancelledError:
                 continue
         if not work.done():

@@ -92,9 +92,9 @@ class Settings(BaseSettings):
     gpus: Literal["auto", "1", "2", "4"] = Field(
         default="auto",
         description="How many GPUs make one video. `2`: each computes one of the two passes of a step with guidance, in about "
-        "half the time; it does not change the frames. `4`: pairs of them split each pass too, in about a quarter of the time, "
-        "which changes the last bit of a frame; without guidance, all four split the one pass. `auto`: as many of 4, 2 or 1 as "
-        "the machine has.",
+        "half the time; without guidance, each makes a video of its own. It does not change the frames. `4`: pairs of them "
+        "split each pass too, in about a quarter of the time, which changes the last bit of a frame; without guidance, all "
+        "four split the one pass. `auto`: as many of 4, 2 or 1 as the machine has.",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",

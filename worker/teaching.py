@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from pipelines.catalog import MAX_TOKENS, MODELS, LoraMode
@@ -60,11 +61,14 @@ def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> I
 
 
 def idle_gpu_warnings(shots: Sequence[Shot], gpus: int) -> Iterator[str]:
-    """Yield a warning for each prompt that leaves one of two GPUs without work. Four split the one pass."""
-    for shot in (shot for shot in shots if gpus == 2 and not shot.video_index):
-        if shot.sampling.guidance_scale <= 1 and not shot.recipe.is_draft:
-            said = "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video"
-            yield f"prompts[{shot.prompt_index}]: {said}"
+    """Yield a warning for a video that leaves one of two GPUs without work. Four split the one pass."""
+    for without_guidance, group in groupby(shots, lambda shot: shot.sampling.guidance_scale <= 1):
+        in_a_row = list(group)
+        if gpus == 2 and without_guidance and len(in_a_row) == 1 and not in_a_row[0].recipe.is_draft:
+            said = (
+                "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video, and the other"
+            )
+            yield f"prompts[{in_a_row[0].prompt_index}]: {said} is idle; two such videos in a row are made side by side"
 
 
 _SIXTEEN_BITS = {"F16", "BF16"}

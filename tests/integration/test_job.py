@@ -26,7 +26,7 @@ from tests.integration.test_local_api import as_base64, file_of, frames_of, requ
 from worker import frame_queue, logs, service
 from worker.files import scratch
 from worker.recovery import Recovery
-from worker.run import left_behind
+from worker.run import in_thread, left_behind
 from worker.service import Service
 from worker.settings import Settings
 from worker.shot import ShotFiles
@@ -317,7 +317,8 @@ def test_a_thread_that_does_not_stop_ends_the_worker_after_the_answer(
     worker, asked, release = runner(job_timeout=1), [], threading.Event()
     monkeypatch.setattr("worker.job.load_control_image", lambda *_: release.wait(30))
     monkeypatch.setattr("worker.job.Job._read_training", lambda _: release.wait(30))
-    monkeypatch.setattr("worker.run.in_thread.__kwdefaults__", {"executor": None, "seconds_to_stop": 0.3})
+    defaults = in_thread.__kwdefaults__ | {"seconds_to_stop": 0.3}
+    monkeypatch.setattr("worker.run.in_thread.__kwdefaults__", defaults)
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append("to end"))
     try:
         answer = run(worker, job(tiny, {}))
@@ -480,7 +481,7 @@ def test_a_job_that_is_cancelled_while_its_encoder_hangs_leaves_the_gpu(
         await asyncio.sleep(0.5)
         task.cancel()
         for _ in range(100):
-            if not worker._gpu._thread._work_queue.qsize() and not is_busy(worker):
+            if not worker._gpu._threads[0]._work_queue.qsize() and not is_busy(worker):
                 break
             await asyncio.sleep(0.05)
         assert not is_busy(worker)
@@ -493,7 +494,7 @@ def test_a_job_that_is_cancelled_while_its_encoder_hangs_leaves_the_gpu(
 
 def is_busy(worker: Service) -> bool:
     """Whether the GPU's thread is at work."""
-    probe = worker._gpu._thread.submit(lambda: None)
+    probe = worker._gpu._threads[0].submit(lambda: None)
     return not wait([probe], timeout=0.2).done
 
 

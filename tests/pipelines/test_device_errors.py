@@ -14,7 +14,7 @@ import torch
 
 from pipelines import Adapter, Sampling, WanModel, device, load_pipeline
 from pipelines.catalog import OffloadMode
-from pipelines.errors import DeviceLost, LoraIncompatible, OutOfMemory
+from pipelines.errors import DeviceLost, LoraIncompatible, MemoryLost, OutOfMemory
 from pipelines.lora.file import LoraFile
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +225,26 @@ def test_out_of_memory_advises_only_what_takes_less_and_can_be_used(
     model.facts |= {"offload_mode": mode, "compiled": compiled}
     model.device = torch.device("cuda")
     assert model._memory_remedy() == remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), MemoryLost, "memory ran out.*GPUS=1 or larger"),
+        (
+            RuntimeError("NCCL error: Call to CUDA function failed. Cuda failure 2 'out of memory'"),
+            MemoryLost,
+            "memory ran out",
+        ),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:4711"), DeviceLost, "process ended, or is silent"),
+    ],
+)
+def test_an_exchange_that_fails_is_a_lost_device_and_says_whether_memory_was_the_reason(
+    error: Exception, kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(DeviceLost, match=text) as raised, device.exchange_errors():
+        raise error
+    assert type(raised.value) is kind
 
 
 def test_a_load_that_runs_out_of_memory_is_out_of_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

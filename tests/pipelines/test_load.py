@@ -71,6 +71,15 @@ def test_a_manifest_that_cannot_be_read_is_named(copy: Path) -> None:
         load_pipeline("wan21_1b", copy, "cpu")
 
 
+def test_processes_share_the_memory_that_was_there_before_the_first_of_them_loaded(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
+    with pytest.raises(DeviceUnavailable, match=r"container has 2.0 GB for each of 2 GPUs"):
+        load_pipeline("wan21_1b", tiny, "cuda", "group", processes=2, memory=4 * 10**9)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_gpu_is_an_error_not_a_slow_worker(tiny: Path) -> None:
     with pytest.raises(DeviceUnavailable, match="DEVICE=cpu"):

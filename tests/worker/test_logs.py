@@ -2,12 +2,15 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 import warnings
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tests.worker_process import ROOT
 from worker import logs
 from worker.logs import hidden, log, redact, stage
 
@@ -33,6 +36,13 @@ def test_a_log_line_is_one_json_object(lines):
     log.info("stored %d files", 3, extra={"fields": {"job": "j1"}})
     [line] = lines()
     assert (line["level"], line["message"], line["job"]) == ("INFO", "stored 3 files", "j1")
+    assert "gpu" not in line
+
+
+def test_a_line_of_another_gpus_process_names_its_gpu():
+    code = "from worker import logs; logs.configure(2); logs.log.info('ready')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr)["gpu"] == 2
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import asyncio
 import io
 import threading
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,31 @@ def test_a_step_says_which_of_how_many_of_which_prompt():
     update = states([25, 10], ("step", 1, 4))[-1]
     assert (update["stage"], update["prompt_index"], update["prompts"]) == ("denoise", 1, 2)
     assert (update["step"], update["steps"]) == (4, 10)
+
+
+def test_prompts_made_side_by_side_are_counted_together_and_the_first_of_them_is_shown():
+    async def run():
+        progress, seen = Progress([10, 10, 20]), []
+
+        def step(index, number):
+            progress.step(index, number)
+            seen.append(tuple(progress.latest[name] for name in ("prompt_index", "step", "percent")))
+
+        with ExitStack() as first, ExitStack() as second:
+            first.enter_context(progress.making(0))
+            second.enter_context(progress.making(1))
+            step(0, 2)
+            step(1, 10)
+            second.close()
+            step(0, 4)
+            second.enter_context(progress.making(2))
+            step(2, 0)
+            step(2, 8)
+            first.close()
+            step(2, 10)
+        return seen
+
+    assert asyncio.run(run()) == [(0, 2, 5), (0, 2, 30), (0, 4, 35), (0, 4, 35), (0, 4, 55), (2, 10, 75)]
 
 
 def test_percent_counts_the_steps_of_all_prompts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from multiprocessing import Pipe
 from queue import SimpleQueue
 
@@ -24,6 +25,6 @@ def test_a_rank_ends_when_it_gets_no_more_commands(sent: bytes | None, status: i
     ours.close()
     commands: SimpleQueue = SimpleQueue()
     with pytest.raises(SystemExit) as ended:
-        rank._receive(theirs, commands)
+        rank._receive(theirs, commands, threading.Event())
     assert ended.value.code == status
     assert commands.get() == ("denoise", ())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 from pipelines import errors as pipeline_errors
 from pipelines.catalog import MODELS
 from pipelines.cfg_parallel import PASSES
 from pipelines.checkpoints import Checkpoints
 from pipelines.clock import timed
+from pipelines.host_memory import available
 from worker.delivery import retry_until
 from worker.errors import Code, WorkerError
 from worker.faults import worker_error
@@ -60,12 +62,13 @@ def cold_start(settings: Settings, took: dict[str, float] | None = None, checkpo
     ).start()
     try:
         with stage("cold start", model=settings.model_id, device=settings.device, took=took):
-            ranks = Ranks(_number_of_ranks(settings) - 1)
-            model = load_model(settings, 0, took, checkpoints)
+            memory = available()
+            ranks = Ranks(_number_of_ranks(settings) - 1, memory)
+            model = load_model(settings, memory, 0, took, checkpoints)
             if ranks.store:
                 with timed(took, "other GPUs"):
                     ranks.wait_until_loaded()
-                    meet(model, settings, 0, ranks.store)
+                    ranks.meet(partial(meet, model, settings, 0, ranks.store))
                     with ranks.doing("check_equal", model.facts):
                         pass
     except pipeline_errors.DeviceUnavailable as error:

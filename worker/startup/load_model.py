@@ -32,9 +32,15 @@ def gpus_of(settings: Settings) -> int:
 
 
 def load_model(
-    settings: Settings, rank: int = 0, took: dict[str, float] | None = None, checkpoints: Checkpoints | None = None
+    settings: Settings,
+    memory: int,
+    rank: int = 0,
+    took: dict[str, float] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> WanModel:
-    """Load the model of `settings` onto the GPU of this rank. `took`: gets the seconds of each component.
+    """Load the model of `settings` onto the GPU of this rank.
+
+    `memory`: bytes of main memory for all ranks, read before any of them loads. `took`: gets the seconds of each component.
 
     Raises what `load_pipeline` raises, and SettingsError.
     """
@@ -55,6 +61,7 @@ def load_model(
         attention="native" if settings.exact else settings.attention,
         quantize=settings.quantize,
         processes=processes,
+        memory=memory,
     )
     if settings.compiles:
         with timed(took, "compiler"):
