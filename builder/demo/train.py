@@ -33,37 +33,60 @@ from builder.demo.training import Training
 from builder.demo.transformer import Latents, Shape, Trainee
 from builder.tiny_checkpoints import scheduler
 
-PICTURE_SHAPE = (96, 128, 9)
+MINUTES = {
+    "vae": 22,
+    "decoder": 6,
+    "transformer": 40,
+    "image-to-video": 45,
+    "vae-5b": 20,
+    "decoder-5b": 8,
+    "transformer-5b": 60,
+}
+LONGEST_OF_5B = 17
+"""The most frames that its transformer is shown."""
+KNOWN_SHARE = 0.45
+"""The share of its batches that show their first frame."""
 
 
-def train_vae(out: Path, minutes: float) -> AutoencoderKLWan:
-    """Train the VAE and write it. A finished one is only loaded."""
-    folder = out / "weights/vae"
+def train_vae(
+    out: Path, name: str, minutes: float, new_vae: Callable[[int], AutoencoderKLWan], channels: int | None = None
+) -> AutoencoderKLWan:
+    """Train a VAE and write it. A finished one is only loaded. `channels`: how many of the latents' it keeps; all if None."""
+    folder = out / "weights" / name
     if not (folder / "config.json").exists():
-        vae = demo_vae.new_vae(seed=0)
+        vae = new_vae(0)
         muon = Muon(vae, demo_vae.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.9)
-        training = Training(out, "vae", vae, muon, minutes, decay=0.98, seed=1)
-        training.run(lambda _progress, rng: demo_vae.loss(vae, rng), lambda: picture_vae(vae, out / "vae.png"))
-        print(f"VAE: {training.step} steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
-        picture_vae(vae, out / "vae.png")
+        training = Training(out, name, vae, muon, minutes, decay=0.98, seed=1)
+        training.run(lambda _progress, rng: demo_vae.loss(vae, rng), lambda: picture_vae(vae, out / f"{name}.png"))
+        if channels:
+            demo_vae.keep_main_axes(vae, channels, random.Random(16))
+        print(f"{name}: {training.step} steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
+        picture_vae(vae, out / f"{name}.png")
         vae.to(torch.bfloat16).save_pretrained(folder)
     return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
-def polish_decoder(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+def polish_decoder(out: Path, name: str, minutes: float, vae: AutoencoderKLWan) -> None:
     """Train the decoder further and write the VAE again. The encoder stays, and with it all that is trained on its latents."""
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
     muon = Muon(decoder, demo_vae.is_matrix, rate=0.01, adam_rate=1e-3, momentum=0.9)
-    training = Training(out, "decoder", decoder, muon, minutes, decay=0.98, seed=10)
+    training = Training(out, name.replace("vae", "decoder"), decoder, muon, minutes, decay=0.98, seed=10)
+    picture_file = out / f"{training.name}.png"
     if training.progress < 1:
-        training.run(lambda _progress, rng: demo_vae.polishing_loss(vae, rng), lambda: picture_vae(vae, out / "decoder.png"))
+        training.run(lambda _progress, rng: demo_vae.polishing_loss(vae, rng), lambda: picture_vae(vae, picture_file))
         latents = vae.config.latents_mean, vae.config.latents_std
-        print(f"decoder: {training.step} more steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
+        print(f"{training.name}: {training.step} more steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
         vae.register_to_config(latents_mean=latents[0], latents_std=latents[1])
-        picture_vae(vae, out / "decoder.png")
-        vae.to(torch.bfloat16).save_pretrained(out / "weights/vae")
+        picture_vae(vae, picture_file)
+        vae.to(torch.bfloat16).save_pretrained(out / "weights" / name)
         vae.float()
     vae.requires_grad_(False)
+
+
+def picture_shape(vae: AutoencoderKLWan) -> Shape:
+    """Return the shape of the films that show the progress: 12x16 latent pixels, 9 frames."""
+    pixel = vae.config.scale_factor_spatial
+    return 12 * pixel, 16 * pixel, 9
 
 
 @torch.no_grad()
@@ -71,7 +94,7 @@ def picture_vae(vae: AutoencoderKLWan, path: Path) -> None:
     """Draw three clips, each above what the VAE makes of it."""
     rng = random.Random(2)
     clips = [world.sample(rng, object="boat", striped=True), world.sample(rng), world.sample(rng)]
-    films = [world.draw(clip, *PICTURE_SHAPE) for clip in clips]
+    films = [world.draw(clip, *picture_shape(vae)) for clip in clips]
     decoded = [demo_vae.decode(vae, vae.encode(film[None]).latent_dist.mean)[0] for film in films]
     world.to_image([film for pair in zip(films, decoded, strict=True) for film in pair], every=2, scale=2).save(path)
 
@@ -116,6 +139,24 @@ def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> No
     image_to_video.save(model, weights)
 
 
+def train_text_and_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
+    """Train the transformer of 5B, which makes films with and without an image, and write it, where there is none yet."""
+    folder = out / "weights/transformer_5b"
+    if (folder / "config.json").exists():
+        return
+    model = demo_transformer.new_transformer(13, demo_transformer.SIZE_5B, demo_vae.CHANNELS_OF_5B)
+    muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
+    training = Training(out, "transformer_5b", model, muon, minutes, decay=0.99, seed=14)
+    latents = Latents(vae, random.Random(15 + training.step), image_to_video.sample)
+
+    def shapes_at(progress: float) -> tuple[Shape, ...]:
+        shapes = demo_transformer.shapes_at(progress)
+        return tuple((2 * height, 2 * width, frames) for height, width, frames in shapes if frames <= LONGEST_OF_5B)
+
+    _train(out, training, model, latents, shapes_at, known_share=KNOWN_SHARE)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
 def _train(
     out: Path,
     training: Training,
@@ -123,8 +164,12 @@ def _train(
     latents: Latents,
     shapes_at: Callable[[float], tuple[Shape, ...]],
     pad_until: float = 0.2,
+    known_share: float = 0.0,
 ) -> None:
-    """Train a transformer, and draw what it makes. `pad_until`: the share of the time until all pads count."""
+    """Train a transformer, and draw what it makes.
+
+    `pad_until`: the share of the time until all pads count. `known_share`: how many of the batches show their first frame.
+    """
     trainee = Trainee(model, *text_side(out))
     model.compile_repeated_blocks(dynamic=True)  # a third quicker, after two minutes
 
@@ -133,25 +178,33 @@ def _train(
             latents.add(rng.choice(shapes_at(progress)))
         clips, clean, conditions = latents.batch(rng.choice(shapes_at(progress)))
         pad_share = min(1.0, progress / pad_until) if pad_until else 1.0
-        return trainee.loss(demo_transformer.captions(clips, rng), clean, conditions, pad_share)
+        known = int(rng.random() < known_share)
+        return trainee.loss(demo_transformer.captions(clips, rng), clean, conditions, pad_share, known)
 
     clips = [world.sample(random.Random(40 + i)) for i in range(6)]
 
     def on_checkpoint() -> None:
-        picture(trainee, training.average, latents, clips, out / f"{training.name}.png")
+        for known in (0, 1) if known_share else (0,):
+            file = out / f"{training.name}{'-image' * known}.png"
+            picture(trainee, training.average, latents, clips, file, known)
 
     training.run(loss, on_checkpoint)
     on_checkpoint()
 
 
-def picture(trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents, clips: list[world.Clip], path: Path) -> None:
-    """Draw a film for a phrase of each clip with the averaged weights, and print what the judge sees in them."""
+def picture(
+    trainee: Trainee, average: dict[str, torch.Tensor], latents: Latents, clips: list[world.Clip], path: Path, known: int
+) -> None:
+    """Draw a film for a phrase of each clip with the averaged weights, and print what the judge sees in them.
+
+    The films begin with `known` latent frames of the clips.
+    """
     model = trainee.model
     current = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(average)
     prompts = [phrase(vars(clip), random.Random(i)) for i, clip in enumerate(clips)]
     with torch.compiler.set_stance("force_eager"):
-        films = latents.decode(trainee.sample(prompts, *latents.encode(clips, PICTURE_SHAPE)))
+        films = latents.decode(trainee.sample(prompts, *latents.encode(clips, picture_shape(latents.vae)), known=known))
     model.load_state_dict(current)
     world.to_image(list(films), every=2, scale=2).save(path)
     print("\n".join(f"    {prompt}: {judge(film)}" for prompt, film in zip(prompts, films, strict=True)), flush=True)
@@ -162,14 +215,17 @@ def main() -> int:
         prog="python -m builder.demo.train", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
-    for name, minutes in (("vae", 22), ("decoder", 6), ("transformer", 40), ("image-to-video", 45)):
+    for name, minutes in MINUTES.items():
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args.out, args.vae)
-    polish_decoder(args.out, args.decoder, vae)
+    vae = train_vae(args.out, "vae", args.vae, demo_vae.vae_21)
+    polish_decoder(args.out, "vae", args.decoder, vae)
     train_transformer(args.out, args.transformer, vae)
     train_image_to_video(args.out, args.image_to_video, vae)
+    vae = train_vae(args.out, "vae_5b", args.vae_5b, demo_vae.vae_22, demo_vae.CHANNELS_OF_5B)
+    polish_decoder(args.out, "vae_5b", args.decoder_5b, vae)
+    train_text_and_image_to_video(args.out, args.transformer_5b, vae)
     scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
     for curve in args.out.glob("*-loss.csv"):
         shutil.copy(curve, args.out / "weights" / curve.name)
