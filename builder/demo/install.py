@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from builder import tiny_checkpoints
 from builder.demo import image_to_video
-from builder.demo.transformer import SIZE_5B, WIDTH_5B
 from pipelines.catalog import MODELS, ModelSpec
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -77,7 +76,9 @@ def _write_part(spec: ModelSpec, part: str, to: Path) -> None:
 
 def _write_untrained_lora(path: Path) -> None:
     """Write a LoRA for 5B as a training begins with it: its second matrices are 0."""
-    size = tiny_checkpoints.Size(WIDTH_5B // tiny_checkpoints.HEAD_DIM, SIZE_5B["ffn_dim"], SIZE_5B["num_layers"])
+    config = WanTransformer3DModel.load_config(WEIGHTS / "transformer_5b")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    size = tiny_checkpoints.Size(width // tiny_checkpoints.HEAD_DIM, config["ffn_dim"], config["num_layers"])
     metadata = tiny_checkpoints.lora_metadata(path.stem, MODELS["wan22_5b"].lora_base_version, step=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tiny_checkpoints.lora_tensors(size, rank=1, seed=0, strength=0.0), path, metadata=metadata)

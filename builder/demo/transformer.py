@@ -36,7 +36,6 @@ SHIFT = 3.0
 EMPTY_SHARE = 0.1
 
 SIZE_14B = {"attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "freq_dim": 128, "ffn_dim": 320, "num_layers": 6}
-WIDTH_5B = 4 * 36
 SIZE_5B = {"attention_head_dim": 36, "in_channels": 48, "out_channels": 48, "freq_dim": 64, "ffn_dim": 128, "num_layers": 4}
 
 
