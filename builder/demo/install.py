@@ -50,7 +50,7 @@ def _install_model(spec: ModelSpec, root: Path) -> None:
         _write_part(spec, part, root / source.repo / source.subfolder)
     base = root / spec.sources["vae"].repo
     if spec.family == "toolkit_ti2v":  # for plain diffusers
-        tiny_checkpoints.scheduler(spec.flow_shift).save_pretrained(base / "scheduler")
+        tiny_checkpoints.scheduler(flow_shift=5.0).save_pretrained(base / "scheduler")
         tiny_checkpoints.write_index(base, "WanPipeline", expand_timesteps=True, transformer_2=[None, None])
     if spec.needs_toolkit:
         return

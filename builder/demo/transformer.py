@@ -78,7 +78,7 @@ class Latents:
         condition: Callable[[Tensor, Tensor], Tensor] = no_condition,
     ):
         self.vae, self.rng, self.sample, self.condition = vae, rng, sample, condition
-        self.pixel = vae.config.scale_factor_spatial
+        self.pixel: int = vae.config.scale_factor_spatial
         self.mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         self.clips: dict[Shape, list[tuple[world.Clip, Tensor, Tensor]]] = {}
