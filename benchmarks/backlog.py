@@ -29,7 +29,8 @@ from tests.faults import Slow
 from tests.s3_server import Gateway
 from tests.worker_process import Endpoint, environment
 from worker.settings import Settings
-from worker.storage import Limit, storage_of
+from worker.storage.base import Limit
+from worker.storage.choice import storage_of
 
 JOBS = 8
 UPLOAD_SECONDS = 1

@@ -28,7 +28,8 @@ from tests import s3_server
 from worker import logs
 from worker.settings import Settings
 from worker.startup.cold_start import cold_start
-from worker.storage import Limit, storage_of
+from worker.storage.base import Limit
+from worker.storage.choice import storage_of
 
 SIZES = [(320, 192, 17), (832, 480, 41)]
 """Width, height, frames."""

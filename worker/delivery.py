@@ -23,7 +23,7 @@ from worker.logs import log
 from worker.net.addresses import NotPublic
 from worker.pictures import Kind
 from worker.recovery import Kept, Recovery
-from worker.storage import Limit, NotStored, Storage, Stored
+from worker.storage.base import Limit, NotStored, Storage, Stored
 
 T = TypeVar("T")
 

@@ -27,21 +27,12 @@ from worker.image_decode import Allowance
 from worker.images import load_control_image
 from worker.logs import stage
 from worker.loras import fetch_distilled_lora, fetch_lora, fetch_recovery_adapter
-from worker.report import (
-    Output,
-    extra_warnings,
-    idle_gpu_warnings,
-    length_warnings,
-    prompt_settings,
-    result_of,
-    settings_of,
-    sum_of_pixels,
-    teaching_warnings,
-)
+from worker.report import Output, prompt_settings, result_of, settings_of, sum_of_pixels
 from worker.request import ExtraLora, Lora
 from worker.run import Run, in_thread
 from worker.settings import Settings
 from worker.shot import ShotFiles
+from worker.teaching import extra_warnings, idle_gpu_warnings, length_warnings, teaching_warnings
 from worker.training import training_of
 
 Result = dict[str, Any]

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from worker.errors import Stopped
 from worker.files import atomic_write, inside
 from worker.logs import log
-from worker.storage import Limit, NotStored, Storage
+from worker.storage.base import Limit, NotStored, Storage
 
 _SECONDS_A_JOB_CAN_RECUR = 7 * 24 * 3600
 """RunPod keeps a job for 24 hours, or for up to a week if the request's `policy.ttl` says so."""

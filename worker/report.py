@@ -1,28 +1,22 @@
-"""Builds a job's result: the outputs, the settings that decided the frames, and warnings that help."""
+"""Builds a job's result: the outputs, the settings that decided the frames, and the warnings."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from PIL import Image
 
-from pipelines.catalog import MAX_TOKENS, MODELS, Draft, LoraMode, Match
-from pipelines.lora.file import Adapter, LoraFile
-from pipelines.recipes import Recipe, era_of, preview, version_of
-from pipelines.trained import Quantization
+from pipelines.catalog import Draft, LoraMode, Match
+from pipelines.lora.file import Adapter
 from worker.decide import FIELD_OF, Shot
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
 from worker.run import Run
-from worker.storage import Stored
-
-NumbersOf = Callable[[Recipe], dict[str, Any]]
-"""Returns the values of a recipe on the loaded model; see `Schedulers.numbers_of`."""
-
+from worker.storage.base import Stored
 
 PictureItems = dict[Kind, dict[str, Any]]
 """The pictures by their field in the result."""
@@ -142,29 +136,6 @@ def settings_of(
     return settings
 
 
-def extra_warnings(
-    run: Run, adapters: Sequence[Adapter], plan: Plan, mode_of: Callable[[Adapter, LoraMode], LoraMode]
-) -> Iterator[str]:
-    """What extra LoRAs change for the others, and what they mean in `preview`."""
-    extra = [adapter for adapter in adapters if adapter.is_extra]
-    if not extra:
-        return
-    if run.match == "preview":
-        yield (
-            "match preview: the trainer made its samples without `extra_loras`, so that these frames are not those samples; "
-            "all else is as in the preview"
-        )
-    for how, stack in () if run.request.draft else plan.values():  # it says itself how its LoRAs are applied
-        also = [adapter for adapter, _ in stack if how == "merge" != mode_of(adapter, run.mode)]
-        fields = dict(zip(map(id, adapters), run.request.lora_fields, strict=True))
-        if also:
-            yield (
-                f"{', '.join(fields[id(adapter)] for adapter in also)}: merged into the weights too, since another LoRA of the "
-                "same transformer has to be"
-            )
-    yield from _trigger_warnings([adapter.file for adapter in extra], run.shots)
-
-
 _LONGEST_TEXT = 4000
 """Characters of one text in the result. The text encoder reads 512 tokens, of four to five characters in most languages."""
 _ALL_TEXTS = 1_000_000
@@ -212,114 +183,3 @@ def prompt_settings(
 def sum_of_pixels(image: Image.Image) -> str:
     """Return the sha256 of the image as the model takes it, before resizing but after EXIF and transparency."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-
-
-def teaching_warnings(
-    run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf, dtype: str, kept: Quantization | None
-) -> list[str]:
-    """Return hints that bring the video closer to the trainer's samples. `kept`: how the worker's weights are quantized."""
-    of_trigger = _trigger_warnings(files, run.shots)
-    if run.request.draft:  # it is not meant to look like the samples
-        return of_trigger
-    return [*_era_warnings(run, files, numbers_of), *_training_warnings(run, files, dtype, kept), *of_trigger]
-
-
-def length_warnings(shots: Sequence[Shot], tokens_of: Callable[[str], int]) -> Iterator[str]:
-    """Yield a warning for each text that is longer than the text encoder reads."""
-    for shot in (shot for shot in shots if not shot.video_index):
-        for name, text in (("prompt", shot.sampling.prompt), ("neg", shot.sampling.negative_prompt)):
-            if len(text) > MAX_TOKENS // 4 and (tokens := tokens_of(text)) > MAX_TOKENS:
-                said = f"the {name} has {tokens} tokens, and only the first {MAX_TOKENS} are read; shorten it"
-                yield f"prompts[{shot.prompt_index}]: {said}"
-
-
-def idle_gpu_warnings(shots: Sequence[Shot], gpus: int) -> Iterator[str]:
-    """Yield a warning for each prompt that leaves one of two GPUs without work. Four split the one pass."""
-    for shot in (shot for shot in shots if gpus == 2 and not shot.video_index):
-        if shot.sampling.guidance_scale <= 1 and not shot.recipe.is_draft:
-            said = "with guidance_scale 1 or less, a step has one pass; one of the worker's GPUs makes this video"
-            yield f"prompts[{shot.prompt_index}]: {said}"
-
-
-_SIXTEEN_BITS = {"F16", "BF16"}
-
-
-def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Quantization | None) -> Iterator[str]:
-    """Yield what in the training changes its samples, and how closely they can be matched, as in docs/preview-match.md.
-
-    `kept`: how the worker's weights are quantized.
-    """
-    trained = run.training.trained
-    if run.match == "preview" and kept and (kept != run.quantization or trained.recovery_adapter):
-        how = str(run.quantization) if run.quantization else "none of its weights"
-        yield (
-            f"this worker keeps its weights quantized (QUANTIZE: {kept}), and the training quantized {how}, so the video "
-            "matches the samples only roughly; use a worker without QUANTIZE"
-        )
-    if run.training.warning:
-        yield run.training.warning
-    if run.match != "preview":
-        if trained.kinds:
-            how = f"the training ran with {', '.join(trained.kinds)} ({run.training.why}), which changed its samples"
-            yield f"{how}; set `match` to preview to get those"
-        return
-    if not trained.as_words():
-        yield (
-            "match preview: it is unknown how the training ran, and quantization or low_vram change its samples; set "
-            "`trained_with` from its config.yaml, or put that file beside the LoRA"
-        )
-        return
-    if trained.quantize and trained.format == "int8":
-        yield "trained_with: the trainer computes int8 layers in another way, so the video matches the samples only roughly"
-    if any(_SIXTEEN_BITS & set(file.dtypes.values()) for file in files):
-        size = "0.02" if dtype == "float32" else "0.7 to 1.6"
-        yield (
-            f"the LoRA was saved in 16 bits, so the video differs from the samples by {size} of 255 on average; "
-            "`save.dtype: float32` in the training removes this"
-        )
-    if trained.merges and dtype != "float32":
-        yield (
-            "an unquantized training in 16 bits drifts each time it makes samples: the first round can be matched exactly, and "
-            "later ones with a difference of 0.7 to 1.0 of 255 on average"
-        )
-
-
-def _era_warnings(run: Run, files: Sequence[LoraFile], numbers_of: NumbersOf) -> list[str]:
-    """Warn, with `documented`, that the trainer sampled differently, and with `preview`, that its version is a guess."""
-    known = any(version_of(file) for file in files)
-    era, why = era_of(files)
-    if run.match == "preview":
-        return [] if known else [f"match preview: {why}; if the samples look different, set `sampler`"]
-    theirs = preview(MODELS[run.request.model], era, why)
-    differences = {name: None for shot in run.shots for name in _differences(run, shot, theirs, numbers_of)} if known else {}
-    if not differences:
-        return []
-    return [f"{why}, which showed its samples with {', '.join(differences)}; set `match` to preview to get those"]
-
-
-def _differences(run: Run, shot: Shot, theirs: Recipe, numbers_of: NumbersOf) -> Iterator[str]:
-    ours, others = numbers_of(shot.recipe), numbers_of(theirs)
-    for name in others:
-        if others[name] != ours[name]:
-            yield f"{name} {others[name]} instead of {ours[name]}"
-    prompt = run.request.prompts[shot.prompt_index]
-    width, height = theirs.effective_size(prompt.width, prompt.height)
-    if (width, height) != (shot.sampling.width, shot.sampling.height):
-        yield f"size {width}x{height} instead of {shot.sampling.width}x{shot.sampling.height}"
-
-
-def _trigger_warnings(files: Sequence[LoraFile], shots: Sequence[Shot]) -> list[str]:
-    """Warn when a LoRA's trigger word is not in the prompt: without it, the LoRA does little."""
-    warnings = []
-    for word in sorted({file.trigger_word for file in files if file.trigger_word}):
-        without = [
-            f"prompts[{shot.prompt_index}]"
-            for shot in shots
-            if not shot.video_index and word.lower() not in shot.sampling.prompt.lower()
-        ]
-        if without:
-            warnings.append(
-                f"{', '.join(without)}: the LoRA's trigger word `{word}` is not in the prompt; write it, or [trigger] and set "
-                "trigger_word"
-            )
-    return warnings

@@ -23,7 +23,7 @@ from worker.logs import log
 from worker.pictures import Picture, contact_sheet, poster
 from worker.progress import Progress
 from worker.request import Request
-from worker.storage import Limit
+from worker.storage.base import Limit
 from worker.training import NOT_KNOWN, KnownTraining
 from worker.video import IMAGE, VIDEO, Encoding
 

@@ -31,7 +31,8 @@ from worker.recovery import Recovery
 from worker.request import Request
 from worker.run import Run, left_behind
 from worker.settings import Settings
-from worker.storage import MAX_S3_FIELDS, Storage, storage_of_job
+from worker.storage.base import Storage
+from worker.storage.choice import MAX_S3_FIELDS, storage_of_job
 
 _ID_OF_A_LOCAL_RUN = "local_test"
 """The SDK's id for every job of `python handler.py` that has none."""

@@ -18,7 +18,7 @@ from worker.logs import stage
 from worker.pictures import JPEG, Camera, Picture
 from worker.report import Output, PictureItems, picture_item
 from worker.run import Run, in_thread
-from worker.storage import Stored
+from worker.storage.base import Stored
 from worker.video import encode
 
 _SECONDS_FOR_A_PICTURE = 10.0

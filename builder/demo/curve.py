@@ -21,6 +21,15 @@ INK = "#808080"
 """Readable on white and on black alike."""
 
 
+def write_curve(curve: Path, to: Path, start: Path | None = None) -> None:
+    """Copy a curve. `start`: the weights that the training began with; theirs comes first, if there is one."""
+    rows = _rows(start / curve.name) if start and (start / curve.name).exists() else []
+    step, seconds = rows[-1][:2] if rows else (0.0, 0.0)
+    rows += [(step + row[0], seconds + row[1], row[2]) for row in _rows(curve)]
+    lines = ["step,seconds,loss", *(f"{row[0]:.0f},{row[1]:.1f},{row[2]}" for row in rows)]
+    to.write_text("\n".join(lines) + "\n")
+
+
 def write_curves(folder: Path) -> None:
     """Write FOLDER/loss.svg from the `*-loss.csv` in it: the logarithm of each loss over its own share of the time."""
     lines: list[str] = []
@@ -28,8 +37,7 @@ def write_curves(folder: Path) -> None:
         curve = folder / f"{name}-loss.csv"
         if not curve.exists():
             continue
-        with curve.open() as file:
-            rows = [(float(row["seconds"]), float(row["loss"])) for row in csv.DictReader(file)]
+        rows = [(seconds, loss) for _, seconds, loss in _rows(curve)]
         first, last = rows[0][1], rows[-1][1]
         lines.append(f'<polyline points="{_points(rows)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         label = f"{name.replace('_', '-')}: {first:.2f} to {last:.2f} in {rows[-1][0] / 60:.0f} min"
@@ -40,6 +48,12 @@ def write_curves(folder: Path) -> None:
         f'<path d="M0 {HEIGHT - 1}H{WIDTH}" stroke="{INK}"/>'
         f'<text x="0" y="{HEIGHT - 6}" fill="{INK}">logarithm of the loss, over the time of each training</text></svg>\n'
     )
+
+
+def _rows(curve: Path) -> list[tuple[float, float, float]]:
+    """Return step, seconds and loss of each row."""
+    with curve.open() as file:
+        return [(float(row["step"]), float(row["seconds"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
 def _points(rows: list[tuple[float, float]]) -> str:

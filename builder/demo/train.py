@@ -1,6 +1,10 @@
-"""Train the tiny models on the toy world: a VAE and two transformers, in two hours or so on two cores.
+"""Train the tiny models on the toy world: two VAEs and three transformers, in four hours or so on two cores.
 
     python -m builder.demo.train OUT [--vae 22 --decoder 6 --transformer 40 --image-to-video 45]     minutes of each
+                                     [--vae-5b 20 --decoder-5b 20 --transformer-5b 60]
+
+With `--start WEIGHTS`, the transformers begin with finished weights, whose VAEs are copied, and those that make films from text
+with RESTART of their rates.
 
 It writes OUT/weights in the layout of diffusers, in bf16, with the loss curves, and pictures that show the progress. You can
 stop and start it again at any time: finished parts are kept, and the others resume from their last save. The seeds are fixed,
@@ -15,10 +19,12 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
 from transformers import T5TokenizerFast
 from transformers import UMT5EncoderModel as TextEncoder
 
@@ -26,7 +32,7 @@ from builder.demo import image_to_video, text, world
 from builder.demo import transformer as demo_transformer
 from builder.demo import vae as demo_vae
 from builder.demo.captions import phrase
-from builder.demo.curve import write_curves
+from builder.demo.curve import write_curve, write_curves
 from builder.demo.judge import judge
 from builder.demo.muon import Muon
 from builder.demo.training import Training
@@ -39,38 +45,69 @@ MINUTES = {
     "transformer": 40,
     "image-to-video": 45,
     "vae-5b": 20,
-    "decoder-5b": 8,
+    "decoder-5b": 20,
     "transformer-5b": 60,
 }
-LONGEST_OF_5B = 17
-"""The most frames that its transformer is shown."""
-KNOWN_SHARE = 0.45
-"""The share of its batches that show their first frame."""
+RESTART = 0.6
+"""The share of the rates with which a training begins that starts from finished weights."""
 
 
-def train_vae(
-    out: Path, name: str, minutes: float, new_vae: Callable[[int], AutoencoderKLWan], channels: int | None = None
-) -> AutoencoderKLWan:
-    """Train a VAE and write it. A finished one is only loaded. `channels`: how many of the latents' it keeps; all if None."""
+@dataclass(frozen=True)
+class Kind:
+    """What differs between 5B and the other models."""
+
+    suffix: str
+    """What the names of its parts end with."""
+    new_vae: Callable[[int], AutoencoderKLWan]
+    channels: int | None
+    """How many channels of the latents carry something; all if None."""
+    size: dict[str, int]
+    sample: Callable[[random.Random], world.Clip]
+    known_share: float
+    """The share of the batches whose first latent frame is known."""
+    longest: int
+    """The most frames of a clip."""
+
+    def shapes_at(self, progress: float, pixel: int) -> tuple[Shape, ...]:
+        """Return the shapes of this part of the training. `pixel`: the side of a pixel of the latents."""
+        shapes = (shape for shape in demo_transformer.shapes_at(progress) if shape[2] <= self.longest)
+        return tuple((height * pixel // 8, width * pixel // 8, frames) for height, width, frames in shapes)
+
+
+OF_14B = Kind("", demo_vae.vae_21, None, demo_transformer.SIZE_14B, world.sample_seen, known_share=0, longest=33)
+OF_5B = Kind(
+    "_5b",
+    demo_vae.vae_22,
+    demo_vae.CHANNELS_OF_5B,
+    demo_transformer.SIZE_5B,
+    image_to_video.sample,
+    known_share=0.45,
+    longest=17,
+)
+
+
+def train_vae(out: Path, kind: Kind, minutes: float) -> AutoencoderKLWan:
+    """Train the VAE and write it. A finished one is only loaded."""
+    name = f"vae{kind.suffix}"
     folder = out / "weights" / name
     if not (folder / "config.json").exists():
-        vae = new_vae(0)
+        vae = kind.new_vae(0)
         muon = Muon(vae, demo_vae.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.9)
         training = Training(out, name, vae, muon, minutes, decay=0.98, seed=1)
         training.run(lambda _progress, rng: demo_vae.loss(vae, rng), lambda: picture_vae(vae, out / f"{name}.png"))
-        if channels:
-            demo_vae.keep_main_axes(vae, channels, random.Random(16))
+        if kind.channels:
+            demo_vae.keep_main_axes(vae, kind.channels, random.Random(16))
         print(f"{name}: {training.step} steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
         picture_vae(vae, out / f"{name}.png")
         vae.to(torch.bfloat16).save_pretrained(folder)
     return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
-def polish_decoder(out: Path, name: str, minutes: float, vae: AutoencoderKLWan) -> None:
+def polish_decoder(out: Path, kind: Kind, minutes: float, vae: AutoencoderKLWan) -> None:
     """Train the decoder further and write the VAE again. The encoder stays, and with it all that is trained on its latents."""
     decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
     muon = Muon(decoder, demo_vae.is_matrix, rate=0.01, adam_rate=1e-3, momentum=0.9)
-    training = Training(out, name.replace("vae", "decoder"), decoder, muon, minutes, decay=0.98, seed=10)
+    training = Training(out, f"decoder{kind.suffix}", decoder, muon, minutes, decay=0.98, seed=10)
     picture_file = out / f"{training.name}.png"
     if training.progress < 1:
         training.run(lambda _progress, rng: demo_vae.polishing_loss(vae, rng), lambda: picture_vae(vae, picture_file))
@@ -78,7 +115,7 @@ def polish_decoder(out: Path, name: str, minutes: float, vae: AutoencoderKLWan) 
         print(f"{training.name}: {training.step} more steps, {demo_vae.measure(vae, random.Random(3)):.1f} dB", flush=True)
         vae.register_to_config(latents_mean=latents[0], latents_std=latents[1])
         picture_vae(vae, picture_file)
-        vae.to(torch.bfloat16).save_pretrained(out / "weights" / name)
+        vae.to(torch.bfloat16).save_pretrained(out / f"weights/vae{kind.suffix}")
         vae.float()
     vae.requires_grad_(False)
 
@@ -107,25 +144,39 @@ def text_side(out: Path) -> tuple[T5TokenizerFast, TextEncoder]:
     return T5TokenizerFast.from_pretrained(out / "weights/tokenizer"), encoder
 
 
-def train_transformer(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the text-to-video transformer and write it, where there is none yet."""
-    folder = out / "weights/transformer"
+def train_transformer(out: Path, kind: Kind, minutes: float, vae: AutoencoderKLWan, start: Path | None) -> None:
+    """Train the transformer that makes films from text and write it, unless there is one. `start`: weights to begin with."""
+    name = f"transformer{kind.suffix}"
+    folder = out / "weights" / name
     if (folder / "config.json").exists():
         return
-    model = demo_transformer.new_transformer(seed=4)
-    muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
-    training = Training(out, "transformer", model, muon, minutes, decay=0.99, seed=5)
-    latents = Latents(vae, random.Random(6 + training.step), world.sample_seen)
-    _train(out, training, model, latents, demo_transformer.shapes_at)
+    if start:
+        model = WanTransformer3DModel.from_pretrained(start / name, torch_dtype=torch.float32)
+    else:
+        model = demo_transformer.new_transformer(4, kind.size, kind.channels)
+    share = RESTART if start else 1.0
+    muon = Muon(model, demo_transformer.is_matrix, rate=0.02 * share, adam_rate=2e-3 * share, momentum=0.95)
+    training = Training(out, name, model, muon, minutes, decay=0.99, seed=5)
+    latents = Latents(vae, random.Random(6 + training.step), kind.sample)
+
+    def shapes_at(progress: float) -> tuple[Shape, ...]:
+        return kind.shapes_at(1 if start else progress, latents.pixel)
+
+    _train(out, training, model, latents, shapes_at, pad_until=0 if start else 0.2, known_share=kind.known_share)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the image-to-video transformer, from the text-to-video one, and write what differs, where there is none yet."""
+def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan, start: Path | None) -> None:
+    """Train the image-to-video transformer, from the text-to-video one, and write what differs, where there is none yet.
+
+    `start`: weights whose own layers of image-to-video to begin with.
+    """
     weights = out / "weights"
     if (weights / image_to_video.FILE).exists() or not minutes:
         return
     model = image_to_video.new_transformer(weights)
+    if start:
+        model.load_state_dict(load_file(start / image_to_video.FILE), strict=False)
     image_to_video.freeze_the_rest(model)
     muon = Muon(model, demo_transformer.is_matrix, rate=0.01, adam_rate=1.5e-3, momentum=0.95)
     training = Training(out, "image_to_video", model, muon, minutes, decay=0.99, seed=11)
@@ -135,26 +186,8 @@ def train_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> No
         return image_to_video.condition(vae, film, clean, with_last=rng.random() < image_to_video.LAST_FRAME_SHARE)
 
     latents = Latents(vae, rng, image_to_video.sample, condition)
-    _train(out, training, model, latents, lambda _progress: demo_transformer.shapes_at(1), pad_until=0)
+    _train(out, training, model, latents, lambda _progress: demo_transformer.shapes_at(1), pad_until=0, known_share=0)
     image_to_video.save(model, weights)
-
-
-def train_text_and_image_to_video(out: Path, minutes: float, vae: AutoencoderKLWan) -> None:
-    """Train the transformer of 5B, which makes films with and without an image, and write it, where there is none yet."""
-    folder = out / "weights/transformer_5b"
-    if (folder / "config.json").exists():
-        return
-    model = demo_transformer.new_transformer(13, demo_transformer.SIZE_5B, demo_vae.CHANNELS_OF_5B)
-    muon = Muon(model, demo_transformer.is_matrix, rate=0.02, adam_rate=2e-3, momentum=0.95)
-    training = Training(out, "transformer_5b", model, muon, minutes, decay=0.99, seed=14)
-    latents = Latents(vae, random.Random(15 + training.step), image_to_video.sample)
-
-    def shapes_at(progress: float) -> tuple[Shape, ...]:
-        shapes = demo_transformer.shapes_at(progress)
-        return tuple((2 * height, 2 * width, frames) for height, width, frames in shapes if frames <= LONGEST_OF_5B)
-
-    _train(out, training, model, latents, shapes_at, known_share=KNOWN_SHARE)
-    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def _train(
@@ -163,8 +196,8 @@ def _train(
     model: WanTransformer3DModel,
     latents: Latents,
     shapes_at: Callable[[float], tuple[Shape, ...]],
-    pad_until: float = 0.2,
-    known_share: float = 0.0,
+    pad_until: float,
+    known_share: float,
 ) -> None:
     """Train a transformer, and draw what it makes.
 
@@ -217,18 +250,23 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights, the curves and what is unfinished")
     for name, minutes in MINUTES.items():
         parser.add_argument(f"--{name}", type=float, default=minutes, metavar="MINUTES", help="default: %(default)s")
+    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="finished weights to begin with")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args.out, "vae", args.vae, demo_vae.vae_21)
-    polish_decoder(args.out, "vae", args.decoder, vae)
-    train_transformer(args.out, args.transformer, vae)
-    train_image_to_video(args.out, args.image_to_video, vae)
-    vae = train_vae(args.out, "vae_5b", args.vae_5b, demo_vae.vae_22, demo_vae.CHANNELS_OF_5B)
-    polish_decoder(args.out, "vae_5b", args.decoder_5b, vae)
-    train_text_and_image_to_video(args.out, args.transformer_5b, vae)
+    if args.start:
+        for kind in (OF_14B, OF_5B):
+            name = f"vae{kind.suffix}"
+            shutil.copytree(args.start / name, args.out / "weights" / name, dirs_exist_ok=True)
+    vae = train_vae(args.out, OF_14B, args.vae)
+    polish_decoder(args.out, OF_14B, args.decoder, vae)
+    train_transformer(args.out, OF_14B, args.transformer, vae, args.start)
+    train_image_to_video(args.out, args.image_to_video, vae, args.start)
+    vae = train_vae(args.out, OF_5B, args.vae_5b)
+    polish_decoder(args.out, OF_5B, args.decoder_5b, vae)
+    train_transformer(args.out, OF_5B, args.transformer_5b, vae, args.start)
     scheduler(flow_shift=demo_transformer.SHIFT).save_pretrained(args.out / "weights/scheduler")
     for curve in args.out.glob("*-loss.csv"):
-        shutil.copy(curve, args.out / "weights" / curve.name)
+        write_curve(curve, args.out / "weights" / curve.name, args.start)
     write_curves(args.out / "weights")
     for file in args.out.glob("weights/*/config.json"):
         config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}

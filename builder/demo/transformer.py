@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]
 SMALL_SHAPES: tuple[Shape, ...] = ((64, 96, 9), (96, 64, 9), (64, 64, 9), (96, 96, 9), (64, 96, 17))
 LARGE_SHAPES: tuple[Shape, ...] = (
     *((96, 128, 9), (96, 128, 17), (96, 128, 17), (96, 128, 17)),
-    *((128, 96, 17), (64, 96, 33)),
+    *((128, 96, 17), (64, 96, 33), (128, 128, 9), (128, 192, 9), (96, 64, 17)),
 )
 """Height, width and frames of the clips, for a VAE that compresses 8x. The one of `make run` comes three times."""
 SMALL_SHARE = 0.5
@@ -39,7 +39,7 @@ SIZE_14B = {"attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "fr
 SIZE_5B = {"attention_head_dim": 36, "in_channels": 48, "out_channels": 48, "freq_dim": 64, "ffn_dim": 128, "num_layers": 4}
 
 
-def new_transformer(seed: int, size: dict[str, int] = SIZE_14B, channels: int | None = None) -> WanTransformer3DModel:
+def new_transformer(seed: int, size: dict[str, int], channels: int | None) -> WanTransformer3DModel:
     """Return a new transformer that reads and writes the first `channels` of the latents, or all."""
     torch.manual_seed(seed)
     model = WanTransformer3DModel(num_attention_heads=4, text_dim=text.WIDTH, **size)

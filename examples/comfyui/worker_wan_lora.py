@@ -41,6 +41,7 @@ class WorkerWanLora:
     CATEGORY = "video"
     DESCRIPTION = "Makes a video with worker-wan-lora, on a RunPod endpoint or a local API."
     FUNCTION = "make"
+    OUTPUT_NODE = True
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("url", "file")
 
@@ -56,8 +57,11 @@ class WorkerWanLora:
             "optional": {"image": ("IMAGE", {"tooltip": "The first frame, for models that take one."})},
         }
 
-    def make(self, url: str, request: str, prompt: str, seed: int, image: Any = None) -> tuple[str, str]:
-        """(presigned URL, path of the file in ComfyUI's output folder). Raises RuntimeError with the worker's error."""
+    def make(self, url: str, request: str, prompt: str, seed: int, image: Any = None) -> dict[str, Any]:
+        """Return what the node shows, and (presigned URL, path of the file in ComfyUI's output folder).
+
+        Raises RuntimeError with the worker's error.
+        """
         job = json.loads(request)
         job = job.get("input", job)
         first = job["prompts"][0]
@@ -70,9 +74,14 @@ class WorkerWanLora:
         outputs = _wait(url, job_id)["outputs"]
         made = [*outputs["videos"], *outputs["images"]][0]
         target = Path(folder_paths.get_output_directory()) / f"{job_id}{Path(made['key']).suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)  # a new ComfyUI has none yet
         with urllib.request.urlopen(made["url"]) as answer, target.open("wb") as file:  # noqa: S310 the worker's own URL
             shutil.copyfileobj(answer, file)
-        return made["url"], str(target)
+        shown = {"filename": target.name, "subfolder": "", "type": "output"}
+        return {
+            "ui": {"images": [shown], "animated": (target.suffix != ".png",)},
+            "result": (made["url"], str(target)),
+        }
 
 
 def _wait(url: str, job_id: str) -> dict[str, Any]:
@@ -83,8 +92,8 @@ def _wait(url: str, job_id: str) -> dict[str, Any]:
             return dict(answer["output"])
         if answer["status"] not in RUNNING:
             raise RuntimeError(f"{answer['status']}: {answer.get('error', 'see the log of the worker')}")
-        bar.update_absolute((answer.get("output") or {}).get("percent", 0))
         try:
+            bar.update_absolute((answer.get("output") or {}).get("percent", 0))  # raises too, when the user stops the queue
             comfy.model_management.throw_exception_if_processing_interrupted()
         except BaseException:
             _call(f"{url}/cancel/{job_id}", {})

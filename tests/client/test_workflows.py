@@ -73,6 +73,7 @@ class Comfy:
         self.node = node
         self.progress: list[int] = []
         self.is_interrupted = False
+        self.shown: dict[str, Any] = {}
 
     def make(self, url: str, **changes: Any) -> tuple[str, str]:
         """Run the node of workflow.json with its inputs. `changes`: of the first prompt."""
@@ -84,8 +85,10 @@ class Comfy:
         assert set(given) == set(kind.INPUT_TYPES()["required"])
         request = made_small(json.loads(given["request"]))
         request["prompts"][0] |= changes
-        answer: tuple[str, str] = getattr(kind(), kind.FUNCTION)(**given | {"url": url, "request": json.dumps(request)})
-        return answer
+        answer = getattr(kind(), kind.FUNCTION)(**given | {"url": url, "request": json.dumps(request)})
+        self.shown = answer["ui"]
+        made: tuple[str, str] = answer["result"]
+        return made
 
 
 class Interrupted(BaseException):
@@ -106,6 +109,7 @@ def comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comfy:
 
         def update_absolute(self, value: int) -> None:
             found.progress.append(value)
+            throw()  # as ComfyUI's own hook does
 
     def throw() -> None:
         if found.is_interrupted:
@@ -113,7 +117,7 @@ def comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comfy:
 
     utils.ProgressBar = ProgressBar  # type: ignore[attr-defined]
     management.throw_exception_if_processing_interrupted = throw  # type: ignore[attr-defined]
-    paths.get_output_directory = lambda: str(tmp_path)  # type: ignore[attr-defined]
+    paths.get_output_directory = lambda: str(tmp_path / "output")  # type: ignore[attr-defined]
     spec = importlib.util.spec_from_file_location("worker_wan_lora", COMFYUI / "worker_wan_lora.py")
     assert spec and spec.loader
     node = importlib.util.module_from_spec(spec)
@@ -127,7 +131,9 @@ def test_the_comfyui_node_makes_the_video_of_the_workflow(comfy: Comfy, worker: 
     example = json.loads(json.dumps(comfy.node.EXAMPLE))
     parse(example, MODELS["wan22_14b_t2v"])
     url, file = comfy.make(worker.url, sample_steps=20)
-    assert Path(file).parent == tmp_path and Path(file).read_bytes() == Path(unquote(urlsplit(url).path)).read_bytes()
+    assert Path(file).read_bytes() == Path(unquote(urlsplit(url).path)).read_bytes()
+    assert Path(file).parent == tmp_path / "output"  # which does not exist in a new ComfyUI
+    assert comfy.shown == {"images": [{"filename": Path(file).name, "subfolder": "", "type": "output"}], "animated": (True,)}
     assert comfy.progress == sorted(comfy.progress) and comfy.progress
 
 

@@ -30,7 +30,7 @@ from worker.errors import Code, WorkerError
 from worker.parse import parse
 from worker.progress import Progress
 from worker.settings import Settings, SettingsError, load_settings
-from worker.storage import storage_of_job
+from worker.storage.choice import storage_of_job
 
 Problems = Iterator[str]
 

@@ -31,7 +31,8 @@ from worker.service import Service
 from worker.settings import Settings
 from worker.shot import ShotFiles
 from worker.startup.cold_start import cold_start
-from worker.storage import Limit, LocalFolder, NotStored, Stored
+from worker.storage.base import Limit, NotStored, Stored
+from worker.storage.local_folder import LocalFolder
 from worker.video import encode
 
 Runner = Callable[..., Service]

@@ -11,7 +11,9 @@ from worker.delivery import Delivery, Identity
 from worker.errors import Code, Stopped, WorkerError
 from worker.recovery import Kept, Recovery
 from worker.settings import Settings
-from worker.storage import Limit, LocalFolder, NotStored, storage_of
+from worker.storage.base import Limit, NotStored
+from worker.storage.choice import storage_of
+from worker.storage.local_folder import LocalFolder
 
 JOB = Identity.of("job", {"prompts": ["a"]})
 STOP = threading.Event()

@@ -16,7 +16,8 @@ import pytest
 
 from worker.errors import Stopped
 from worker.net import privates
-from worker.storage import Bucket, Limit, NotStored
+from worker.storage.base import Limit, NotStored
+from worker.storage.bucket import Bucket
 
 Behaviour = Callable[[socket.socket], None]
 

@@ -13,7 +13,11 @@ from tests.s3_server import Gateway, S3Server
 from worker.errors import Code, WorkerError
 from worker.net.addresses import NotPublic
 from worker.settings import Settings, SettingsError, load_settings
-from worker.storage import Bucket, Limit, LocalFolder, NotStored, _region_of, _without_bucket, storage_of, storage_of_job
+from worker.storage.base import Limit, NotStored
+from worker.storage.bucket import Bucket
+from worker.storage.choice import storage_of, storage_of_job
+from worker.storage.endpoint import region_of, without_bucket
+from worker.storage.local_folder import LocalFolder
 
 LIMIT = Limit(threading.Event())
 
@@ -287,7 +291,7 @@ def test_an_s3config_that_can_never_work_is_refused_before_the_gpu_runs(s3, name
     ],
 )
 def test_the_name_of_the_bucket_is_taken_out_of_the_endpoint(endpoint):
-    assert _without_bucket(endpoint, "videos") == "https://s3.example.com"
+    assert without_bucket(endpoint, "videos") == "https://s3.example.com"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,7 @@ def test_the_name_of_the_bucket_is_taken_out_of_the_endpoint(endpoint):
     ["https://s3.example.com", "https://s3.example.com/my-videos", "https://my-videos.s3.example.com", "http://127.0.0.1:9000"],
 )
 def test_what_only_looks_like_the_bucket_stays_in_the_endpoint(endpoint):
-    assert _without_bucket(endpoint, "videos") == endpoint
+    assert without_bucket(endpoint, "videos") == endpoint
 
 
 def test_an_upload_works_with_the_bucket_in_the_endpoint(s3, file):
@@ -331,7 +335,7 @@ def test_an_upload_works_with_the_bucket_in_the_endpoint(s3, file):
     ],
 )
 def test_the_region_is_read_off_the_endpoint(endpoint, region):
-    assert _region_of(endpoint) == region
+    assert region_of(endpoint) == region
 
 
 # The check at start
@@ -371,7 +375,7 @@ def test_keys_that_were_pasted_with_a_line_end_are_taken(s3):
 @pytest.mark.parametrize(("seconds", "says"), [(600, "ahead of"), (-600, "behind")])
 def test_a_clock_that_is_off_is_told_at_start(s3, monkeypatch, caplog, seconds, says):
     storage = storage_of(settings_for(s3, presigned_url_ttl=300))
-    monkeypatch.setattr("worker.storage.time.time", lambda now=time.time: now() + seconds)
+    monkeypatch.setattr("worker.storage.bucket.time.time", lambda now=time.time: now() + seconds)
     storage.check(LIMIT)
     (line,) = [record.message for record in caplog.records if "clock" in record.message]
     assert re.search(rf"the worker's clock is (599|600|601) s {says} the bucket's, and URLs are valid for 300 s", line)

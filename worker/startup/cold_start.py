@@ -21,7 +21,8 @@ from worker.service import Service
 from worker.settings import Settings, SettingsError
 from worker.startup.load_model import gpus_of, load_model, meet, ranks_of
 from worker.startup.missing_weights import fetch_missing
-from worker.storage import Limit, Storage, storage_of
+from worker.storage.base import Limit, Storage
+from worker.storage.choice import storage_of
 
 _SECONDS_FOR_THE_BUCKET = 20.0
 """How long the bucket may take to answer at start: a store that is just restarting should not stop the worker."""
