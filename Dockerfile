@@ -3,6 +3,7 @@
 #   slim                 contains no weights: they come from a network volume or from the platform's model cache
 #
 #   docker build --build-arg MODEL_ID=wan22_14b_t2v --secret id=HF_TOKEN,env=HF_TOKEN -t worker-wan-lora:wan22_14b_t2v .
+#   docker build --build-arg QUANTIZE=qfloat8 …      the weights as codes, for a smaller GPU: half the size, and other frames
 #   docker build --build-arg CHECKPOINTS=tiny -t worker-wan-lora:tiny .      random weights of a few MB, to try the image
 #
 # docs/deploy.md explains how to publish one; docker-bake.hcl has a target for each model. There are no heredocs and no
@@ -13,6 +14,8 @@
 ARG BASE_IMAGE=debian:bookworm-slim
 # 1980-01-01: the modification time of every file, so that the same content makes the same layer. As in builder/__init__.py.
 ARG REPRODUCIBLE_MTIME=315532800
+# A format of the worker's variable QUANTIZE: `baked` then contains the weights as its codes, and has the variable set.
+ARG QUANTIZE=""
 
 
 FROM ${BASE_IMAGE} AS base
@@ -30,6 +33,7 @@ FROM base AS tools
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates git && rm -rf /var/lib/apt/lists/*
 COPY builder/requirements-fetch.txt /build/
 RUN python3 -m venv /tools && /tools/bin/python -m pip install --no-cache-dir -r /build/requirements-fetch.txt
+ENV PATH=/tools/bin:$PATH
 
 
 FROM base AS runtime
@@ -69,7 +73,7 @@ WORKDIR /build
 # Tiny images are built without a network: they get ai-toolkit only when AI_TOOLKIT_REMOTE is set.
 RUN mkdir -p /opt/ai-toolkit \
     && if [ "$CHECKPOINTS" = hub ] || [ -n "$AI_TOOLKIT_REMOTE" ]; then \
-       /tools/bin/python -m builder.fetch_toolkit --to /opt/ai-toolkit ${AI_TOOLKIT_REMOTE:+--remote "$AI_TOOLKIT_REMOTE"} \
+       python3 -m builder.fetch_toolkit --to /opt/ai-toolkit ${AI_TOOLKIT_REMOTE:+--remote "$AI_TOOLKIT_REMOTE"} \
        ${AI_TOOLKIT_COMMIT:+--commit "$AI_TOOLKIT_COMMIT"}; fi \
     && find /opt/ai-toolkit -exec touch -h -d "@$REPRODUCIBLE_MTIME" {} +
 
@@ -82,12 +86,26 @@ WORKDIR /build
 RUN mkdir /tiny && if [ "$CHECKPOINTS" = tiny ]; then python3 -m builder.tiny_checkpoints /tiny; fi
 
 
+# What downloads weights: without torch, so that weights are not downloaded again when a package of the worker changes.
+FROM tools AS fetch
+
+
+# Codes are made with torch.
+FROM runtime AS fetch_codes
+COPY builder/quantize.py /build/builder/
+COPY pipelines/pristine.py pipelines/quantized.py pipelines/reading.py pipelines/trained.py /build/pipelines/
+
+
 # One step per group: when the network fails, only that group is downloaded again. No layer contains the token.
-FROM tools AS checkpoints
+# The name is that of a stage above.
+# hadolint ignore=DL3006
+FROM fetch${QUANTIZE:+_codes} AS checkpoints
+ARG QUANTIZE
 ARG MODEL_ID=wan21_1b
 ARG CHECKPOINTS=hub
 ARG REVISIONS=""
 # bf16 halves the float32 weights of Wan 2.1 and of 5B, and changes no bit of a frame on a GPU; original keeps the Hub's files.
+# With QUANTIZE, what has no codes is in bf16.
 ARG WEIGHTS_DTYPE=bf16
 # The Hub, or a mirror of it.
 ARG HF_ENDPOINT=https://huggingface.co
@@ -100,22 +118,22 @@ COPY worker/net/__init__.py worker/net/statuses.py /build/worker/net/
 WORKDIR /build
 RUN mkdir /checkpoints /weights
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
-    || /tools/bin/python -m builder.bake text --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+    || python3 -m builder.bake text --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE" --quantize "$QUANTIZE"
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
-    || /tools/bin/python -m builder.bake vae --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+    || python3 -m builder.bake vae --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE" --quantize "$QUANTIZE"
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
-    || /tools/bin/python -m builder.bake image --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+    || python3 -m builder.bake image --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE" --quantize "$QUANTIZE"
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
-    || /tools/bin/python -m builder.bake transformer --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+    || python3 -m builder.bake transformer --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE" --quantize "$QUANTIZE"
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] \
-    || /tools/bin/python -m builder.bake transformer_2 --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE"
+    || python3 -m builder.bake transformer_2 --model-id "$MODEL_ID" --revisions "$REVISIONS" --dtype "$WEIGHTS_DTYPE" --quantize "$QUANTIZE"
 # DRAFT=1: the distilled LoRAs too, with which `draft` works without a volume.
 ARG DRAFT=0
 RUN --mount=type=secret,id=HF_TOKEN [ "$CHECKPOINTS" = tiny ] || [ "$DRAFT" = 0 ] \
-    || /tools/bin/python -m builder.bake draft --model-id "$MODEL_ID" --revisions "$REVISIONS"
+    || python3 -m builder.bake draft --model-id "$MODEL_ID" --revisions "$REVISIONS"
 COPY --from=tiny /tiny /tiny
 RUN [ "$CHECKPOINTS" = hub ] \
-    || /tools/bin/python -m builder.bake all --model-id "$MODEL_ID" --from /tiny
+    || python3 -m builder.bake all --model-id "$MODEL_ID" --from /tiny
 
 
 # The code, its bytecode, and the index of models that transformers makes at its first import and
@@ -184,9 +202,11 @@ RUN if [ "$COMPILE" = 1 ]; then apt-get update && apt-get install -y --no-instal
 COPY --from=toolkit /opt/ai-toolkit /opt/ai-toolkit
 ARG MODEL_ID=wan21_1b
 ARG AI_TOOLKIT_COMMIT=""
+ARG QUANTIZE
 ENV MODEL_ID=$MODEL_ID \
     AI_TOOLKIT_COMMIT=$AI_TOOLKIT_COMMIT \
-    COMPILE=$COMPILE
+    COMPILE=$COMPILE \
+    QUANTIZE=$QUANTIZE
 ARG REVISIONS=""
 ARG VERSION=dev
 ARG COMMIT=unknown

@@ -37,6 +37,11 @@ variable "AI_TOOLKIT_COMMIT" {
   default = "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350"
 }
 
+# A format such as qfloat8: baked images contain their weights as codes, and their tag ends in it.
+variable "QUANTIZE" {
+  default = ""
+}
+
 # 1: the image contains a C compiler, for torch.compile.
 variable "COMPILE" {
   default = "0"
@@ -111,13 +116,14 @@ target "baked" {
     MODEL_ID  = model
     REVISIONS = REVISIONS
     DRAFT     = DRAFT
+    QUANTIZE  = QUANTIZE
   }
   labels = {
     "worker-wan-lora.model"       = model
     "worker-wan-lora.checkpoints" = REVISIONS
   }
   secret = ["id=HF_TOKEN,env=HF_TOKEN"]
-  tags   = ["${REGISTRY}/worker-wan-lora:${VERSION}-${model}"]
+  tags   = ["${REGISTRY}/worker-wan-lora:${VERSION}-${model}${QUANTIZE != "" ? "-${QUANTIZE}" : ""}"]
 }
 
 target "slim" {

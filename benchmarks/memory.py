@@ -33,8 +33,8 @@ from pipelines.catalog import MODELS, OFFLOAD, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.diffusers_privates import decode_pieces
 from pipelines.errors import DeviceUnavailable, OutOfMemory
-from pipelines.load import quantization_in
 from pipelines.offload import bytes_by_mode, on_device
+from pipelines.trained import quantization_in
 
 VIDEOS = [(832, 480, 41), (832, 480, 81), (1024, 1024, 41), (1280, 720, 81)]
 """Width, height, frames."""

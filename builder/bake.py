@@ -1,4 +1,4 @@
-"""Distribute one model's checkpoints over the layers of the image. Runs while the image is built; no torch.
+"""Distribute one model's checkpoints over the layers of the image. Runs while the image is built; no torch in this file.
 
     python -m builder.bake GROUP --model-id ID         downloads the parts of one group from the Hub
     python -m builder.bake draft --model-id ID         downloads the distilled LoRAs of its drafts, if it has any
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import REPRODUCIBLE_MTIME
+from builder.fetch_checkpoints import FORMATS
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.manifest import Manifest
 
@@ -60,7 +61,15 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=["original", "bf16"], default="bf16", help="of weights from the Hub; default: %(default)s"
     )
+    parser.add_argument(
+        "--quantize",
+        default="",
+        metavar="FORMAT",
+        help="keep weights from the Hub as codes, and the rest in bf16; needs torch",
+    )
     arguments = parser.parse_args()
+    if arguments.quantize and arguments.quantize not in FORMATS:
+        parser.error(f"QUANTIZE {arguments.quantize!r} is not a format; build with one of {', '.join(FORMATS)}, or without it")
     if arguments.model_id not in MODELS:
         parser.error(f"MODEL_ID {arguments.model_id!r} is not a model id; build with one of {', '.join(MODELS)}")
     spec = MODELS[arguments.model_id]
@@ -75,7 +84,8 @@ def main() -> int:
         copy(spec, arguments.source)
     elif parts:
         repos = {spec.sources[part].repo for part in parts}
-        fetch(spec, repos, arguments.revisions, "--parts", ",".join(parts), "--dtype", arguments.dtype)
+        kept = ["--quantize", arguments.quantize] if arguments.quantize else ["--dtype", arguments.dtype]
+        fetch(spec, repos, arguments.revisions, "--parts", ",".join(parts), *kept)
     for name, group in groups.items():
         spread(spec, name, group)
         set_mtimes(WEIGHTS / name)

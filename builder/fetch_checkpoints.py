@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from builder.quantize import Codes
 
 SECRET = Path("/run/secrets/HF_TOKEN")
+FORMATS = [name for name in get_args(Quantize) if name not in ("none", "auto")]
+"""In which `--quantize` can keep weights."""
 
 _DOWNLOADS_AT_ONCE = 8
 _DOWNLOADS_AT_ONCE_TO_CONVERT = 3
@@ -251,7 +253,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--quantize",
-        choices=[name for name in get_args(Quantize) if name not in ("none", "auto")],
+        choices=FORMATS,
         metavar="FORMAT",
         help="keep transformers and text encoder as codes, for a worker with this QUANTIZE, and the rest in bf16; needs torch",
     )

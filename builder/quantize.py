@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from builder.convert import KEPT_IN_FLOAT32
 from pipelines.catalog import ModelSpec
-from pipelines.load import quantization_in
 from pipelines.quantized import FORMATS
+from pipelines.trained import quantization_in
 from pipelines.weights import CODES, is_linear
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from client.errors import BadInput, InvalidRequest
 from client.training.folder import Checkpoint, TrainingFolder, read_folder, steps_in_words
-from client.training.requests import model_of, requests_of
-from client.training.samples import TrainingConfig
+from client.training.requests import how_trained, model_of, requests_of
 from pipelines.catalog import MODELS
 from worker.errors import Code, Problem
 
@@ -90,15 +89,6 @@ def found(folder: TrainingFolder, model: str) -> Iterator[str]:
     """Lines that say what the folder has. `model`: its id."""
     training = folder.training
     trigger = f", trigger word {training.trigger_word}" if training.trigger_word else ""
-    yield f"{training.name}: {MODELS[model].title}{trigger}, trained {how_trained(training)}"
+    yield f"{training.name}: {MODELS[model].title}{trigger}, trained {how_trained(training.trained_with)}"
     count = len(training.samples)
     yield f"samples: {count} prompt{'s' * (count != 1)} in the config, {len(folder.samples)} videos in the folder"
-
-
-def how_trained(training: TrainingConfig) -> str:
-    """In the config's words, what of the training decides its samples."""
-    trained = training.trained_with
-    if trained.kinds:
-        of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
-        return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"
-    return f"in {trained.dtype or 'the default dtype'}, not quantized"

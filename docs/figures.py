@@ -98,11 +98,15 @@ def gpu_choice_table() -> Table:
 
     def row_of(row: dict[str, Any]) -> tuple[str, ...]:
         needed = (_needed(row["model"], mode, row[f"weights {mode}"]) for mode in modes)
-        gpus = (f"{next(size for size in GPUS if size >= float(gb))} GB" if gb else "" for gb in needed)
+        gpus = (_smallest_gpu(gb) if gb else "" for gb in needed)
         volume = math.ceil((sizes.on_disk(row["model"]) / 1e9 + 10) / 10) * 10
         return (f"`{row['model']}`", *gpus, f"{volume} GB")
 
     return [head, *(row_of(row) for row in _rows("memory"))]
+
+
+def _smallest_gpu(gigabytes: str) -> str:
+    return f"{next(size for size in GPUS if size >= float(gigabytes))} GB"
 
 
 def video_table() -> Table:
@@ -119,12 +123,13 @@ def video_table() -> Table:
 
 
 def quantized_table() -> Table:
-    """Return GB by model that must be free on the GPU for a worker with QUANTIZE and a job."""
+    """Return GB by model that must be free on the GPU for a worker with QUANTIZE and a job, and the smallest such GPU."""
     rows = _rows("memory-quantized")
     places = [name for name in rows[0] if name != "model"]
     modes: dict[str, OffloadMode] = {name: "none" if name.endswith(" none") else "text_encoder" for name in places}
     head = ("model id", *(f"`QUANTIZE={name.partition(' ')[0]}`, `{mode}`" for name, mode in modes.items()))
-    texts = [[_needed(row["model"], mode, row[name]) for name, mode in modes.items()] for row in rows]
+    needed = [[_needed(row["model"], mode, row[name]) for name, mode in modes.items()] for row in rows]
+    texts = [[f"{gigabytes} ({_smallest_gpu(gigabytes)})" for gigabytes in of_model] for of_model in needed]
     return [head, *((f"`{row['model']}`", *text) for row, text in zip(rows, texts, strict=True))]
 
 

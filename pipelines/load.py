@@ -24,7 +24,7 @@ from pipelines.offload import Memory, bytes_by_mode, mode_for
 from pipelines.parts import Parts
 from pipelines.toolkit import load_toolkit
 from pipelines.toolkit_models import Wan22ImageToVideo, Wan22TextImageToVideo
-from pipelines.trained import Quantization, TrainedWith
+from pipelines.trained import Quantization, quantization_in
 
 _MODEL_CLASS: dict[Family, type[WanModel]] = {
     "t2v": DiffusersModel,
@@ -97,11 +97,6 @@ def load_pipeline(
     for warning in privates.check(model._pipe, mode):
         logging.getLogger(__name__).warning("%s", warning)
     return model
-
-
-def quantization_in(spec: ModelSpec, quantize: str) -> Quantization | None:
-    """What a training with the newest trainer quantizes in this format."""
-    return None if quantize == "none" else TrainedWith(quantize=True, qtype=quantize).quantization(spec, None)
 
 
 def choose_quantization(spec: ModelSpec, checkpoints: Checkpoints, itemsize: int, free: int) -> Quantization | None:

@@ -1,8 +1,8 @@
 """Weights as a quantized training has them: decode(encode(w)), in place for a job and back to the bit, or as codes in memory.
 
 The formats are those of the trainer (optimum-quanto's qfloat8, torchao's uintN and float8), rebuilt in plain torch. A worker
-needs neither library: the samples depend on the values alone, and on one thing more: quanto adds the bias of a layer in an
-operation of its own, which rounds once more.
+needs neither library: the samples depend on the values and on how a layer computes with them. quanto adds the bias in an
+operation of its own, which rounds once more; torchao's int8 multiplies by the codes and scales the product.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pipelines.weights import Stored
 
 _FLOAT8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
+_SMALLEST_SCALE = torch.finfo(torch.float32).eps
+"""In torchao's formats."""
 
 
 Codes = tuple[torch.Tensor, ...]
@@ -37,17 +39,23 @@ class Format:
     decode: Callable[..., torch.Tensor]
     """The rounded weight from its codes, in the dtype of the scales."""
     adds_bias_apart: bool = False
+    scales_products: bool = False
+    """A layer multiplies by the codes, and the product by the scales; only in formats that add the bias apart."""
 
-    def decoded(self, weight: torch.Tensor) -> torch.Tensor:
-        """The rounded weight in the weight's dtype, or the weight itself."""
-        codes = self.encode(weight)
-        return weight if codes is None else self.decode(*codes)
+    def factor(self, codes: Codes) -> torch.Tensor:
+        """What a layer multiplies by, in the dtype of the scales."""
+        return codes[0].to(codes[1].dtype) if self.scales_products else self.decode(*codes)
+
+    def finish(self, product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The output of a layer from what it multiplied, in a format that adds the bias apart."""
+        if self.scales_products:
+            product = product * scale.flatten()
+        return product if bias is None else product + bias
 
 
 def _scale_of(weight: torch.Tensor, largest: float) -> torch.Tensor:
-    """The scale of each row, [rows, 1], which brings its largest number to `largest`; 1 for a row of zeros."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / largest
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    """The scale of each row, [rows, 1], which brings its largest number to `largest`."""
+    return weight.abs().amax(dim=1, keepdim=True) / largest
 
 
 def _as_float8(weight: torch.Tensor) -> torch.Tensor:
@@ -57,11 +65,12 @@ def _as_float8(weight: torch.Tensor) -> torch.Tensor:
 
 def _qfloat8(weight: torch.Tensor) -> Codes:
     scale = _scale_of(weight, _FLOAT8_MAX)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return _as_float8(weight / scale), scale
 
 
 def _float8(weight: torch.Tensor) -> Codes:
-    scale = _scale_of(weight, _FLOAT8_MAX)
+    scale = _scale_of(weight, _FLOAT8_MAX).clamp(min=_SMALLEST_SCALE)
     return _as_float8(weight * (1 / scale)), scale
 
 
@@ -70,8 +79,8 @@ def _from_float8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _int8(weight: torch.Tensor) -> Codes:
-    scale = _scale_of(weight, 127.5)
-    return (weight / scale).round().clamp(-128, 127).to(torch.int8), scale
+    scale = _scale_of(weight, 127.5).clamp(min=_SMALLEST_SCALE)
+    return (weight * (1 / scale)).round().clamp(-128, 127).to(torch.int8), scale
 
 
 def _from_int8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -86,7 +95,7 @@ def _uint(bits: int) -> Format:
             return None
         groups = weight.reshape(weight.shape[0], -1, GROUP)
         low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
-        scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).eps)
+        scale = ((high - low) / top).clamp(min=_SMALLEST_SCALE)
         zero = (-(low / scale).round()).clamp(0, top)
         codes = ((groups * (1 / scale)).round() + zero).clamp(0, top)
         return _packed(codes.to(torch.uint8), bits), scale, zero
@@ -118,7 +127,7 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
 FORMATS: dict[str, Format] = {
     "qfloat8": Format(_qfloat8, _from_float8, adds_bias_apart=True),
     "float8": Format(_float8, _from_float8),
-    "int8": Format(_int8, _from_int8),
+    "int8": Format(_int8, _from_int8, adds_bias_apart=True, scales_products=True),
     **{f"uint{bits}": _uint(bits) for bits in range(2, 8)},
     "uint8": Format(lambda _: None, lambda: torch.empty(0)),
 }
@@ -139,12 +148,17 @@ class CodedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        return self._format.decode(*(getattr(self, name) for name in self._names))
+        return self._format.decode(*self._codes)
+
+    @property
+    def _codes(self) -> Codes:
+        return tuple(getattr(self, name) for name in self._names)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.bias is None or not self._format.adds_bias_apart:
+        if not self._format.adds_bias_apart:
             return torch.nn.functional.linear(inputs, self.weight, self.bias)
-        return torch.nn.functional.linear(inputs, self.weight) + self.bias
+        codes = self._codes
+        return self._format.finish(torch.nn.functional.linear(inputs, self._format.factor(codes)), codes[1], self.bias)
 
 
 @torch.no_grad()
@@ -233,12 +247,17 @@ class Quantized:
         for name, layer in self._layers():
             if name.startswith(excluded) or (only is not None and name not in only):
                 continue
+            codes = format.encode(layer.weight.to(self._device))
+            if codes is None:
+                continue
             self._changed.add(f"{name}.weight")
-            layer.weight.copy_(format.decoded(layer.weight.to(self._device)))
-            if format.adds_bias_apart and layer.bias is not None:
-                self._biases[name] = bias = layer.bias
-                layer.register_parameter("bias", None)
-                self._hooks.append(layer.register_forward_hook(_adding(bias)))
+            layer.weight.copy_(format.factor(codes))
+            if format.adds_bias_apart:
+                bias = layer.bias
+                self._hooks.append(layer.register_forward_hook(_finishing(format, codes[1], bias)))
+                if bias is not None:
+                    self._biases[name] = bias
+                    layer.register_parameter("bias", None)
 
     def _restore(self) -> None:
         self._active = (object(),)  # neither plain nor rounded, until all is done
@@ -257,8 +276,8 @@ class Quantized:
                 yield name, module
 
 
-def _adding(bias: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _finishing(format: Format, scale: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + bias.to(output.device)
+        return format.finish(output, scale.to(output.device), bias if bias is None else bias.to(output.device))
 
     return hook

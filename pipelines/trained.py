@@ -137,16 +137,21 @@ class Quantization:
         return " and ".join(f"the {part} as {format}" for part, format in parts.items() if format)
 
 
+def quantization_in(spec: ModelSpec, quantize: str) -> Quantization | None:
+    """What a training with the newest trainer quantizes in this format; None for the format `none`."""
+    return None if quantize == "none" else TrainedWith(quantize=True, qtype=quantize).quantization(spec, None)
+
+
 def trained_with(process: Mapping[str, Any]) -> TrainedWith:
     """Read a training config's `process` item."""
     model, train, save, sample = (_section(process, name) for name in ("model", "train", "save", "sample"))
     kwargs = _section(model, "model_kwargs")
     qtype = str(model.get("qtype") or DEFAULT_QTYPE)
-    if adapter := model.get("accuracy_recovery_adapter"):
-        qtype = f"{qtype.partition('|')[0]}|{adapter}"
     offloads = bool(model.get("layer_offloading", model.get("auto_memory", False)))
-    if offloads and qtype.partition("|")[0] == "qfloat8":  # the trainer changes it
-        qtype = "float8" + qtype.removeprefix("qfloat8")
+    if offloads and qtype == "qfloat8":  # the trainer changes it
+        qtype = "float8"
+    if (adapter := model.get("accuracy_recovery_adapter")) and "|" not in qtype:
+        qtype = f"{qtype}|{adapter}"
     quantize = bool(model.get("quantize", False))
     quantize_te = bool(model.get("quantize_te", quantize))
     mixed = offloads or len(set(_multipliers(sample))) > 1

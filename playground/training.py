@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from client.errors import BadInput
-from client.from_training import how_trained
 from client.training.folder import Checkpoint, checkpoints_of, samples_of
-from client.training.requests import model_named_by, requests_of
+from client.training.requests import how_trained, model_named_by, requests_of
 from client.training.samples import TrainingConfig, read_training
 from pipelines.catalog import MODELS
 
@@ -63,7 +62,7 @@ def _found(training: TrainingConfig, names: list[str], folder: Path, served: str
         "name": training.name,
         "model": spec.id,
         "trigger_word": training.trigger_word,
-        "how_trained": how_trained(training),
+        "how_trained": how_trained(training.trained_with),
         "warnings": warnings,
         "checkpoints": [
             {"step": one.step, "title": one.title, "is_final": one.is_final, "loras": made[0]["input"]["loras"]}

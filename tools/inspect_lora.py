@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from client.training.requests import limits
 from pipelines.catalog import MODELS, ModelSpec
 from pipelines.errors import LoraError, LoraInvalid
 from pipelines.lora.file import Adapter, LoraFile
@@ -227,6 +228,7 @@ def as_text(found: Inspection, spec: ModelSpec | None) -> str:
         "trainer": f"{facts['trainer'] or 'not noted'} {facts['trainer_version'] or ''}".strip(),
         "previews": _previews(found, spec),
         "training": _training(found.training.trained) or found.training.warning,
+        "match": _match(found.training.trained),
         "step": None if facts["step"] is None else f"{facts['step']}, epoch {facts['epoch']}",
         "trigger": facts["trigger_word"],
         "refused": facts["refusal"],
@@ -258,6 +260,13 @@ def _training(trained: TrainedWith) -> str | None:
     values = [f"{name} {words[name]}" for name in ("qtype", "dtype", "save_dtype") if words.get(name)]
     mixed = ["several multipliers"] * (trained.multipliers == "mixed")
     return (", ".join([*trained.kinds, *values, *mixed]) or "not quantized") if words else None
+
+
+def _match(trained: TrainedWith) -> str | None:
+    """Return how close a video with `match` preview gets to the samples; None where it is not known how the training ran."""
+    if not trained.as_words():
+        return None
+    return "; ".join(limits(trained)) or "with `match` preview exact, on the same kind of device"
 
 
 def _values(found: Inspection, checkpoint: Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from client.training.requests import model_named_by, model_of, requests_of
+from client.training.requests import how_trained, model_named_by, model_of, requests_of
 from client.training.samples import read_training
 from pipelines.catalog import MODELS
 from tools.cli import FITS, one_line_errors
@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.out or (None if args.json else Path(f"{training.name or args.config.stem}_requests"))
     files = _written(requests, folder) if folder else []
     print("\n".join(f"warning: {text}" for text in warnings), end="\n" * bool(warnings), file=sys.stderr)
-    print(json.dumps(requests, indent=2, ensure_ascii=False) if args.json else as_text(requests, files))
+    if args.json:
+        print(json.dumps(requests, indent=2, ensure_ascii=False))
+    else:
+        print(f"trained {how_trained(training.trained_with)}\n{as_text(requests, files)}")
     return FITS
 
 

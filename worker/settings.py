@@ -255,8 +255,6 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
             )
-        if self.compiles and self.quantize != "none":
-            raise ValueError("COMPILE=1 does not work with QUANTIZE; set one of them")
         if self.compiles and not offload.can_compile:
             raise ValueError(f"COMPILE=1 does not work with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")
         if self.offload_mode not in ("auto", "none") and self.device != "cuda":

@@ -15,7 +15,7 @@ from client.errors import BadInput
 from client.request import MAX_PAYLOAD, body_of
 from client.training.samples import RANDOM_SEED, Sample, TrainingConfig
 from pipelines.catalog import MODELS, ModelSpec
-from pipelines.trained import QTYPES
+from pipelines.trained import QTYPES, TrainedWith
 from worker.errors import WorkerError
 from worker.parse import parse
 from worker.request import Lora, Prompt
@@ -64,7 +64,7 @@ def requests_of(
     ValueError for an image file that cannot be read.
     """
     loras = _loras(spec, paths, training)
-    warnings = [*training.warnings, *_unmatchable(training)]
+    warnings = [*training.warnings, *limits(training.trained_with)]
     trained = training.trained_with.as_words()
     if training.trained_with.format not in QTYPES:  # a warning says so
         trained = {name: value for name, value in trained.items() if name not in ("quantize", "quantize_te", "qtype")}
@@ -122,9 +122,17 @@ def _sided(path: str) -> dict[str, Any]:
     raise BadInput(f"{path} does not say which side it is for; write high={path} or low={path}")
 
 
-def _unmatchable(training: TrainingConfig) -> list[str]:
+def how_trained(trained: TrainedWith) -> str:
+    """Return what of the training decides its samples, in the config's words."""
+    if not trained.kinds:
+        return f"in {trained.dtype or 'the default dtype'}, not quantized"
+    of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
+    return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"
+
+
+def limits(trained: TrainedWith) -> list[str]:
     """Return warnings about settings of the config that the worker cannot reproduce exactly."""
-    trained, texts = training.trained_with, []
+    texts = []
     if trained.qtype and trained.format not in QTYPES:
         known = ", ".join(QTYPES)
         texts.append(

@@ -77,13 +77,12 @@ class AppliedLoras:
 
     @property
     def need_eager_code(self) -> bool:
-        """Compiled code does not look for hooks that came later, and has other weights than rounded ones."""
-        hooked = any(part.is_active for part in (*self._beside.values(), *self._recovery.values()))
-        return hooked or self._is_quantized
+        """Compiled code does not look for hooks that came later: those of LoRAs beside layers and of rounded weights."""
+        return any(part.is_active for part in (*self._beside.values(), *self._recovery.values())) or self._are_rounded
 
     @property
-    def _is_quantized(self) -> bool:
-        return self.quantization is not None or any(part.active for part in self._rounded.values())
+    def _are_rounded(self) -> bool:
+        return any(part.active for part in self._rounded.values())
 
     def check(self, adapter: Adapter, mode: LoraMode = "adapter") -> list[str]:
         """Compare a LoRA with the model by keys, shapes and values, and return warnings. Several threads may call it.
@@ -154,7 +153,7 @@ class AppliedLoras:
         if as_trainer:
             changed = self._kept_in_float32.cast(self._dtype)
         else:
-            changed = not self._is_quantized and self._kept_in_float32.restore()
+            changed = not (self.quantization or self._are_rounded) and self._kept_in_float32.restore()
         if changed:
             refresh(self._pipe, self._spec.transformers)
 

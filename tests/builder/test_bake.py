@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import hcl2
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from builder import REPRODUCIBLE_MTIME, bake
+from pipelines import load_pipeline
 from pipelines.catalog import MODELS, TOOLKIT_COMMIT
 from pipelines.weights import STEM_OF
+from tests.builder.hub_server import hub_server
+from tests.pipelines.test_models import adapters, make
 from tests.worker_process import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -65,12 +70,26 @@ def test_buildx_sees_two_targets_per_model_with_their_labels() -> None:
     env = {**os.environ, "VERSION": "1.2.3", "COMMIT": "c0ffee", "REGISTRY": "registry.example/me"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     targets = json.loads(done.stdout)["target"]
+    assert targets["wan21_1b"]["args"]["QUANTIZE"] == ""
     assert set(targets) == {f"{model_id}{flavour}" for model_id in MODELS for flavour in ("", "-slim")}
     for name, target in targets.items():
         assert target["tags"] == [f"registry.example/me/worker-wan-lora:1.2.3-{name}"]
         assert target["args"]["MODEL_ID"] == target["labels"]["worker-wan-lora.model"] == name.removesuffix("-slim")
         assert target["labels"]["org.opencontainers.image.revision"] == "c0ffee"
         assert "secret" not in target or target["secret"] == ["id=HF_TOKEN,env=HF_TOKEN"]
+
+
+@pytest.mark.skipif(BUILDX is None, reason="no docker buildx here")
+def test_an_image_with_codes_has_a_tag_of_its_own() -> None:
+    assert BUILDX
+    env = {**os.environ, "VERSION": "1.2.3", "QUANTIZE": "uint4", "REGISTRY": "registry.example/me"}
+    command = [BUILDX, "bake", "--print", "wan21_1b", "wan21_1b-slim"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    targets = json.loads(done.stdout)["target"]
+    tags = {name: target["tags"] for name, target in targets.items()}
+    assert tags["wan21_1b"] == ["registry.example/me/worker-wan-lora:1.2.3-wan21_1b-uint4"]
+    assert tags["wan21_1b-slim"] == ["registry.example/me/worker-wan-lora:1.2.3-wan21_1b-slim"]
+    assert targets["wan21_1b"]["args"]["QUANTIZE"] == "uint4"
 
 
 def test_every_component_with_weights_has_a_group_and_every_slot_is_copied() -> None:
@@ -101,11 +120,15 @@ def test_the_code_is_copied_last() -> None:
         ("tiny", "builder.tiny_checkpoints"),
         ("checkpoints", "builder.fetch_checkpoints"),
         ("checkpoints", "builder.bake"),
+        ("fetch_codes checkpoints", "builder.quantize"),
         ("code", "builder.fetch_checkpoints"),
+        ("code", "builder.quantize"),
     ],
 )
 def test_a_stage_copies_every_module_that_its_program_imports(stage: str, module: str, tmp_path: Path) -> None:
-    for line in re.findall(r"^COPY ((?:builder|pipelines|worker).+)$", STAGES[stage], re.MULTILINE):
+    """`stage`: with the one that it begins from, where that copies modules."""
+    copied = "".join(STAGES[name] for name in stage.split())
+    for line in re.findall(r"^COPY ((?:builder|pipelines|worker).+)$", copied, re.MULTILINE):
         *sources, target = line.split()
         for source in map(Path, sources):
             to = tmp_path / target.removeprefix("/build/").removeprefix("/image/app/")
@@ -116,6 +139,15 @@ def test_a_stage_copies_every_module_that_its_program_imports(stage: str, module
                 shutil.copy(ROOT / source, to)
     done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_a_build_with_codes_fetches_weights_where_torch_is() -> None:
+    """Else a new version of a package would download all weights again."""
+    begins = dict(re.findall(r"^FROM (\S+) AS (\w+)$", DOCKERFILE, re.MULTILINE))
+    assert begins["fetch${QUANTIZE:+_codes}"] == "checkpoints"
+    assert "FROM tools AS fetch\n" in DOCKERFILE and "FROM runtime AS fetch_codes\n" in DOCKERFILE
+    assert DOCKERFILE.index("\nARG QUANTIZE") < DOCKERFILE.index("\nFROM "), "a FROM knows no other arguments"
+    assert all("\nARG QUANTIZE\n" in STAGES[name] for name in ("checkpoints", "baked"))
 
 
 def test_the_modification_time_is_the_same_everywhere(bake_file: dict[str, dict[str, Any]]) -> None:
@@ -152,6 +184,40 @@ def test_a_layer_of_weights_holds_nothing_but_weights_named_by_their_content(bak
     assert {path.relative_to(baked / "weights").parts[0] for path in files} == {"text", "vae", "image", "transformer"}
     assert all(path.name == bake.sha256_of(path) for path in files)
     assert {path.stat().st_mtime for path in (baked / "weights").rglob("*")} == {float(REPRODUCIBLE_MTIME)}
+
+
+def test_an_image_with_codes_makes_the_frames_of_a_worker_that_makes_them_at_its_start(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, repo = MODELS["wan21_1b"], MODELS["wan21_1b"].sources["vae"].repo
+    monkeypatch.setattr(bake, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(bake, "WEIGHTS", tmp_path / "weights")
+    with hub_server() as hub:
+        hub.put(repo, {str(path.relative_to(tiny / repo)): path.read_bytes() for path in (tiny / repo).rglob("*.*")})
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        for group in bake.GROUPS:
+            monkeypatch.setattr("sys.argv", ["bake", group, "--model-id", spec.id, "--quantize", "qfloat8"])
+            assert bake.main() == 0
+    model_file = tmp_path / "checkpoints" / repo / "transformer/diffusion_pytorch_model.safetensors"
+    assert model_file.resolve().parent.parent == tmp_path / "weights/transformer"
+    assert model_file.resolve().name == bake.sha256_of(model_file)
+    frames = []
+    for folder in (tmp_path / "checkpoints", tiny):
+        model = load_pipeline(spec.id, folder, "cpu", dtype=torch.bfloat16, quantize="qfloat8")
+        model.apply_loras(adapters(spec.id, tiny), "merge")
+        frames.append(make(model, num_frames=1, num_inference_steps=2))
+    assert np.array_equal(*frames)
+
+
+@pytest.mark.parametrize("format", ["none", "auto", "nf4"])
+def test_an_unknown_format_is_named_with_those_there_are(
+    format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bake", "text", "--model-id", "wan21_1b", "--quantize", format])
+    with pytest.raises(SystemExit):
+        bake.main()
+    said = capsys.readouterr().err
+    assert f"QUANTIZE {format!r} is not a format; build with one of qfloat8, float8, int8, uint2," in said
 
 
 def test_distilled_loras_are_fetched_beside_the_weights_for_models_that_have_a_recipe(

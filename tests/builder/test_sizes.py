@@ -8,7 +8,7 @@ from benchmarks import real_size
 from builder import sizes
 from docs import figures
 from pipelines.catalog import MODELS, ModelSpec
-from pipelines.load import quantization_in
+from pipelines.trained import quantization_in
 from pipelines.weights import STEM_OF
 
 

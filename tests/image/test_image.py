@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ FORBIDDEN = {
     "what only builds": r"opt/venv/.*/site-packages/(pip|builder)(/.*)?|usr/bin/(git|gcc)|build/.+|tools/.+",
     "tests": r"(app|opt/venv)/(.*/)?tests/.*|app/test_.*",
     "what is not code": r"app/(docs|tools|benchmarks|tests|\.git.*|\.runpod.*|Dockerfile|Makefile|README.*)(/.*)?",
-    "what only builds, of the code": r"app/builder/(?!__init__|__pycache__|retry|hub|checkpoint_folder|fetch_checkpoints).*",
+    "what only builds, of the code": r"app/builder/(?!(__init__|__pycache__|retry|hub|checkpoint_folder|convert|quantize|"
+    r"fetch_checkpoints)).*",
     "temporary files": r"tmp/.+|var/tmp/.+|var/log/.+\.log|root/\.(?!bashrc|profile).+",
     "a stand-in": r".*stand_in.*",
     "a secret": r".*HF_TOKEN.*|.*\.(pem|key)|.*/\.netrc|.*/\.git-credentials",
@@ -84,17 +85,31 @@ def small(secret: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 
 @pytest.fixture(scope="session")
-def from_hub(
+def build_from_hub(
     secret: str, tiny: Path, toolkit_remote: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Image]:
-    """An image of wan22_5b as it is built for use: with ai-toolkit, and weights from a Hub that wants the token."""
+) -> Iterator[Callable[..., Image]]:
+    """Builds an image of wan22_5b as for use: with ai-toolkit, and weights from a Hub that wants the token."""
     remote, commit = toolkit_remote
     with hub_server() as hub:
         for repo in {source.repo for source in MODELS["wan22_5b"].sources.values()}:
             put_gated(hub, repo, tiny / repo)
         arguments = {"HF_ENDPOINT": hub.address, "AI_TOOLKIT_REMOTE": "file:///remote", "AI_TOOLKIT_COMMIT": commit}
         options = [secret, f"--volume={remote}:/remote:ro"]
-        yield build(tmp_path_factory.mktemp("wan22-5b-"), *options, MODEL_ID="wan22_5b", **arguments)
+
+        def build_it(**more: str) -> Image:
+            return build(tmp_path_factory.mktemp("wan22-5b-"), *options, MODEL_ID="wan22_5b", **arguments, **more)
+
+        yield build_it
+
+
+@pytest.fixture(scope="session")
+def from_hub(build_from_hub: Callable[..., Image]) -> Image:
+    return build_from_hub()
+
+
+@pytest.fixture(scope="session")
+def with_codes(build_from_hub: Callable[..., Image]) -> Image:
+    return build_from_hub(QUANTIZE="qfloat8")
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +117,7 @@ def slim(secret: str, tmp_path_factory: pytest.TempPathFactory) -> Image:
     return build(tmp_path_factory.mktemp("slim-"), secret, "--target=slim", CHECKPOINTS="tiny")
 
 
-@pytest.fixture(scope="session", params=["small", "from_hub", "slim"])
+@pytest.fixture(scope="session", params=["small", "from_hub", "with_codes", "slim"])
 def image(request: pytest.FixtureRequest) -> Image:
     return request.getfixturevalue(request.param)
 
@@ -126,6 +141,12 @@ def weights_of(image: Image) -> dict[str, str]:
             if path.startswith("weights/"):
                 slots[path.rpartition("/")[0]] = layer.diff_id
     return slots
+
+
+def bytes_of_weights(image: Image) -> dict[str, int]:
+    """By slot."""
+    sizes = {layer.diff_id: layer.bytes for layer in image.own_layers}
+    return {slot: sizes[diff_id] for slot, diff_id in weights_of(image).items()}
 
 
 def test_no_layer_holds_what_does_not_run(image: Image) -> None:
@@ -212,6 +233,14 @@ def test_the_image_says_what_it_is_and_starts_python_itself(small: Image) -> Non
     assert small.config["Labels"]["org.opencontainers.image.title"] == "worker-wan-lora"
 
 
+def test_an_image_with_codes_has_less_to_read_and_sets_the_format(from_hub: Image, with_codes: Image) -> None:
+    assert (from_hub.environment["QUANTIZE"], with_codes.environment["QUANTIZE"]) == ("", "qfloat8")
+    whole, coded = (bytes_of_weights(image) for image in (from_hub, with_codes))
+    assert whole.keys() == coded.keys()
+    assert all(coded[slot] < whole[slot] for slot in whole if not slot.startswith("weights/vae"))
+    assert coded["weights/vae"] == whole["weights/vae"]
+
+
 def test_sizes(image: Image) -> None:
     """A table for whoever reads the log; run pytest with -s."""
     print(f"\n{image.name}: {sum(layer.bytes for layer in image.layers) / 1e6:.1f} MB")
@@ -235,7 +264,7 @@ def play(file: Path) -> list[Any]:
         return list(opened.decode(video=0))
 
 
-@pytest.mark.parametrize("which", ["small", "from_hub"])
+@pytest.mark.parametrize("which", ["small", "from_hub", "with_codes"])
 def test_without_a_network_a_job_becomes_a_video_that_plays(
     which: str, request: pytest.FixtureRequest, tiny: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +273,8 @@ def test_without_a_network_a_job_becomes_a_video_that_plays(
     out.mkdir()
     volumes = {tiny / "loras": "/runpod-volume/loras", out: "/out"}
     serving = ["--rp_serve_api"]
-    with container(image, tmp_path / "log", ON_A_CPU | {"OUTPUT_DIR": "/out"}, volumes, *serving) as running:
+    env = ON_A_CPU | {"OUTPUT_DIR": "/out"} | ({"DTYPE": "bfloat16"} if which == "with_codes" else {})
+    with container(image, tmp_path / "log", env, volumes, *serving) as running:
         wait_until_ready(running)
         job = request_for(image.environment["MODEL_ID"], tiny) | {"output_format": "mp4"}
         answer = running.post(8000, "/runsync", {"input": job})
@@ -252,7 +282,7 @@ def test_without_a_network_a_job_becomes_a_video_that_plays(
         (video,) = answer["output"]["outputs"]["videos"]
         (file,) = out.rglob("*.mp4")
         revisions = answer["output"]["settings"]["checkpoints"].values()
-        assert all(revisions) == (which == "from_hub")  # tiny checkpoints are of no revision
+        assert all(revisions) == (which != "small")  # tiny checkpoints are of no revision
         frames = play(file)
         assert len(frames) == video["num_frames"] == 5
         assert (frames[0].width, frames[0].height) == (video["width"], video["height"])

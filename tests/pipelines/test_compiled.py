@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.switch import write_lora
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
+from pipelines.catalog import Quantize
 from pipelines.compiled import VARIANTS
 from pipelines.errors import DeviceUnavailable
 from pipelines.lora.adapters import COMPILED_RANK
@@ -83,6 +84,22 @@ def test_no_switch_between_loras_ranks_scales_and_modes_compiles_anything(
         model.apply_loras(mode_loras, mode)  # type: ignore[arg-type]
         frames_of(model)
     assert compiler.graphs == 2
+
+
+@pytest.mark.parametrize("format", ["qfloat8", "uint4", "int8"])
+def test_blocks_of_codes_are_compiled_once_without_a_lora_and_once_with_one(
+    tiny: Path, compiler: Counting, loras: dict[int, list[Adapter]], format: Quantize
+) -> None:
+    model, plain = (load_pipeline("wan21_1b", tiny, "cpu", dtype=torch.bfloat16, quantize=format) for _ in range(2))
+    model.compile_blocks(backend=compiler)
+    counts = []
+    for adapters, mode in (([], "adapter"), (loras[4], "adapter"), (loras[4], "merge"), (loras[16], "adapter")):
+        for one in (model, plain):
+            one.apply_loras(adapters[:1], mode)  # type: ignore[arg-type]
+        assert (frames_of(model) == frames_of(plain)).all()
+        counts.append(compiler.graphs)
+    assert counts == [1, 2, 2, 2], "merge lies beside codes, and is not compiled"
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_lora_of_a_larger_rank_compiles_once(model: WanModel, compiler: Counting, loras: dict[int, list[Adapter]]) -> None:

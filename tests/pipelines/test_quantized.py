@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.catalog import MODELS
@@ -19,7 +19,7 @@ from pipelines.load import choose_quantization
 from pipelines.lora.file import LoraFile
 from pipelines.offload import bytes_by_mode
 from pipelines.pristine import CheckpointFile
-from pipelines.quantized import FORMATS, CodedLinear, _packed, _unpacked
+from pipelines.quantized import FORMATS, CodedLinear, Quantized, _packed, _unpacked
 from pipelines.trained import EXCLUDED_SINCE, QTYPES, Quantization, TrainedWith, bytes_of_codes
 from tests import lora_zoo
 from tests.conftest import REAL_TOOLKIT
@@ -27,6 +27,7 @@ from tests.pipelines.test_models import lora_paths, make
 from tests.trainer import stand_in
 
 BF16 = torch.bfloat16
+RUNS = Path(__file__).parent.parent / "trainer_runs"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,11 @@ def weight() -> torch.Tensor:
     return values.to(BF16)
 
 
+def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
+    codes = FORMATS[name].encode(weight)
+    return weight if codes is None else FORMATS[name].decode(*codes)
+
+
 def test_every_format_of_the_schema_is_there() -> None:
     assert set(QTYPES) == set(FORMATS)
 
@@ -53,15 +59,33 @@ def test_every_format_of_the_schema_is_there() -> None:
     [("qfloat8", 0.04), ("float8", 0.04), ("int8", 0.008), ("uint8", 0.0), ("uint6", 0.03), ("uint4", 0.12), ("uint2", 0.7)],
 )
 def test_a_format_keeps_a_weight_as_well_as_its_bits_allow(name: str, error: float, weight: torch.Tensor) -> None:
-    decoded = FORMATS[name].decoded(weight)
+    decoded = rounded(name, weight)
     assert decoded.dtype == BF16 and decoded.isfinite().all()
     relative = float((decoded.float() - weight.float()).norm() / weight.float().norm())
     assert error / 4 <= relative <= error
     assert not decoded[5].any()
 
 
+@pytest.mark.parametrize("name", QTYPES)
+def test_a_layer_computes_as_in_the_trainer_to_the_bit(name: str, tmp_path: Path) -> None:
+    theirs = load_file(RUNS / "layer.safetensors")
+    layer = torch.nn.Linear(*reversed(theirs["weight"].shape), dtype=BF16)
+    layer.load_state_dict({part: theirs[part] for part in ("weight", "bias")})
+    codes = FORMATS[name].encode(layer.weight)
+    if codes:
+        assert torch.equal(CodedLinear(layer, FORMATS[name], codes)(theirs["inputs"]), theirs[name])
+    component = torch.nn.ModuleDict({"layer": layer})
+    save_file(component.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    in_place = Quantized(component, CheckpointFile(tmp_path, "transformer"), torch.device("cpu"))
+    plain = layer(theirs["inputs"])
+    in_place.apply(name)
+    assert torch.equal(layer(theirs["inputs"]), theirs[name])
+    in_place.apply(None)
+    assert torch.equal(layer(theirs["inputs"]), plain) and torch.equal(layer.weight, theirs["weight"])
+
+
 def test_weights_whose_inputs_make_no_groups_stay_as_they_are(weight: torch.Tensor) -> None:
-    assert torch.equal(FORMATS["uint4"].decoded(weight[:, :100]), weight[:, :100])
+    assert torch.equal(rounded("uint4", weight[:, :100]), weight[:, :100])
 
 
 @pytest.mark.toolkit
@@ -82,7 +106,7 @@ def test_uint_formats_are_those_of_the_trainer_to_the_bit(bits: int, weight: tor
         for name in set(sys.modules) - set(before):
             del sys.modules[name]
         sys.modules.update(before)
-    assert torch.equal(FORMATS[f"uint{bits}"].decoded(weight), theirs)
+    assert torch.equal(rounded(f"uint{bits}", weight), theirs)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +137,9 @@ def test_the_weights_of_a_layer_are_rounded_and_its_bias_is_added_apart(model: W
     layer = model._pipe.transformer.blocks[0].attn1.to_q
     name = "blocks.0.attn1.to_q"
     file: CheckpointFile = model.loras._rounded["transformer"]._file
-    rounded = FORMATS["qfloat8"].decoded(file.read(f"{name}.weight").to(BF16))
-    inputs = torch.randn(2, 7, rounded.shape[1]).to(BF16)
-    assert torch.equal(layer(inputs), torch.nn.functional.linear(inputs, rounded) + file.read(f"{name}.bias").to(BF16))
+    weight = rounded("qfloat8", file.read(f"{name}.weight").to(BF16))
+    inputs = torch.randn(2, 7, weight.shape[1]).to(BF16)
+    assert torch.equal(layer(inputs), torch.nn.functional.linear(inputs, weight) + file.read(f"{name}.bias").to(BF16))
     model.apply_loras([])
     assert torch.equal(layer.weight, file.read(f"{name}.weight").to(BF16)) and layer.bias is not None
 
@@ -133,7 +157,7 @@ def test_a_recovery_adapter_lies_beneath_and_only_its_layers_are_rounded(model: 
 
     model.loras.check_recovery_adapter(recovery.file)
     model.apply_loras([lora], "beside", Quantization("qfloat8", None, ("blocks",)), recovery)
-    assert torch.equal(block.to_q.weight, FORMATS["qfloat8"].decoded(weights["to_q"]))
+    assert torch.equal(block.to_q.weight, rounded("qfloat8", weights["to_q"]))
     assert torch.equal(block.to_k.weight, weights["to_k"])
     inputs = torch.randn(1, 3, weights["to_q"].shape[1]).to(BF16)
     key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
@@ -200,7 +224,7 @@ def _align(model: WanModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("format", ["qfloat8", "uint4"])
+@pytest.mark.parametrize("format", ["qfloat8", "uint4", "int8"])
 @pytest.mark.parametrize("model_id", MODELS_WITH_CODES)
 def test_a_worker_that_keeps_codes_makes_the_frames_of_a_quantized_job_to_the_bit(
     model_id: str, format: str, dtype: torch.dtype, tiny: Path
@@ -232,7 +256,7 @@ def test_an_adapter_lies_over_codes_as_over_weights(tiny: Path) -> None:
     coded.apply_loras([lora])
     over = coded._pipe.transformer.blocks[0].attn1.to_q
     inputs = torch.randn(1, 3, layer.in_features).to(BF16)
-    plain._pipe.transformer.blocks[0].attn1.to_q.weight.data.copy_(FORMATS["uint4"].decoded(layer.weight))
+    plain._pipe.transformer.blocks[0].attn1.to_q.weight.data.copy_(layer.weight)
     assert over is not layer and not torch.equal(over(inputs), layer(inputs))
     plain.apply_loras([lora])
     with torch.no_grad():

@@ -83,7 +83,18 @@ def test_the_config_beside_a_file_says_how_it_was_trained(tmp_path, capsys):
     _, facts = report(capsys, str(file))
     assert facts["trained_with"]["qtype"] == "qfloat8"
     main([str(file)])
-    assert "training    quantize, low_vram, qtype qfloat8, dtype bf16, save_dtype float32\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training    quantize, low_vram, qtype qfloat8, dtype bf16, save_dtype float32\n" in said
+    assert "match       with `match` preview exact, on the same kind of device\n" in said
+
+
+def test_what_the_training_means_for_a_match_is_said(tmp_path, capsys):
+    file = lora(tmp_path / "boat.safetensors", 1536, "wan_2.1")
+    process = {"model": {}, "train": {"dtype": "bf16"}, "save": {"dtype": "bf16"}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"config": {"name": "boat", "process": [process]}}))
+    main([str(file)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("match ")]
+    assert "save.dtype: bf16 rounds the LoRA" in line and "train.dtype: bf16 without quantization" in line
 
 
 def test_why_a_lora_does_not_fit_is_said_in_the_workers_words(tmp_path, capsys):

@@ -354,7 +354,10 @@ def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others
     [
         ({"qtype": "uint4|ostris/adapters/a.safetensors"}, "uint4|ostris/adapters/a.safetensors"),
         ({"qtype": "uint3", "accuracy_recovery_adapter": "a.safetensors"}, "uint3|a.safetensors"),
+        ({"qtype": "uint3|b.safetensors", "accuracy_recovery_adapter": "a.safetensors"}, "uint3|b.safetensors"),
         ({"layer_offloading": True}, "float8"),
+        ({"layer_offloading": True, "accuracy_recovery_adapter": "a.safetensors"}, "float8|a.safetensors"),
+        ({"layer_offloading": True, "qtype": "qfloat8|a.safetensors"}, "qfloat8|a.safetensors"),
         ({"qtype": None}, "qfloat8"),
     ],
 )
@@ -362,6 +365,19 @@ def test_the_format_is_what_the_trainer_makes_of_the_config(tmp_path, capsys, mo
     [request], _ = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | {"quantize": True} | model))
     assert request["trained_with"]["qtype"] == qtype
     assert request["trained_with"]["multipliers"] == ("mixed" if "layer_offloading" in model else "equal")
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ({"quantize": True, "low_vram": True}, "trained with quantize, quantize_te, low_vram as qfloat8: the worker computes"),
+        ({}, "trained in bf16, not quantized"),
+    ],
+)
+def test_how_the_training_ran_is_printed(tmp_path, capsys, model, line):
+    train = {"train": {"dtype": "bf16"}, "save": {"dtype": "float32"}}
+    assert main([str(config(tmp_path, {"prompts": ["a"]}, WAN21_1B | model, **train)), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith(line)
 
 
 @pytest.mark.parametrize(
