@@ -12,6 +12,9 @@ COLOURS = {
     "decoder": "#8f6fd4",
     "transformer": "#d0742b",
     "image_to_video": "#3f9f5f",
+    "vae_5b": "#2f9fb0",
+    "decoder_5b": "#b06fd4",
+    "transformer_5b": "#b8963a",
     "distilled": "#b0508f",
 }
 INK = "#808080"

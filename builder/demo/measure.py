@@ -4,13 +4,15 @@
 
 The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings; and
 boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Image-to-video starts from
-the first frames of such clips, which do not tell the direction. Text-to-video models also make drafts, which are compared with
-the full runs of the same seeds. Writes OUT/figures.json, and a sheet of the films for each setting.
+the first frames of such clips, which do not tell the direction; 5B does so too, and goes without them once more. Text-to-video
+models also make drafts, which are compared with the full runs of the same seeds. The films of 5B are twice as large. Writes
+OUT/figures.json, and a sheet of the films for each setting.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from pipelines.catalog import MODELS, Draft
 from pipelines.few_steps import FewStepEuler
 
 LARGE, SMALL = (96, 128, 17), (64, 96, 9)
-"""Height, width and frames."""
+"""Height, width and frames; of 5B, height and width are twice as many."""
 FREE_PHRASINGS = (
     "A little green sailboat drifts leftwards on the ocean.",
     "YELLOW SHIP GOING RIGHT AT MIDNIGHT",
@@ -166,13 +168,17 @@ def main() -> int:
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
-    models = [spec.id for spec in MODELS.values() if not spec.needs_toolkit]
+    models = [spec.id for spec in MODELS.values() if spec.family != "toolkit_i2v"]
     parser.add_argument("--model-id", choices=models, default="wan22_14b_t2v", help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     spec = MODELS[args.model_id]
     pipe = DiffusionPipeline.from_pretrained(args.checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipes = {"": pipe} if spec.control_image != "required" else {", with an image": pipe}
+    if spec.control_image == "optional":
+        pipes[", with an image"] = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    for one in pipes.values():
+        one.set_progress_bar_config(disable=True)
     plain_prompts = [plain(held_out) for held_out in world.HELD_OUT]
     settings = {
         "plain words": (plain_prompts, LARGE, 20, 4.0),
@@ -183,11 +189,13 @@ def main() -> int:
     }
     figures: dict[str, dict[str, float]] = {}
     seen: dict[str, list[Verdict]] = {}
-    for name, (prompts, shape, steps, guidance) in settings.items():
-        started = time.monotonic()
-        pictures = first_frames(shape) if spec.family == "i2v" else []
+    for (setting, (prompts, small, steps, guidance)), kind in itertools.product(settings.items(), pipes):
+        started, name = time.monotonic(), setting + kind
+        larger = spec.size_divisor // 16
+        shape = (larger * small[0], larger * small[1], small[2])
+        pictures = first_frames(shape) if kind else []
         films = [
-            film(pipe, prompt, shape, 100 + i, steps, guidance, image=world.to_pil(pictures[i]) if pictures else None)
+            film(pipes[kind], prompt, shape, 100 + i, steps, guidance, image=world.to_pil(pictures[i]) if pictures else None)
             for i, prompt in enumerate(prompts)
         ]
         verdicts = seen[name] = [judge(made) for made in films]

@@ -3,7 +3,7 @@
     python -m builder.demo.run CHECKPOINTS [--model-id ID]
 
 This runs the real worker, `python handler.py`, and prints its log in short. The result goes to a file beside the video. Another
-model gets the same prompt without the LoRA, and a drawn first frame where it needs an image.
+model gets the same prompt without the LoRA, and a drawn first frame where it needs an image. 5B makes a film twice as large.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
         prog="python -m builder.demo.run", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
-    parser.add_argument("--model-id", choices=install.MODEL_IDS, default=LORA_MODEL, help="default: %(default)s")
+    parser.add_argument("--model-id", choices=MODELS, default=LORA_MODEL, help="default: %(default)s")
     args = parser.parse_args()
     started = time.monotonic()
     result = run_worker(args.checkpoints.resolve(), args.model_id)
@@ -62,11 +62,13 @@ def job_of(model_id: str) -> dict[str, Any]:
     """Return the job of test_input.json for this model."""
     job: dict[str, Any] = json.loads((ROOT / "test_input.json").read_text())
     request = job["input"]
-    prompt = request["prompts"][0]
+    prompt, spec = request["prompts"][0], MODELS[model_id]
     if model_id != LORA_MODEL:
-        request |= {"model": model_id, "loras": _without_effect(request["loras"], MODELS[model_id]), "trigger_word": None}
+        request |= {"model": model_id, "loras": _without_effect(request["loras"], spec), "trigger_word": None}
         prompt["prompt"] = prompt["prompt"].replace("[trigger]", "").strip()
-    if MODELS[model_id].control_image == "required":
+    for side in ("width", "height"):  # as many tokens for every model
+        prompt[side] *= spec.size_divisor // 16
+    if spec.control_image == "required":
         prompt["ctrl_img"] = as_data_url(first_frame(prompt["prompt"], prompt["height"], prompt["width"]))
     return job
 
@@ -74,7 +76,7 @@ def job_of(model_id: str) -> dict[str, Any]:
 def _without_effect(loras: list[dict[str, Any]], spec: ModelSpec) -> list[dict[str, Any]]:
     """Return the LoRAs at scale 0: the worker wants one in every job, and these were trained for another model."""
     if not spec.moe:
-        loras = [{"path": loras[-1]["path"]}]
+        loras = [{"path": install.LORA_5B if spec.id == "wan22_5b" else loras[-1]["path"]}]
     return [lora | {"network_multiplier": 0.0} for lora in loras]
 
 
