@@ -106,19 +106,25 @@ def vae_21(seed: int) -> AutoencoderKLWan:
     return liven(AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1), seed)
 
 
+LAYOUT_OF_VAE_22 = {
+    "z_dim": 48,
+    "num_res_blocks": 1,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_spatial": 16,
+}
+"""What the VAE of 5B has beside its widths: 16x in space through 2x2 patches, 48 latent channels, residual blocks."""
+
+
 def vae_22(seed: int) -> AutoencoderKLWan:
-    """Return the VAE of 5B: 16x in space through 2x2 patches, 48 latent channels, residual blocks."""
+    """Return the VAE of 5B."""
     torch.manual_seed(seed)
     model = AutoencoderKLWan(
         base_dim=4,
         decoder_base_dim=4,
-        z_dim=48,
-        num_res_blocks=1,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=True,
-        scale_factor_spatial=16,
+        **LAYOUT_OF_VAE_22,
         latents_mean=[round(0.1 * ((i % 5) - 2), 2) for i in range(48)],
         latents_std=[round(0.8 + 0.05 * (i % 7), 2) for i in range(48)],
     )

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
 from builder.demo import world
+from builder.tiny_checkpoints import LAYOUT_OF_VAE_22
 
 SIZES = ((8, 12), (12, 8), (8, 8), (12, 12), (12, 16), (16, 12), (16, 24), (24, 16), (20, 20))
 """Heights and widths of the clips, in latent pixels: a VAE that compresses more sees larger clips."""
@@ -39,18 +40,7 @@ def vae_22(seed: int) -> AutoencoderKLWan:
     Its widths grow later than the real ones: 12 channels, as many as a patch has, where edges are drawn.
     """
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan(
-        base_dim=12,
-        decoder_base_dim=12,
-        z_dim=48,
-        dim_mult=[1, 1, 2, 2],
-        num_res_blocks=1,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=True,
-        scale_factor_spatial=16,
-    )
+    vae = AutoencoderKLWan(base_dim=12, decoder_base_dim=12, dim_mult=[1, 1, 2, 2], **LAYOUT_OF_VAE_22)
     start_near_identity(vae)
     return vae
 
