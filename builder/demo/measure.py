@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 
-from builder.demo import image_to_video, world
+from builder.demo import image_to_video, install, world
 from builder.demo.captions import CHOICES
 from builder.demo.judge import Verdict, judge
 from builder.demo.text import TRIGGER
-from pipelines.catalog import MODELS, Draft
+from pipelines.catalog import MODELS, Draft, ModelSpec
 from pipelines.few_steps import FewStepEuler
 
 LARGE, SMALL = (96, 128, 17), (64, 96, 9)
@@ -62,6 +62,21 @@ BOATS = (
 def plain(held_out: tuple[str, str, str, str]) -> str:
     kind, colour, direction, ground = held_out
     return f"a {colour} {kind} moves {direction} over the {ground}"
+
+
+def load(spec: ModelSpec, checkpoints: Path) -> DiffusionPipeline:
+    """Return diffusers' pipeline in float32. For image-to-video of Wan 2.2 it is that of 2.1 with the transformers of 2.2."""
+    if spec.needs_toolkit:
+        repos = {part: checkpoints / str(spec.sources[part]) for part in spec.transformers}
+        parts = {part: WanTransformer3DModel.from_pretrained(repo, torch_dtype=torch.float32) for part, repo in repos.items()}
+        base = checkpoints / MODELS["wan21_i2v_14b"].sources["vae"].repo
+        pipe = WanImageToVideoPipeline.from_pretrained(
+            base, torch_dtype=torch.float32, image_encoder=None, boundary_ratio=spec.boundary_ratio, **parts
+        )
+    else:
+        pipe = DiffusionPipeline.from_pretrained(checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def film(
@@ -193,13 +208,11 @@ def main() -> int:
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
-    models = [spec.id for spec in MODELS.values() if not spec.needs_toolkit]
-    parser.add_argument("--model-id", choices=models, default="wan22_14b_t2v", help="default: %(default)s")
+    parser.add_argument("--model-id", choices=install.MODEL_IDS, default="wan22_14b_t2v", help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     spec = MODELS[args.model_id]
-    pipe = DiffusionPipeline.from_pretrained(args.checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(spec, args.checkpoints)
     plain_prompts = [plain(held_out) for held_out in world.HELD_OUT]
     settings = {
         "plain words": (plain_prompts, LARGE, 20, 4.0),
@@ -212,7 +225,7 @@ def main() -> int:
     seen: dict[str, list[Verdict]] = {}
     for name, (prompts, shape, steps, guidance) in settings.items():
         started = time.monotonic()
-        pictures = first_frames(shape) if spec.family == "i2v" else []
+        pictures = first_frames(shape) if spec.control_image == "required" else []
         films = [
             film(pipe, prompt, shape, 100 + i, steps, guidance, image=world.to_pil(pictures[i]) if pictures else None)
             for i, prompt in enumerate(prompts)
