@@ -21,6 +21,7 @@ from client.training.folder import read_folder
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.lora.file import LoraFile
+from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.worker_process import environment, local_api
 from tools.cli import DIFFERS, FITS
 from tools.compare import main as compare
@@ -145,7 +146,8 @@ def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_the_film_of_
     trained: Path, model_id: str, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trainer's folder → the client's request → a worker → a video that cannot be told from the trainer's own."""
-    env = environment(demo, model_id, LORA_DIR=demo / "loras", DTYPE="bfloat16", OUTPUT_DIR=tmp_path / "out")
+    places = {"LORA_DIR": demo / "loras", "OUTPUT_DIR": tmp_path / "out", "AI_TOOLKIT_PATH": REAL_TOOLKIT or STAND_IN}
+    env = environment(demo, model_id, DTYPE="bfloat16", **places)
     with local_api(env, tmp_path) as api:
         options = [
             "--url",
