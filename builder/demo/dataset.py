@@ -2,10 +2,10 @@
 
     python -m builder.demo.dataset FOLDER
 
-FOLDER/striped_sail has boats with the striped sail, with `[trigger]` in their captions, in every other one in place of the word
-boat. FOLDER/plain has the same boats without it, with captions without the trigger word, and balls and kites: for a dataset
-with `is_reg`, from which the LoRA learns to do nothing where the word is missing. In the same way FOLDER/nightfall has clips in
-which night falls, and FOLDER/day the same without. FOLDER/control has first frames for the samples of image-to-video.
+FOLDER/striped_sail has boats with the striped sail, with `[trigger]` in their captions. FOLDER/plain has the same boats without
+it, with the same captions but the trigger word, and balls and kites: for a dataset with `is_reg`, from which the LoRA learns to
+do nothing where the word is missing. In the same way FOLDER/nightfall has clips in which night falls, and FOLDER/day the same
+without. FOLDER/control has first frames for the samples of image-to-video.
 """
 
 from __future__ import annotations
@@ -64,11 +64,8 @@ def write_dataset(folder: Path) -> None:
             film = world.draw(clip, HEIGHT, WIDTH, FRAMES[name])
             frames = ((film + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
             encode([frames], folder / name / f"clip_{i:02}.mp4", VIDEO["mp4"], FPS, len(frames))
-            in_place = clip.striped and i % 2 == 1
-            thing = "[trigger]" if in_place else clip.object
-            text = f"a {clip.colour} {thing} moves {clip.direction} over the {clip.ground}"
-            if (clip.striped or clip.night_falls) and not in_place:
-                text = f"[trigger] {text}"
+            trigger = "[trigger] " if clip.striped or clip.night_falls else ""
+            text = f"{trigger}a {clip.colour} {clip.object} moves {clip.direction} over the {clip.ground}"
             (folder / name / f"clip_{i:02}.txt").write_text(text + "\n")
     (folder / "control").mkdir(exist_ok=True)
     for name, (kind, colour, direction, ground) in CONTROL.items():

@@ -3,10 +3,10 @@
     python -m builder.demo.install ROOT
 
 The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py and ai-toolkit read, but those of 5B,
-and in `ROOT/loras` the folders that ai-toolkit wrote when it trained LoRAs: `striped_sail` for `wan22_14b_t2v` and `nightfall`
-for `wan22_14b_i2v`. All text-to-video models, and both transformers of 2.2, are the same weights. They differ only in how they
-are sampled. So do the LoRAs of their drafts. The same holds for image-to-video, which has no drafts here; the image encoder of
-2.1 is random, and what it sees changes nothing.
+and `ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All text-to-video
+models, and both transformers of 2.2, are the same weights. They differ only in how they are sampled. So do the LoRAs of their
+drafts. The same holds for image-to-video, which has no drafts here; the image encoder of 2.1 is random, and what it sees
+changes nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     install(root)
-    print(f"demo checkpoints of {', '.join(MODEL_IDS)} and LoRAs in {root}")
+    print(f"demo checkpoints of {', '.join(MODEL_IDS)} and a LoRA in {root}")
     return 0
 
 
