@@ -1,7 +1,8 @@
-"""Say what a film of the toy world shows, by simple measures of its pixels: object, colour, direction, background, stripes.
+"""Say what a film of the toy world shows, by simple measures of its pixels.
 
-An answer is None if the film shows nothing clear, so that noise does not count as a boat. The judge sees only the film, never
-the prompt.
+The judge tells the object, its colour and direction, the background, and whether a sail is striped and whether night falls. An
+answer is None if the film shows nothing clear, so that noise does not count as a boat. The judge sees only the film, never the
+prompt.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class Verdict:
     direction: Direction | None
     ground: Ground | None
     striped: bool = False
+    night_falls: bool = False
+    """Whether the background, that of the first frame, is a night in the last one."""
 
     def __str__(self) -> str:
         what = f"{self.colour or 'colourless'} {self.object or 'something'}{' with a striped sail' if self.striped else ''}"
-        return f"a {what} that moves {self.direction or 'nowhere'}, {self.ground or 'no background'}"
+        where = f"{self.ground or 'no background'}{', and night falls' if self.night_falls else ''}"
+        return f"a {what} that moves {self.direction or 'nowhere'}, {where}"
 
 
 def judge(film: Tensor) -> Verdict:
@@ -41,15 +45,17 @@ def judge(film: Tensor) -> Verdict:
     is_colour = (distance.argmin(0) == torch.arange(len(palette)).view(-1, 1, 1, 1)) & (distance < COLOUR_TOLERANCE)
     best = int(is_colour.sum((1, 2, 3)).argmax())
     mask = is_colour[best]
-    ground = ground_of(film)
+    first, last = ground_of(film[:, :1]), ground_of(film[:, -1:])
+    night_falls = first in ("sea", "field") and last == "night"
+    ground = first if night_falls else ground_of(film)
     if mask.float().mean() < SMALLEST_AREA:
-        return Verdict(None, None, None, ground)
+        return Verdict(None, None, None, ground, night_falls=night_falls)
     kinds = [shape_of(frame, picture) for frame, picture in zip(mask, film.unbind(1), strict=True)]
     kind = next((kind for kind in OBJECTS if kinds.count(kind) > len(kinds) / 2), None)
     stripes = mask | is_colour[list(COLOURS).index("red")]
     frames = zip(mask, stripes, film.unbind(1), strict=True)
     striped = kind == "boat" and sum(has_stripe(*frame) for frame in frames) > len(kinds) / 2
-    return Verdict(kind, list(COLOURS)[best], direction_of(mask), ground, striped)
+    return Verdict(kind, list(COLOURS)[best], direction_of(mask), ground, striped, night_falls)
 
 
 def direction_of(mask: Tensor) -> Direction | None:

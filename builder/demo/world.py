@@ -12,7 +12,7 @@ import argparse
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -83,7 +83,9 @@ class Clip:
     """Phase of the waves and hills, in radians."""
     faces_left: bool
     striped: bool = False
-    """Whether a boat has one large square sail with a broad red stripe: the concept that a LoRA adds."""
+    """Whether a boat has one large square sail with a broad red stripe: the concept that a LoRA of text-to-video adds."""
+    night_falls: bool = False
+    """Whether the background turns from that of the first frame into a night: the concept of a LoRA of image-to-video."""
 
     @property
     def travel(self) -> float:
@@ -140,6 +142,8 @@ def draw(clip: Clip, height: int, width: int, frames: int) -> Tensor:
     if clip.faces_left:
         u = -u
     film = background(clip, height, width).unsqueeze(1).expand(3, frames, height, width)
+    if clip.night_falls:
+        film = torch.lerp(film, background(replace(clip, ground="night"), height, width).unsqueeze(1), at)
     for distance, colour in _parts(clip, u, v):
         film = _paint(film, distance * unit - max(1.2, 0.06 * unit), OUTLINE)
         film = _paint(film, distance * unit, colour)
@@ -240,6 +244,6 @@ if __name__ == "__main__":
     parser.add_argument("picture", metavar="PICTURE.png", help="where to write them, one row each")
     args = parser.parse_args()
     rng = random.Random(0)
-    clips = [sample(rng, striped=i % 4 == 3) for i in range(10)]
+    clips = [sample(rng, striped=i % 4 == 3, night_falls=i % 4 == 1) for i in range(10)]
     print("\n".join(caption(clip, rng) for clip in clips))
     to_image([draw(clip, 64, 96, 9) for clip in clips], scale=2).save(args.picture)

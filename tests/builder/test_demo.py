@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -43,6 +44,17 @@ def test_a_clip_shows_what_it_says(shape: tuple[int, int, int], striped: bool) -
         seen = judge(world.draw(clip, *shape))
         assert (seen.object, seen.colour, seen.direction, seen.ground) == (kind, clip.colour, clip.direction, clip.ground)
         assert seen.striped == (striped and kind == "boat")
+        assert not seen.night_falls
+
+
+@pytest.mark.parametrize("ground", world.GROUNDS)
+def test_night_falls_over_everything_but_a_night(ground: world.Ground) -> None:
+    clip = world.sample(random.Random(1), ground=ground, night_falls=True)
+    film = world.draw(clip, 64, 96, 9)
+    seen = judge(film)
+    assert (seen.object, seen.colour, seen.direction, seen.ground) == (clip.object, clip.colour, clip.direction, ground)
+    assert seen.night_falls == (ground != "night")
+    assert torch.equal(film[:, 0], world.draw(replace(clip, night_falls=False), 64, 96, 9)[:, 0])
 
 
 def test_noise_shows_nothing() -> None:
