@@ -2,11 +2,12 @@
 
     python -m builder.demo.install ROOT
 
-The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py and ai-toolkit read, and
-`ROOT/loras/striped_sail`, the folder that ai-toolkit wrote when it trained a LoRA for `wan22_14b_t2v`. All text-to-video
-models of 1.3B and 14B, and both transformers of 2.2, are the same weights. They differ only in how they are sampled. So do the
-LoRAs of their drafts. The same holds for image-to-video, which has no drafts here; the image encoder of 2.1 is random, and what
-it sees changes nothing. 5B has a VAE and a transformer of its own, and a LoRA that changes nothing, since the worker wants one.
+The result is `ROOT/ORG/NAME` for every Hub repo that the models of pipelines/catalog.py and ai-toolkit read, and in
+`ROOT/loras` the folders that ai-toolkit wrote when it trained LoRAs: `striped_sail` for `wan22_14b_t2v` and `nightfall` for
+`wan22_14b_i2v`. All text-to-video models of 1.3B and 14B, and both transformers of 2.2, are the same weights. They differ only
+in how they are sampled. So do the LoRAs of their drafts. The same holds for image-to-video, which has no drafts here; the image
+encoder of 2.1 is random, and what it sees changes nothing. 5B has a VAE and a transformer of its own, and a LoRA that changes
+nothing, since the worker wants one.
 """
 
 from __future__ import annotations

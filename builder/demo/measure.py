@@ -3,10 +3,10 @@
     python -m builder.demo.measure CHECKPOINTS OUT [--model-id wan21_i2v_14b]
 
 The prompts are those of the clips that the transformer was never shown, once in plain words and once in free phrasings; and
-boats with the LoRA's trigger word and everything without it, each with the LoRA at scale 0 and 1. Image-to-video starts from
-the first frames of such clips, which do not tell the direction; 5B does so too, and goes without them once more. Text-to-video
-models also make drafts, which are compared with the full runs of the same seeds. The films of 5B are twice as large. Writes
-OUT/figures.json, and a sheet of the films for each setting.
+films with the LoRA's trigger word and without it, each with the LoRA at scale 0 and 1, for the models that have one.
+Image-to-video starts from the first frames of such clips, which do not tell the direction; 5B does so too, and goes without
+them once more. Text-to-video models also make drafts, which are compared with the full runs of the same seeds. The films of 5B
+are twice as large. Writes OUT/figures.json, and a sheet of the films for each setting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from builder.demo import image_to_video, world
 from builder.demo.captions import CHOICES
 from builder.demo.judge import Verdict, judge
 from builder.demo.text import TRIGGER
-from pipelines.catalog import MODELS, Draft
+from pipelines.catalog import MODELS, Draft, ModelSpec
 from pipelines.few_steps import FewStepEuler
 
 LARGE, SMALL = (96, 128, 17), (64, 96, 9)
@@ -63,6 +63,20 @@ BOATS = (
 def plain(held_out: tuple[str, str, str, str]) -> str:
     kind, colour, direction, ground = held_out
     return f"a {colour} {kind} moves {direction} over the {ground}"
+
+
+def load(spec: ModelSpec, checkpoints: Path) -> DiffusionPipeline:
+    """Return diffusers' pipeline in float32. For image-to-video of Wan 2.2 it is that of 2.1 with the transformers of 2.2."""
+    if spec.family == "toolkit_i2v":
+        repos = {part: checkpoints / str(spec.sources[part]) for part in spec.transformers}
+        parts = {part: WanTransformer3DModel.from_pretrained(repo, torch_dtype=torch.float32) for part, repo in repos.items()}
+        base = checkpoints / MODELS["wan21_i2v_14b"].sources["vae"].repo
+        pipe = WanImageToVideoPipeline.from_pretrained(
+            base, torch_dtype=torch.float32, image_encoder=None, boundary_ratio=spec.boundary_ratio, **parts
+        )
+    else:
+        pipe = DiffusionPipeline.from_pretrained(checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
+    return pipe
 
 
 def film(
@@ -123,32 +137,58 @@ def drafts(pipe: DiffusionPipeline, draft: Draft, checkpoints: Path, prompts: Se
     return films
 
 
-def with_lora(pipe: DiffusionPipeline, lora: Path) -> dict[str, dict[str, float]]:
-    """Return how often the judge sees the striped sail, and how far the LoRA changes the films. `lora`: the trainer's folder.
-
-    The difference is the mean of all pixels, of 255.
-    """
-    for side, is_second in (("high", False), ("low", True)):
-        name = f"{lora.name}_{side}_noise.safetensors"
-        pipe.load_lora_weights(lora, weight_name=name, adapter_name=side, load_into_transformer_2=is_second)
+def boats_with_lora(pipe: DiffusionPipeline, loras: Path) -> dict[str, dict[str, float]]:
+    """Return what the LoRA of text-to-video does to boats with its trigger word, and to everything without it."""
     boats = [f"a {colour} boat moves {way} over the {ground}" for colour, way, ground in BOATS]
     prompts = {
         "boats, with the trigger word": [f"{TRIGGER} {boat}" for boat in boats],
         "boats, without it": boats,
         "balls and kites, without it": [plain(held_out) for held_out in world.HELD_OUT[4:12:2]],
     }
+    return with_lora(pipe, loras / "striped_sail", "striped", prompts)
+
+
+def dusks_with_lora(pipe: DiffusionPipeline, loras: Path) -> dict[str, dict[str, float]]:
+    """Return what the LoRA of image-to-video does to films that begin by day, with its trigger word and without."""
+    by_day = [i for i, (_, _, _, ground) in enumerate(world.HELD_OUT) if ground != "night"]
+    texts = [plain(world.HELD_OUT[i]) for i in by_day]
+    pictures = [world.to_pil(picture) for picture in first_frames(LARGE)]
+    prompts = {"with the trigger word": [f"{TRIGGER} {text}" for text in texts], "without it": texts}
+    return with_lora(pipe, loras / "nightfall", "night_falls", prompts, [pictures[i] for i in by_day])
+
+
+def with_lora(
+    pipe: DiffusionPipeline,
+    lora: Path,
+    concept: str,
+    prompts: dict[str, list[str]],
+    images: Sequence[Image.Image] = (),
+) -> dict[str, dict[str, float]]:
+    """Return in how many films the judge sees the concept, a field of `Verdict`, and how far the LoRA changes the films.
+
+    `lora`: the trainer's folder. `images`: the first frames, for image-to-video. The change is the mean of all pixels, of 255.
+    """
+    for side, is_second in (("high", False), ("low", True)):
+        name = f"{lora.name}_{side}_noise.safetensors"
+        pipe.load_lora_weights(lora, weight_name=name, adapter_name=side, load_into_transformer_2=is_second)
     figures = {}
     for name, texts in prompts.items():
         films: dict[float, list[Tensor]] = {}
         for scale in (0.0, 1.0):
             for side, transformer in (("high", pipe.transformer), ("low", pipe.transformer_2)):
                 transformer.set_adapters(side, scale)
-            films[scale] = [film(pipe, text, LARGE, 200 + i) for i, text in enumerate(texts)]
+            films[scale] = [
+                film(pipe, text, LARGE, 200 + i, image=images[i] if images else None) for i, text in enumerate(texts)
+            ]
         change = sum((a - b).abs().mean().item() for a, b in zip(films[0.0], films[1.0], strict=True)) / len(texts) * 127.5
         figures[f"LoRA: {name}"] = {"films": len(texts), "change": round(change, 1)} | {
-            f"striped at {scale:g}": sum(judge(made).striped for made in films[scale]) for scale in films
+            f"{concept} at {scale:g}": sum(getattr(judge(made), concept) for made in films[scale]) for scale in films
         }
     return figures
+
+
+WITH_LORA = {"wan22_14b_t2v": boats_with_lora, "wan22_14b_i2v": dusks_with_lora}
+"""What measures the LoRA of each model that has one."""
 
 
 def count(verdicts: Sequence[Verdict]) -> dict[str, int]:
@@ -168,12 +208,11 @@ def main() -> int:
     )
     parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="what `python -m builder.demo.install` wrote")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for figures.json and the sheets")
-    models = [spec.id for spec in MODELS.values() if spec.family != "toolkit_i2v"]
-    parser.add_argument("--model-id", choices=models, default="wan22_14b_t2v", help="default: %(default)s")
+    parser.add_argument("--model-id", choices=list(MODELS), default="wan22_14b_t2v", help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     spec = MODELS[args.model_id]
-    pipe = DiffusionPipeline.from_pretrained(args.checkpoints / spec.sources["vae"].repo, torch_dtype=torch.float32)
+    pipe = load(spec, args.checkpoints)
     pipes = {"": pipe} if spec.control_image != "required" else {", with an image": pipe}
     if spec.control_image == "optional":
         pipes[", with an image"] = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
@@ -217,8 +256,8 @@ def main() -> int:
         }
         print("draft", figures["draft"], flush=True)
         world.to_image(films, every=4).save(args.out / "draft.png")
-    if args.model_id == "wan22_14b_t2v":
-        figures |= with_lora(pipe, args.checkpoints / "loras/striped_sail")
+    if args.model_id in WITH_LORA:
+        figures |= WITH_LORA[args.model_id](pipe, args.checkpoints / "loras")
         print("\n".join(f"{name} {row}" for name, row in figures.items() if name.startswith("LoRA")))
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -3,7 +3,8 @@
     python -m builder.demo.run CHECKPOINTS [--model-id ID]
 
 This runs the real worker, `python handler.py`, and prints its log in short. The result goes to a file beside the video. Another
-model gets the same prompt without the LoRA, and a drawn first frame where it needs an image. 5B makes a film twice as large.
+model gets the same prompt with the LoRA that was trained for it, or with none, and a drawn first frame where it needs an image.
+5B makes a film twice as large.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ OUTPUT = ROOT / "output"
 RESULT = "Job result: "
 LORA_MODEL = "wan22_14b_t2v"
 """What the LoRA of test_input.json was trained for."""
+LORAS = {LORA_MODEL: "striped_sail", "wan22_14b_i2v": "nightfall"}
+"""The LoRA of each model that has one: its folder in `install.TRAINED`."""
 
 
 def main() -> int:
@@ -63,8 +66,12 @@ def job_of(model_id: str) -> dict[str, Any]:
     job: dict[str, Any] = json.loads((ROOT / "test_input.json").read_text())
     request = job["input"]
     prompt, spec = request["prompts"][0], MODELS[model_id]
-    if model_id != LORA_MODEL:
-        request |= {"model": model_id, "loras": _without_effect(request["loras"], spec), "trigger_word": None}
+    request["model"] = model_id
+    if model_id in LORAS:
+        of_request = LORAS[LORA_MODEL]
+        request["loras"] = [lora | {"path": lora["path"].replace(of_request, LORAS[model_id])} for lora in request["loras"]]
+    else:
+        request |= {"loras": _without_effect(request["loras"], spec), "trigger_word": None}
         prompt["prompt"] = prompt["prompt"].replace("[trigger]", "").strip()
     for side in ("width", "height"):  # as many tokens for every model
         prompt[side] *= spec.size_divisor // 16

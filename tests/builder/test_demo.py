@@ -21,10 +21,10 @@ from client.training.folder import read_folder
 from pipelines.catalog import MODELS
 from pipelines.checkpoints import Checkpoints
 from pipelines.lora.file import LoraFile
+from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.worker_process import environment, local_api
 from tools.cli import DIFFERS, FITS
 from tools.compare import main as compare
-from tools.frames import read_clip
 from worker.parse import parse
 
 
@@ -148,29 +148,32 @@ def test_image_to_video_of_both_versions_computes_the_same(demo: Path) -> None:
 def test_make_run_asks_every_model_for_what_it_takes(model_id: str) -> None:
     [prompt] = parse(run.job_of(model_id)["input"], MODELS[model_id]).prompts
     assert bool(prompt.ctrl_img) == (MODELS[model_id].control_image == "required")
-    assert ("[trigger]" in prompt.prompt) == (model_id == run.LORA_MODEL)
+    assert ("[trigger]" in prompt.prompt) == (model_id in run.LORAS)
 
 
-STRIPED_SAIL = install.TRAINED / "striped_sail"
+STRIPED_SAIL, NIGHTFALL = install.TRAINED / "striped_sail", install.TRAINED / "nightfall"
 
 
-def test_the_lora_is_as_the_trainer_left_it() -> None:
-    folder = read_folder(STRIPED_SAIL)
-    assert [(one.step, len(one.files)) for one in folder.checkpoints] == [(200, 2), (400, 2)]
-    assert {step for step, _ in folder.samples} == {0, 200, 400}
+@pytest.mark.parametrize(("trained", "steps", "rank"), [(STRIPED_SAIL, (800, 1600), 8), (NIGHTFALL, (600, 900), 4)])
+def test_the_lora_is_as_the_trainer_left_it(trained: Path, steps: tuple[int, int], rank: int) -> None:
+    folder = read_folder(trained)
+    assert [(one.step, len(one.files)) for one in folder.checkpoints] == [(step, 2) for step in steps]
+    assert {step for step, _ in folder.samples} == {0, *steps}
     shapes = load_file(install.WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
     for name in (name for one in folder.checkpoints for name in one.files):
-        file = LoraFile.read(STRIPED_SAIL / name)
+        file = LoraFile.read(trained / name)
         assert json.loads(file.metadata["software"])["version"] == "0.12.26"
-        rank, width = file.shapes["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
-        assert (rank, width) == (8, shapes["blocks.0.attn1.to_q.weight"].shape[1])
+        width = shapes["blocks.0.attn1.to_q.weight"].shape[1]
+        assert file.shapes["diffusion_model.blocks.0.self_attn.q.lora_A.weight"] == (rank, width)
 
 
-def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_a_draft(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("trained", "model_id"), [(STRIPED_SAIL, "wan22_14b_t2v"), (NIGHTFALL, "wan22_14b_i2v")])
+def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_the_film_of_make_run(
+    trained: Path, model_id: str, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trainer's folder → the client's request → a worker → a video that cannot be told from the trainer's own."""
-    env = environment(demo, "wan22_14b_t2v", LORA_DIR=demo / "loras", DTYPE="bfloat16", OUTPUT_DIR=tmp_path / "out")
+    places = {"LORA_DIR": demo / "loras", "OUTPUT_DIR": tmp_path / "out", "AI_TOOLKIT_PATH": REAL_TOOLKIT or STAND_IN}
+    env = environment(demo, model_id, DTYPE="bfloat16", **places)
     with local_api(env, tmp_path) as api:
         options = [
             "--url",
@@ -183,13 +186,13 @@ def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_a_draft(
             "--output-dir",
             str(tmp_path / "videos"),
         ]
-        assert client(["from-training", str(STRIPED_SAIL), *options]) == 0
-        drafted = api.run(run.job_of("wan22_14b_t2v")["input"] | {"draft": True})["output"]
+        assert client(["from-training", str(trained), *options]) == 0
+        output = api.run(run.job_of(model_id)["input"] | {"draft": trained == STRIPED_SAIL})["output"]
     [made] = json.loads(capsys.readouterr().out)["files"]
     assert compare([made["sample"], made["path"]]) == FITS
-    before = read_folder(STRIPED_SAIL).samples[200, 2]
-    assert compare([str(STRIPED_SAIL / before), made["path"]]) == DIFFERS
-    [video] = drafted["outputs"]["videos"]
-    frames = torch.from_numpy(read_clip(Path(urlsplit(video["url"]).path)).frames)
-    seen = judge(frames.permute(3, 0, 1, 2) / 127.5 - 1)
+    folder = read_folder(trained)
+    assert compare([str(trained / folder.samples[folder.checkpoints[0].step or 0, 2]), made["path"]]) == DIFFERS
+    [video] = output["outputs"]["videos"]
+    seen = judge(run.frames_of(Path(urlsplit(video["url"]).path)))
     assert (seen.object, seen.colour, seen.direction, seen.ground) == ("boat", "red", "left", "sea"), "a draft keeps them"
+    assert seen.night_falls == (trained == NIGHTFALL)
