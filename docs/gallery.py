@@ -56,11 +56,17 @@ def _draft(request: dict[str, Any], value: str) -> None:
     request["draft"] = value == _DRAFT
 
 
-_WITH, _WITHOUT = "with the LoRA", "without"
+_WITH, _WITH_TRIGGER, _WITHOUT = "with the LoRA", "with its trigger word", "without"
 
 
 def _lora(request: dict[str, Any], value: str) -> None:
     _scale(request, float(value == _WITH))
+
+
+def _trigger(request: dict[str, Any], value: str) -> None:
+    if value == _WITHOUT:
+        request["prompts"][0]["prompt"] = request["prompts"][0]["prompt"].replace("[trigger]", "").strip()
+        request["trigger_word"] = None
 
 
 def _direction(request: dict[str, Any], value: str) -> None:
@@ -76,6 +82,7 @@ MODEL_OF = {"image": "wan21_i2v_14b"}
 STRIPS: dict[str, tuple[str, tuple[Any, ...], Callable[[dict[str, Any], Any], None]]] = {
     "lora": ("{}", (_WITHOUT, _WITH), _lora),
     "scale": ("LoRA scale {:g}", (0.0, 0.5, 1.0, 1.5), _scale),
+    "trigger": ("{}", (_WITH_TRIGGER, _WITHOUT), _trigger),
     "guidance": ("guidance {:g}", (1.0, 4.0, 6.0), _prompt("guidance_scale")),
     "steps": ("{} steps", (4, 10, 25), _prompt("sample_steps")),
     "draft": ("{}", (_FULL_RUN, _DRAFT), _draft),

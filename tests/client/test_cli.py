@@ -255,7 +255,7 @@ def test_after_an_interrupt_the_job_runs_on_and_the_next_commands_are_printed(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"python -m client resume job-1 --endpoint endpoint --output-dir {tmp_path}/videos\n" in err
     assert "python -m client cancel job-1 --endpoint endpoint\n" in err

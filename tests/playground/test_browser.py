@@ -41,7 +41,7 @@ EXAMPLE = {
     "loras": [{"path": LORA.format(side), "transformer": side} for side in ("high", "low")],
     "prompts": [{"prompt": "[trigger] a boat", "width": 96, "height": 64, "num_frames": 5, "sample_steps": 2, "fps": 5}],
 }
-WITHIN = 20_000
+WITHIN = 60_000
 """Milliseconds. The longest wait below takes three seconds."""
 
 
@@ -749,7 +749,7 @@ def test_a_sweep_plays_in_step_and_its_best_cell_fills_the_form(page: Page, play
     assert len(set(last)) == 4, "without the LoRA, with it, and with each seed"
     position.press("Home")
     page.locator(".frame", has_text="Frame 1 of 5").wait_for()
-    assert not set(page.evaluate(pictures)) & set(last), "all go to the frame together"
+    page.wait_for_function(f"last => !({pictures})().some(picture => last.includes(picture))", arg=last)  # all, together
     for colours, rules in (("light", []), ("dark", ["color-contrast"])):
         page.emulate_media(color_scheme=colours)
         assert axe(page, *rules) == []
