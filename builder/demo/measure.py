@@ -230,7 +230,7 @@ def main() -> int:
     seen: dict[str, list[Verdict]] = {}
     for (setting, (prompts, small, steps, guidance)), kind in itertools.product(settings.items(), pipes):
         started, name = time.monotonic(), setting + kind
-        larger = spec.size_divisor // 16
+        larger = spec.trainer_size_divisor // 16
         shape = (larger * small[0], larger * small[1], small[2])
         pictures = first_frames(shape) if kind else []
         films = [

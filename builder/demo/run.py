@@ -74,7 +74,7 @@ def job_of(model_id: str) -> dict[str, Any]:
         request |= {"loras": _without_effect(request["loras"], spec), "trigger_word": None}
         prompt["prompt"] = prompt["prompt"].replace("[trigger]", "").strip()
     for side in ("width", "height"):  # as many tokens for every model
-        prompt[side] *= spec.size_divisor // 16
+        prompt[side] *= spec.trainer_size_divisor // 16
     if spec.control_image == "required":
         prompt["ctrl_img"] = as_data_url(first_frame(prompt["prompt"], prompt["height"], prompt["width"]))
     return job

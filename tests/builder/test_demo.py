@@ -147,6 +147,7 @@ def test_image_to_video_of_both_versions_computes_the_same(demo: Path) -> None:
 @pytest.mark.parametrize("model_id", MODELS)
 def test_make_run_asks_every_model_for_what_it_takes(model_id: str) -> None:
     [prompt] = parse(run.job_of(model_id)["input"], MODELS[model_id]).prompts
+    assert (prompt.width, prompt.height) == ((256, 192) if model_id == "wan22_5b" else (128, 96))
     assert bool(prompt.ctrl_img) == (MODELS[model_id].control_image == "required")
     assert ("[trigger]" in prompt.prompt) == (model_id in run.LORAS)
 
