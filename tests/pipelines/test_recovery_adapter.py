@@ -84,7 +84,7 @@ def written(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> LoraFi
 
 @pytest.fixture(scope="module")
 def tolerance(models: dict[str, WanModel], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Of outputs up to 6. 0 where the probe is equal."""
+    """The largest difference of outputs up to 6. 0 where the probe is equal."""
     (ours,) = outputs_of(PROBE, models, tmp_path_factory.mktemp("probe"))
     return 0.0 if torch.equal(ours, THEIRS[f"{PROBE} 0"]) else 0.15
 
