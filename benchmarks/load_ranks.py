@@ -7,8 +7,7 @@
 `cold`: the files are not in the page cache, as on a new machine; `warm`: they are. `seconds`: until all processes have loaded;
 the first also reads ahead, as the worker does. `cpu_seconds`: of all processes together, which tells more where the machine has
 other work. `read_from_disk`: how often the files came from the disk, all processes together, as Linux counts it. Everything is
-imported before. On a CPU each process has one thread, and what would be mapped is
-copied, as in `benchmarks.load`.
+imported before. On a CPU each process has one thread, and what would be mapped is copied, as in `benchmarks.load`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,11 @@ LORA_5B = "untrained_5b/untrained_5b.safetensors"
 """Below `ROOT/loras`."""
 
 
+def enlargement(spec: ModelSpec) -> int:
+    """Return how many times as wide and high this model's films are: 5B makes as many tokens of twice the size."""
+    return spec.trainer_size_divisor // 16
+
+
 def install(root: Path) -> None:
     """Write the repos and the LoRAs below `root`, and overwrite what exists."""
     for spec in MODELS.values():

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer
 from PIL import Image
 from torch import Tensor
 
-from builder.demo import image_to_video, world
+from builder.demo import image_to_video, install, world
 from builder.demo.captions import CHOICES
 from builder.demo.judge import Verdict, judge
 from builder.demo.text import TRIGGER
@@ -230,7 +230,7 @@ def main() -> int:
     seen: dict[str, list[Verdict]] = {}
     for (setting, (prompts, small, steps, guidance)), kind in itertools.product(settings.items(), pipes):
         started, name = time.monotonic(), setting + kind
-        larger = spec.trainer_size_divisor // 16
+        larger = install.enlargement(spec)
         shape = (larger * small[0], larger * small[1], small[2])
         pictures = first_frames(shape) if kind else []
         films = [

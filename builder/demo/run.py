@@ -73,8 +73,8 @@ def job_of(model_id: str) -> dict[str, Any]:
     else:
         request |= {"loras": _without_effect(request["loras"], spec), "trigger_word": None}
         prompt["prompt"] = prompt["prompt"].replace("[trigger]", "").strip()
-    for side in ("width", "height"):  # as many tokens for every model
-        prompt[side] *= spec.trainer_size_divisor // 16
+    for side in ("width", "height"):
+        prompt[side] *= install.enlargement(spec)
     if spec.control_image == "required":
         prompt["ctrl_img"] = as_data_url(first_frame(prompt["prompt"], prompt["height"], prompt["width"]))
     return job
