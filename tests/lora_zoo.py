@@ -74,6 +74,7 @@ def spellings() -> dict[str, File]:
         "onetrainer": (renamed(tensors, "transformer.", "diffusers", DOWN_UP), {}),
         "musubi": ((down := renamed(tensors, "lora_unet_", "wan_", DOWN_UP)) | alphas(down, RANK), {}),
         "musubi without alphas": (renamed(tensors, "lora_unet_", "wan_", DOWN_UP), {}),
+        "videox-fun": (renamed(tensors, "lora_unet__", "wan_", DOWN_UP), {}),
         "kohya, diffusers' names": (renamed(tensors, "lora_unet_", "diffusers_", DOWN_UP), {}),
         "lora_transformer_": (renamed(tensors, "lora_transformer_", "diffusers_", DOWN_UP), {}),
         "alpha that is the rank": (tensors | alphas(tensors, RANK), {}),
@@ -153,4 +154,6 @@ def bad() -> dict[str, File]:
         "NaN": (tensors | {key: tensors[key] * torch.nan}, {}),
         "another width": ({f"diffusion_model.blocks.0.self_attn.q.lora_{h}.weight": torch.ones(7, 7) for h in "AB"}, {}),
         "LoHa": ({"diffusion_model.blocks.0.self_attn.q.hada_w1_a": torch.ones(4, 4)}, {}),
+        "a difference beside factors": (tensors | {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(48, WIDTH)}, {}),
+        "scales of no rows": (tensors | {key.replace(".weight", ".scale_weight"): torch.ones(3)}, {}),
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipelines.errors import LoraError
 from pipelines.lora.file import LoraFile
 from pipelines.lora.layers import read
-from pipelines.lora.names import SIDES
+from pipelines.lora.names import without_side
 from tools.cli import BadInput, one_line_errors
 
 
@@ -45,11 +45,10 @@ def split(source: Path, folder: Path) -> list[Path]:
     if not reading.has_both_sides:
         raise BadInput(f"{source} holds one side: its keys name neither transformer_1 nor transformer_2")
     tensors, written = load_file(source), []
-    for prefix, side in SIDES.items():
-        mine = {key.replace(prefix, "", 1): value for key, value in tensors.items() if prefix in key}
-        if mine:
-            written.append(folder / f"{source.stem}_{side}_noise.safetensors")
-            save_file(mine, written[-1], dict(file.metadata))
+    for side, layers in reading.sides.items():
+        keys = [key for layer in layers.values() for key in layer.keys.values()]
+        written.append(folder / f"{source.stem}_{side}_noise.safetensors")
+        save_file({without_side(key): tensors[key] for key in keys}, written[-1], dict(file.metadata))
     return written
 
 

@@ -33,12 +33,12 @@ def load_tensors(file: LoraFile) -> Tensors:
 
 
 def part(layer: Layer, name: str, tensors: Tensors) -> torch.Tensor:
-    """A part of the layer. An fp8 tensor comes as float32, times its scale."""
+    """A part of the layer. An fp8 tensor comes as float32, times its scale: one number, or one for each row."""
     tensor = tensors[layer.keys[name]]
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
         if scale := layer.keys.get(f"{name}.scale"):
-            tensor = tensor * tensors[scale].float()
+            tensor = tensor * tensors[scale].float().view(-1, *[1] * (tensor.ndim - 1))
     return tensor
 
 

@@ -71,7 +71,7 @@ class LoraFile:
                 raise LoraInvalid("this is a folder or a device, not a file; name the .safetensors file itself")
             return _read(path, identity_of(stat))
         except OSError as error:
-            raise LoraInvalid("the file could not be read") from error
+            raise LoraInvalid("the file could not be read; send the job again") from error
 
     def check_unchanged(self) -> None:
         """Raises LoraInvalid when the file is no longer the one whose header was read."""

@@ -50,7 +50,7 @@ def check(file: LoraFile, spec: ModelSpec, shapes: Shapes, without: tuple[str, .
     layers = reading.all_layers
     for layer in layers:
         if layer.kind == "full" and "A" in layer.keys and _shape_of(layer.name, shapes) != layer.shapes["A"]:
-            raise LoraInvalid(f"layer {layer.name} lacks its lora_B; the file is incomplete")
+            raise LoraInvalid(f"layer {layer.name} lacks its lora_B; the file is incomplete, export it again")
     misfits = [(layer, why) for layer in layers if (why := misfit(layer, shapes))]
     if misfits:
         layer, why = misfits[0]

@@ -127,7 +127,7 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
         name = parse(key)
         if name is None:
             if _PART_OF_A_LORA.search(key) and not is_of_text_encoder(key):
-                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has")
+                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has; export it without")
             ignored.append(key)
             continue
         if any(part in name.layer for part in without):
@@ -144,7 +144,7 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
         if all(map(is_of_first_transformer, unnamed)):  # diffusers' names for the two
             parts = {"high": parts[None], "low": parts["low"]}
     if None in parts and len(parts) > 1:
-        raise LoraInvalid("some of its keys name a side (transformer_1, transformer_2) and others do not; export it again")
+        raise LoraInvalid("some of its keys name a side (as transformer_1, transformer_2) and others do not; export it again")
     config = HeaderConfig(file.metadata)
     sides = {side: {name: _layer(name, keys, file, config) for name, keys in layers.items()} for side, layers in parts.items()}
     return Reading(sides, tuple(ignored))
@@ -160,6 +160,7 @@ def _layer(name: str, keys: dict[str, str], file: LoraFile, config: HeaderConfig
         if any(each.startswith(part) for each in tensors):
             raise LoraIncompatible(f"this is a {kind} file, which this worker does not apply; train a LoRA or a LoKr")
     _check_parts(name, tensors, keys)
+    _check_scales(name, shapes, keys)
     if any(part.startswith("lokr_") for part in tensors):
         return Layer(name, "lokr", keys, shapes)
     if "B" not in tensors:
@@ -174,7 +175,9 @@ def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping
     """Raises LoraInvalid, LoraIncompatible when the parts are not those of a layer."""
     parts = set(shapes)
     if math.prod(shapes.get("alpha", ())) != 1:
-        raise LoraInvalid(f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs")
+        raise LoraInvalid(
+            f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs; export it again"
+        )
     if any(part.startswith("lokr_") for part in parts):
         if more := parts - _LOKR:
             raise LoraIncompatible(f"`{keys[min(more)]}` does not go with the LoKr factors of its layer; export it again")
@@ -182,21 +185,34 @@ def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping
             _check_factor(name, factor, shapes)
         return
     if more := parts - _LORA:
-        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has")
+        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has; export it without")
+    if "diff" in parts and "A" in parts:
+        raise LoraInvalid(f"`{keys['diff']}` and `{keys['A']}` both change the weight of one layer; export it with one of them")
     if parts == {"alpha"}:
-        raise LoraInvalid(f"`{keys['alpha']}` is the alpha of a layer that is not in the file; it is incomplete")
+        raise LoraInvalid(
+            f"`{keys['alpha']}` is the alpha of a layer that is not in the file; it is incomplete, export it again"
+        )
     if "B" in parts:
         down, up = shapes.get("A", ()), shapes["B"]
         if len(down) < 2 or len(up) < 2:
-            raise LoraInvalid(f"layer {name} lacks its lora_A; the file is incomplete")
+            raise LoraInvalid(f"layer {name} lacks its lora_A; the file is incomplete, export it again")
         if down[0] != up[1]:
-            raise LoraInvalid(f"layer {name} has rank {down[0]} in lora_A and {up[1]} in lora_B")
+            raise LoraInvalid(f"layer {name} has rank {down[0]} in lora_A and {up[1]} in lora_B; export it again")
         if down[0] == 0:
-            raise LoraInvalid(f"layer {name} has rank 0; the file is incomplete")
+            raise LoraInvalid(f"layer {name} has rank 0; the file is incomplete, export it again")
         if math.prod(up[2:]) != 1:
-            raise LoraIncompatible(f"layer {name} has a lora_B with a kernel, which no LoRA for Wan has")
+            raise LoraIncompatible(f"layer {name} has a lora_B with a kernel, which no LoRA for Wan has; export it again")
     elif "magnitude" in parts or "B.bias" in parts:
-        raise LoraInvalid(f"layer {name} lacks lora_A and lora_B; the file is incomplete")
+        raise LoraInvalid(f"layer {name} lacks lora_A and lora_B; the file is incomplete, export it again")
+
+
+def _check_scales(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]) -> None:
+    """Raises LoraInvalid for a scale of an fp8 tensor that is neither one number nor one for each row."""
+    for part, shape in shapes.items():
+        rows = shapes.get(part.removesuffix(".scale"), ())[:1]
+        if part.endswith(".scale") and math.prod(shape) != 1 and not (math.prod(shape),) == shape[:1] == rows:
+            text = f"`{keys[part]}` of layer {name} is neither one number nor one for each row; export the LoRA as bfloat16"
+            raise LoraInvalid(text)
 
 
 def _check_factor(name: str, factor: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -205,4 +221,6 @@ def _check_factor(name: str, factor: str, shapes: Mapping[str, tuple[int, ...]])
         return
     left, right = given.get(f"lokr_{factor}_a", ()), given.get(f"lokr_{factor}_b", ())
     if not (len(given) == len(left) == len(right) == 2 and left[1] == right[0] > 0):
-        raise LoraInvalid(f"layer {name} lacks its lokr_{factor}; the file is incomplete, or not for linear layers")
+        raise LoraInvalid(
+            f"layer {name} lacks its lokr_{factor}; the file is incomplete, or not for linear layers; export it again"
+        )

@@ -66,6 +66,8 @@ class Merges:
         parameters = dict(getattr(self._pipe, name).named_parameters())
         changes: dict[str, list[tuple[_Change, Layer, Tensors, float]]] = {}
         for position, (adapter, layers) in enumerate(stack):
+            if adapter.scale == 0:  # a DoRA's magnitudes would change the weights all the same
+                continue
             with blamed_on(position):
                 tensors = load_tensors(adapter.file)
             for path, layer in layers.items():

@@ -1,9 +1,10 @@
 """The keys of LoRA files, in the spellings of all trainers that were met, as layers of diffusers' Wan transformer. No torch.
 
 Sources: keys written by ai-toolkit 0.12.26 and older (`diffusion_model.`, `lycoris_`, `lora_transformer_`), kohya and musubi
-(`lora_unet_`), diffusers and PEFT (`transformer.`, `base_model.model.`), DiffSynth (`pipe.dit.`, `.default`), OneTrainer, and
-ComfyUI (`model.diffusion_model.`). A block's `diff_m` is the difference of its modulation, in lightx2v's distilled files
-(Comfy-Org/ComfyUI, issue 8922). The names of the layers are those of Wan's own code and of diffusers.
+(`lora_unet_`), VideoX-Fun (`lora_unet__`), diffusers and PEFT (`transformer.`, `base_model.model.`), DiffSynth (`pipe.dit.`,
+`pipe.dit2.`, `.default`), OneTrainer, and ComfyUI (`model.diffusion_model.`). A block's `diff_m` is the difference of its
+modulation, in lightx2v's distilled files (Comfy-Org/ComfyUI, issue 8922). The names of the layers are those of Wan's own code
+and of diffusers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,22 @@ _PREFIXES = ("base_model.", "pipe.", "model.", "diffusion_model.", "transformer.
 """They may follow each other, as in `base_model.model.`."""
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Behind these, the layer's name has underscores in place of dots."""
-SIDES: dict[str, Side] = {"transformer_1.": "high", "transformer_2.": "low"}
-"""How ai-toolkit writes both sides of a MoE model into one file."""
+SIDES: dict[str, Side] = {
+    "transformer_1.": "high",
+    "transformer_2.": "low",
+    "high_noise_model.": "high",
+    "low_noise_model.": "low",
+    "high_noise.": "high",
+    "low_noise.": "low",
+    "high.": "high",
+    "low.": "low",
+    "dit2.": "low",
+}
+"""How both sides of a MoE model are written into one file: by ai-toolkit, with the names of Wan's own folders or of trainers'
+files, and by DiffSynth, whose `dit.` is the high side where there is a `dit2.`."""
+_SIDES_UNDERSCORED = {prefix.replace(".", "_"): side for prefix, side in SIDES.items()}
+_SIDES_UNDERSCORED |= {"1_": "high", "2_": "low"}  # behind `lora_transformer_`
+_COMPONENT = {"transformer_1.": "transformer.", "transformer_2.": "transformer.", "dit2.": "dit."}
 _TEXT_ENCODER = ("text_encoder", "lora_te", "te1.", "te2.")
 
 _KEY = re.compile(
@@ -91,8 +106,18 @@ def is_of_text_encoder(key: str) -> bool:
 
 
 def is_of_first_transformer(key: str) -> bool:
-    """Whether a key names `transformer`, which beside `transformer_2` is the high side."""
-    return re.match(r"((base_)?model\.)*transformer\.", key) is not None
+    """Whether a key names `transformer` or `dit`, which beside `transformer_2` or `dit2` is the high side."""
+    return re.match(r"((base_)?model\.|pipe\.)*(transformer|dit)\.|lora_transformer_", key) is not None
+
+
+def without_side(key: str) -> str:
+    """The key as a file of one side has it."""
+    underscored = next((prefix for prefix in _UNDERSCORED if key.startswith(prefix)), None)
+    before = underscored or re.match(rf"({'|'.join(map(re.escape, _PREFIXES))})*", key)[0]  # type: ignore[index]
+    rest, markers = key.removeprefix(before), _SIDES_UNDERSCORED if underscored else SIDES
+    marker = next((marker for marker in markers if rest.startswith(marker)), "")
+    is_name_of_component = not underscored and not before.endswith(("diffusion_model.", "transformer."))
+    return before + (_COMPONENT.get(marker, "") if is_name_of_component else "") + rest.removeprefix(marker)
 
 
 def parse(key: str) -> Name | None:
@@ -107,12 +132,17 @@ def parse(key: str) -> Name | None:
         part += ".bias"
     elif match["tensor"] in (".scale_weight", ".weight_scale", ".scale"):
         part += ".scale"
-    layer, side = match["layer"], None
+    layer = match["layer"]
+    side: Side | None = None
     underscored = next((prefix for prefix in _UNDERSCORED if layer.startswith(prefix)), None)
     if part == "diff_m":
         layer, part = f"{layer}{'_' if underscored else '.'}modulation", "diff"
     if underscored:
-        return Name(_layer_of_underscored(layer.removeprefix(underscored)), part)
+        layer = layer.removeprefix(underscored).lstrip("_")
+        while prefix := next((prefix for prefix in _SIDES_UNDERSCORED if layer.startswith(prefix)), None):
+            side = _SIDES_UNDERSCORED[prefix]
+            layer = layer.removeprefix(prefix)
+        return Name(_layer_of_underscored(layer), part, side)
     while prefix := next((prefix for prefix in (*_PREFIXES, *SIDES) if layer.startswith(prefix)), None):
         side = SIDES.get(prefix, side)
         layer = layer.removeprefix(prefix)

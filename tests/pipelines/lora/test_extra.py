@@ -15,8 +15,10 @@ from builder.tiny_checkpoints import SIZE_14B, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
 from pipelines.errors import LoraIncompatible
 from pipelines.lora.file import LoraFile
+from pipelines.lora.layers import read
 from tests import lora_zoo
 from tests.pipelines.lora.test_zoo import expected
+from tools import split_lora
 
 SAMPLING = Sampling("a boat", width=64, height=64, num_frames=5, num_inference_steps=2)
 Write = Callable[..., LoraFile]
@@ -150,17 +152,46 @@ def test_a_stack_with_one_that_must_be_merged_is_merged_in_order(model: WanModel
 
 def two_sides(high: LoraFile, low: LoraFile, first: str, second: str) -> lora_zoo.Tensors:
     """One file with both sides, under two prefixes."""
-    return {
-        key.replace("diffusion_model.", prefix): value
-        for file, prefix in ((high, first), (low, second))
-        for key, value in load_file(file.path).items()
-    }
+    made = {}
+    for file, prefix in ((high, first), (low, second)):
+        for key, value in load_file(file.path).items():
+            layer, _, part = key.removeprefix("diffusion_model.").partition(".lora_")
+            made[f"{prefix}{layer.replace('.', '_') if prefix.endswith('_') else layer}.lora_{part}"] = value
+    return made
+
+
+TWO_SIDES = [
+    ("diffusion_model.transformer_1.", "diffusion_model.transformer_2."),
+    ("transformer.", "transformer_2."),
+    ("pipe.dit.", "pipe.dit2."),
+    ("high_noise_model.", "low_noise_model."),
+    ("high_noise.diffusion_model.", "low_noise.diffusion_model."),
+    ("lora_transformer_1_", "lora_transformer_2_"),
+    ("lora_transformer_", "lora_transformer_2_"),
+    ("lora_unet_transformer_1_", "lora_unet_transformer_2_"),
+    ("lora_unet_high_noise_", "lora_unet_low_noise_"),
+]
+"""Prefixes under which one file holds both sides."""
+
+
+@pytest.mark.parametrize("prefixes", TWO_SIDES)
+def test_split_lora_gives_each_side_a_file_that_reads_alone(write: Write, prefixes: tuple[str, str]) -> None:
+    high, low = (write(lora_tensors(SIZE_14B, 4, seed)) for seed in (11, 12))
+    both = write(two_sides(high, low, *prefixes))
+    written = [LoraFile.read(path) for path in split_lora.split(both.path, both.path.parent)]
+    assert [file.path.name for file in written] == [f"{both.path.stem}_{side}_noise.safetensors" for side in ("high", "low")]
+    for file, original in zip(written, (high, low), strict=True):
+        assert not read(file).has_both_sides
+        assert {name: layer.outputs for name, layer in read(file).sides[None].items()} == {
+            name: layer.outputs for name, layer in read(original).sides[None].items()
+        }
+        assert sum(value.sum() for value in load_file(file.path).values()) == sum(
+            value.sum() for value in load_file(original.path).values()
+        )
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merge"])
-@pytest.mark.parametrize(
-    "prefixes", [("diffusion_model.transformer_1.", "diffusion_model.transformer_2."), ("transformer.", "transformer_2.")]
-)
+@pytest.mark.parametrize("prefixes", TWO_SIDES)
 def test_an_extra_lora_goes_to_its_sides_alone(
     moe: WanModel, tiny: Path, write: Write, mode: Any, prefixes: tuple[str, str]
 ) -> None:
