@@ -34,6 +34,8 @@ def sweep(options: argparse.Namespace, client: Client, display: Display, stdin: 
                 display.say(f"job {job_id} still runs; `python -m client cancel` stops it")
             raise
         _print(plan, record, results, options.json)
+    if making.full_run_seconds:
+        display.say(f"drafts: the full run of those made now would take about {making.full_run_seconds:.0f} s of the GPU")
     if making.errors:
         display.say(f"{len(making.errors)} of {len(plan.cells)} failed; the same command tries them again")
     return making.errors

@@ -41,6 +41,8 @@ class Making:
         self._said: set[str] = set()
         self.errors: list[ClientError] = []
         """Those of the cells that failed."""
+        self.full_run_seconds = 0.0
+        """How long the full run of the drafts that were made would take the GPU."""
 
     @property
     def running(self) -> list[str]:
@@ -121,6 +123,8 @@ class Making:
                 first = result.failed[0] if result.failed else None
                 raise JobFailed(f"{first.code}: {first.message}" if first else "the job made no video")
             output = result.outputs[0]
+            if isinstance(full_run := result.timings.get("full_run_estimate"), int | float):
+                self.full_run_seconds += full_run
             path = self._client.download_file(output, self._record.videos, f"{cell.name}{output.suffix}")
         except (JobFailed, JobStopped, DownloadFailed) as error:
             self._fail(cell, error)

@@ -64,6 +64,10 @@ class Cell:
         """The file's name without its suffix."""
         return f"{self.slug}-{self.key[:6]}"
 
+    @property
+    def is_draft(self) -> bool:
+        return bool(self.job["input"].get("draft"))
+
     def shown_job(self) -> dict[str, Any]:
         """The job to print: without the token."""
         return {**self.job, "input": {name: value for name, value in self.job["input"].items() if name != "hf_token"}}

@@ -48,4 +48,5 @@ def arranged(plan: Plan) -> Arranged:
 def title_of(plan: Plan) -> str:
     """What all cells have in common; the prompt last, as it is the longest."""
     common = [axis.in_words(0) for axis in plan.axes[1:] + plan.axes[:1] if len(axis.values) == 1 and axis.values[0]]
-    return " · ".join([plan.model, *common]).replace("\n", " ")
+    draft = ["draft"] if plan.cells[0].is_draft else []
+    return " · ".join([plan.model, *draft, *common]).replace("\n", " ")

@@ -57,7 +57,10 @@ class Films:
             encode(greys, film, VIDEO["mp4"], 8, FRAMES)
         body = film.read_bytes()
         self.web.gives(f"/{seed}.mp4", body)
-        return result(self.web.url(f"/{seed}.mp4"), seed=seed, width=48, height=32, num_frames=FRAMES, fps=8, bytes=len(body))
+        answer = result(self.web.url(f"/{seed}.mp4"), seed=seed, width=48, height=32, num_frames=FRAMES, fps=8, bytes=len(body))
+        if request.get("draft"):
+            answer["output"]["timings"] |= {"generate": 9.0, "full_run_estimate": 90.0}
+        return answer
 
     def cancel(self, job_id: str) -> None:
         raise AssertionError
@@ -253,6 +256,16 @@ def test_the_grid_plays_all_videos_in_step(sweep: list[str], tmp_path: Path, cap
         pixels = np.asarray(sheet.convert("L"), np.int16)
     shown = {grey for grey in (40, 60, 80, 100, 120, 140, 160, 180) if (abs(pixels - grey) <= 2).mean() > 0.02}
     assert shown == {40, 60, 100, 120, 140, 180}, "the first, the middle and the last frame of each"
+
+
+def test_drafts_are_named_so_with_the_time_of_the_full_run(
+    sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*sweep, "--model", "wan21_14b", "--draft"]) == 0
+    assert "drafts: the full run of those made now would take about 180 s of the GPU" in capsys.readouterr().err
+    assert "<title>Sweep: wan21_14b · draft · " in (tmp_path / "sweep/index.html").read_text()
+    assert main([*sweep, "--model", "wan21_14b"]) == 0
+    assert "draft" not in capsys.readouterr().err + (tmp_path / "sweep/index.html").read_text()
 
 
 def test_images_have_a_page_and_no_grid_video(sweep: list[str], films: Films, web: Web, tmp_path: Path) -> None:
