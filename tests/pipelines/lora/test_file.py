@@ -249,4 +249,4 @@ def test_only_files_are_read(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_says_so_without_its_path(tmp_path: Path) -> None:
     with pytest.raises(LoraInvalid) as caught:
         LoraFile.read(tmp_path / "a.safetensors")
-    assert str(caught.value) == "the file could not be read"
+    assert str(caught.value) == "the file could not be read; send the job again"
