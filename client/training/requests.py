@@ -20,6 +20,7 @@ from worker.errors import WorkerError
 from worker.parse import parse
 from worker.request import Lora, Prompt
 
+
 def model_of(model: Mapping[str, Any]) -> str:
     """Return the model id of a config's `model` section. Raises BadInput if the section does not say which."""
     named = model_named_by(model)
