@@ -100,7 +100,7 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Qu
         )
         return
     if any(_SIXTEEN_BITS & set(file.dtypes.values()) for file in files):
-        size = "0.02" if dtype == "float32" else "0.8 to 1.9"
+        size = "0.02" if dtype == "float32" else "0.7 to 4.3"
         yield (
             f"the LoRA was saved in 16 bits, so the video differs from the samples by {size} of 255 on average; "
             "`save.dtype: float32` in the training removes this"
