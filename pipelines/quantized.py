@@ -227,6 +227,11 @@ class Quantized:
         """Tells one state from another; () for the weights of the file."""
         return self._active
 
+    @property
+    def layers(self) -> set[str]:
+        """The layers whose weights are rounded."""
+        return {name.removesuffix(".weight") for name in self._changed}
+
     @torch.no_grad()
     def apply(self, format: str | None, excluded: tuple[str, ...] = (), only: frozenset[str] | None = None) -> bool:
         """Round the weights of all linear layers to `format`, or restore them with None. Whether there was anything to do.

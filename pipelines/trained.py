@@ -5,6 +5,7 @@ Source of every rule: jobs of ai-toolkit 0.12.26 that were run and compared fram
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -20,6 +21,16 @@ QTYPES = ("qfloat8", "float8", "int8", *(f"uint{bits}" for bits in range(2, 9)))
 """The trainer's formats that are rebuilt here."""
 
 _EXCLUDED = ("condition_embedder", "proj_out")
+
+_TORCH_DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "float16"), "float16"),
+    **dict.fromkeys(("fp32", "single", "float", "float32"), "float32"),
+}
+"""The trainer's names of dtypes, and torch's."""
+
+MULTIPLIER_FLAGS = ("m", "network_multiplier")
+"""The flags of a sample's prompt that set its network_multiplier."""
 
 GROUP = 64
 """Inputs that share a scale in the uintN formats."""
@@ -77,6 +88,16 @@ class TrainedWith:
         is_so = {"quantize": self.is_quantized, "quantize_te": self.quantizes_text_encoder}
         is_so |= {"low_vram": bool(self.low_vram), "vae_tiling": bool(self.vae_tiling)}
         return [name for name in is_so if is_so[name]]
+
+    @property
+    def computes_in(self) -> str | None:
+        """The dtype of the samples, as torch names it; None: not said."""
+        return _TORCH_DTYPES.get(self.dtype or "")
+
+    @property
+    def saves_in(self) -> str | None:
+        """The dtype of the LoRA's file, as torch names it; None: not said."""
+        return _TORCH_DTYPES.get(self.save_dtype or "")
 
     @property
     def merges(self) -> bool:
@@ -167,18 +188,31 @@ def trained_with(process: Mapping[str, Any]) -> TrainedWith:
     )
 
 
-def _multipliers(sample: Mapping[str, Any]) -> Iterator[str]:
-    """The network_multiplier of each sample, as it is written: in its flag `--m`, in its item, or for all of them."""
+def other_base_model(model: Mapping[str, Any], spec: ModelSpec) -> str | None:
+    """Return the `name_or_path` of a config's `model` section if it does not name the weights that a worker loads."""
+    name = str(model.get("name_or_path") or "")
+    known = {spec.sources[part].repo.partition("/")[2].removesuffix("-bf16").lower() for part in spec.transformers}
+    named = {part.lower().removesuffix("-bf16") for part in re.split(r"[/\\]|--", name)}
+    return name if name and not known & named else None
+
+
+def _multipliers(sample: Mapping[str, Any]) -> Iterator[float | str]:
+    """The network_multiplier of each sample: in a flag of its prompt, in its item, or for all of them."""
     for item in sample.get("samples") or [{"prompt": prompt} for prompt in sample.get("prompts") or []]:
         if not isinstance(item, Mapping) or item.get("prompt") is None:
             continue
-        flags = [piece.split(None, 1) for piece in str(item["prompt"]).split("--")[1:]]
-        given = [flag[1].strip() for flag in flags if len(flag) == 2 and flag[0] == "m"]
-        written = given[-1] if given else item.get("network_multiplier", sample.get("network_multiplier", 1.0))
-        try:
-            yield f"{float(written):g}"
-        except (TypeError, ValueError):
-            yield str(written)
+        flags = [piece.partition(" ") for piece in str(item["prompt"]).split("--")[1:]]
+        given = [value for flag, _, value in flags if flag in MULTIPLIER_FLAGS]
+        yield _multiplier_of(given[-1] if given else item.get("network_multiplier", sample.get("network_multiplier", 1.0)))
+
+
+def _multiplier_of(written: Any) -> float | str:
+    try:
+        return float(written)
+    except ValueError:
+        return 1.0  # as the trainer does
+    except TypeError:
+        return str(written)
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

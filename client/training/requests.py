@@ -15,12 +15,10 @@ from client.errors import BadInput
 from client.request import MAX_PAYLOAD, body_of
 from client.training.samples import RANDOM_SEED, Sample, TrainingConfig
 from pipelines.catalog import MODELS, ModelSpec
-from pipelines.trained import QTYPES, TrainedWith
+from pipelines.trained import QTYPES, TrainedWith, other_base_model
 from worker.errors import WorkerError
 from worker.parse import parse
 from worker.request import Lora, Prompt
-
-_FLOAT32 = ("float32", "fp32", "float")
 
 
 def model_of(model: Mapping[str, Any]) -> str:
@@ -65,9 +63,16 @@ def requests_of(
     """
     loras = _loras(spec, paths, training)
     warnings = [*training.warnings, *limits(training.trained_with)]
+    if other := other_base_model(training.model, spec):
+        warnings.append(
+            f"model.name_or_path: the worker loads {spec.sources['transformer'].repo}; if {other} are other weights, such as "
+            "a finetune, the previews differ visibly"
+        )
     trained = training.trained_with.as_words()
     if training.trained_with.format not in QTYPES:  # a warning says so
         trained = {name: value for name, value in trained.items() if name not in ("quantize", "quantize_te", "qtype")}
+        if not training.trained_with.merges:
+            trained["multipliers"] = "mixed"  # the trainer does not merge on quantized weights
     requests = []
     for number, sample in enumerate(training.samples):
         warnings += sample.warnings
@@ -138,11 +143,13 @@ def limits(trained: TrainedWith) -> list[str]:
         texts.append(
             f"model.qtype: {trained.format} cannot be rebuilt by the worker (it knows {known}), so the previews differ visibly"
         )
-    if trained.save_dtype not in (None, *_FLOAT32):
+    if trained.saves_in in ("float16", "bfloat16"):
         texts.append(
             f"save.dtype: {trained.save_dtype} rounds the LoRA, so the match is close, but not exact; float32 removes this"
         )
-    if trained.merges and trained.dtype not in (None, *_FLOAT32):
+    if trained.computes_in == "float16":
+        texts.append(f"train.dtype: {trained.dtype} is a dtype that no worker computes in, so the previews differ slightly")
+    if trained.merges and trained.computes_in == "bfloat16":
         texts.append(
             f"train.dtype: {trained.dtype} without quantization: from the second sampling round on, the trainer's "
             "own weights had drifted; the first round can be matched exactly"

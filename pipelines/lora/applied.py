@@ -93,12 +93,12 @@ class AppliedLoras:
         fit.check_side(adapter, reading)
         warnings = fit.hints(adapter, self._spec, reading)
         zeros = zero_keys(adapter.file)
-        _, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
+        how, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
         if self.quantization and (why := fit.why_not_on_codes(reading, self._coded, zeros)):
             raise LoraIncompatible(f"{why}, which cannot be applied with QUANTIZE; use a worker without it")
         if why_merged and not OFFLOAD[self.offload_mode].can_merge:
             raise LoraIncompatible(f"{why_merged}, which OFFLOAD_MODE={self.offload_mode} cannot do; use another mode")
-        if why_merged and not self.quantization:
+        if how == "merge" and why_merged and not self.quantization:
             warnings.append(why_merged)
         if idle := [key for layer in reading.all_layers if layer.kind == "full" for key in layer.keys.values() if key in zeros]:
             warnings.append(f"{len(idle)} keys of the LoRA have no effect, since they are 0, such as `{idle[0]}`")
@@ -111,7 +111,7 @@ class AppliedLoras:
     def check_recovery_adapter(self, file: LoraFile) -> None:
         """Compare an accuracy recovery adapter with the model. Raises LoraInvalid, LoraIncompatible."""
         reading = fit.check(file, self._spec, self._shapes)
-        if fit.mode_for(reading, "beside", self._shapes, zero_keys(file))[0] != "beside":
+        if fit.mode_for(reading, "beside", self._shapes, zero_keys(file)) != ("beside", ""):
             raise LoraIncompatible("it has other parts than LoRA or LoKr factors, which lie beneath no LoRA")
 
     def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
@@ -135,7 +135,7 @@ class AppliedLoras:
         self, adapters: Sequence[Adapter], mode: LoraMode, quantization: Quantization | None, recovery: Adapter | None
     ) -> None:
         """See `WanModel.apply_loras`. After an exception, call `drop_all`."""
-        self._quantize(quantization, recovery)
+        self._quantize(quantization, recovery, mode == "beside")
         plan = self.plan(adapters, mode)
         for name in self._spec.transformers:
             how, stack = plan.get(name, ("adapter", ()))
@@ -145,7 +145,7 @@ class AppliedLoras:
     def drop_all(self) -> None:
         """Make the model plain, whatever state it is in."""
         self._adapters.drop_all()
-        self._quantize(None, None)
+        self._quantize(None, None, False)
         self._merges.take_out_all()
 
     def cast_as_trainer(self, as_trainer: bool) -> None:
@@ -157,15 +157,18 @@ class AppliedLoras:
         if changed:
             refresh(self._pipe, self._spec.transformers)
 
-    def _quantize(self, wanted: Quantization | None, recovery: Adapter | None) -> None:
-        """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this."""
+    def _quantize(self, wanted: Quantization | None, recovery: Adapter | None, is_beside: bool) -> None:
+        """Round the weights as wanted, or restore them. The trainer casts the whole model first, and so does this.
+
+        `is_beside`: LoRAs will lie beside the weights, and their differences are for the weights as the trainer casts them.
+        """
         if self.quantization:
             return  # the codes are what they are
         beneath = fit.by_transformer([recovery]) if recovery else {}
         if recovery and not read(recovery.file).has_both_sides:
             beneath = dict.fromkeys(self._spec.transformers, beneath["transformer"])
         format = wanted.transformer if wanted else None
-        if format:
+        if format or is_beside:
             for name in self._spec.transformers:
                 self._adapters.apply(name, ())
                 self._merges.apply(name, ())
@@ -174,7 +177,7 @@ class AppliedLoras:
         changed = [name for name, part in self._rounded.items() if self._round(name, part, wanted, beneath.get(name, ()))]
         if self._rounded_text_encoder.apply(wanted.text_encoder if wanted else None):
             changed.append("text_encoder")
-        if not format and self._kept_in_float32.restore():
+        if not (format or is_beside) and self._kept_in_float32.restore():
             changed = [*self._spec.transformers, *changed]
         if changed:
             refresh(self._pipe, tuple(changed))
@@ -198,7 +201,7 @@ class AppliedLoras:
                 modes = [self.mode_of(adapter, "beside") for adapter, _ in wanted]
                 with blamed_on(modes.index("merge") if "merge" in modes else 0):
                     raise LoraIncompatible(
-                        "its differences of weights or biases are merged, which the trainer never does on quantized weights; "
+                        "it has a bias, magnitude or kernel beside its factors, which cannot be merged into quantized weights; "
                         "send it with `match` documented, or without `trained_with`"
                     )
             self._adapters.apply(name, ())
@@ -206,7 +209,14 @@ class AppliedLoras:
         elif how == "beside":
             self._adapters.apply(name, ())  # first: it puts the layers back that it had wrapped
             factors, rest = fit.split(wanted, self._shapes, zero_keys)
-            self._merges.apply(name, rest)
+            for position, (_, layers) in enumerate(rest):
+                if rounded := layers.keys() & self._rounded[name].layers:
+                    with blamed_on(position):
+                        raise LoraIncompatible(
+                            f"it has a difference of a weight or bias of {min(rounded)}, which the training quantized; send it "
+                            "with `match` documented, or without `trained_with`"
+                        )
+            self._merges.apply(name, rest, go_with_factors=True)
             self._beside[name].apply(factors)
         else:
             self._merges.apply(name, ())

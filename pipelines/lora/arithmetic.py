@@ -79,6 +79,23 @@ def change_weight(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale:
     return merged
 
 
+def add_difference(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
+    """The weight with a difference at `scale`, on `device`, as the trainer has it where it does not merge.
+
+    The difference is rounded to the weight's dtype before it is added, and the sum is rounded again.
+    """
+    delta = part(layer, layer.difference, tensors).to(device, torch.float32) * scale
+    return pristine.to(device) + delta.to(pristine.dtype).view(pristine.shape)
+
+
+def add_difference_of_bias(
+    layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device
+) -> torch.Tensor:
+    """The same for the bias."""
+    delta = part(layer, "diff_b", tensors).to(device, torch.float32) * scale
+    return pristine.to(device) + delta.to(pristine.dtype)
+
+
 def change_bias(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
     """The layer's bias with the LoRA at `scale`, float32 on `device`."""
     bias = pristine.to(device, torch.float32)

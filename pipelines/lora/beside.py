@@ -1,8 +1,8 @@
 """LoRAs beside the layers, as the trainer samples where it cannot merge: on quantized weights, or with several multipliers.
 
 A LoRA is computed in float32 from the layer's input cast to float32, times alpha / rank, times the multiplier, and is added to
-the layer's output in the output's dtype. A LoKr is computed in the input's dtype. What an adapter of peft computes differs in
-both the dtype and the order of the roundings.
+the layer's output in the output's dtype. One of full rank has a single factor. A LoKr is computed in the input's dtype. What an
+adapter of peft computes differs in both the dtype and the order of the roundings.
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ class Beside:
         scale = torch.tensor(alpha_scale(layer, tensors), device=self._device)
         if layer.kind == "lokr":
             return _lokr(layer, tensors, scale, multiplier, self._device)
-        down, up = (part(layer, half, tensors).to(self._device, self._dtype) for half in "AB")
+        down, *up = (part(layer, half, tensors).to(self._device, self._dtype) for half in "AB" if half in layer.keys)
         strength = torch.tensor(multiplier, device=self._device, dtype=self._dtype)
         scale = scale.to(torch.float32)
 
         def hook(_module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            change = linear(linear(inputs[0].to(down.dtype), down), up) * scale * strength
+            change = linear(inputs[0].to(down.dtype), down)
+            change = (linear(change, up[0]) if up else change) * scale * strength
             return output + change.to(output.dtype)
 
         return hook

@@ -84,13 +84,19 @@ def misfit(layer: Layer, shapes: Shapes) -> str:
 def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSet[str] = frozenset()) -> tuple[LoraMode, str]:
     """(how the file is applied, why it is merged although it was to be carried beside the weights, or "").
 
-    `zeros`: keys whose values are all 0; differences that are zero need no merge.
+    `zeros`: keys whose values are all 0; differences that are zero need no merge. With `beside`, differences are merged and
+    factors are not; see `split`.
     """
     if mode == "merge":
         return "merge", ""
     carried = ("lora", "lokr") if mode == "beside" else ("lora",)
+    differences = ""
     for layer in reading.all_layers:
         if layer.kind == "full" and set(layer.keys.values()) <= zeros:
+            continue
+        if mode == "beside" and layer.kind == "full":
+            if _is_difference(layer, shapes):
+                differences = f"it has a difference of a weight or bias (layer {layer.name}), which is merged into the weights"
             continue
         bias = any(part in layer.keys and layer.keys[part] not in zeros for part in BIAS_PARTS)
         is_linear = len(_shape_of(layer.name, shapes) or ()) == 2
@@ -101,14 +107,20 @@ def mode_for(reading: Reading, mode: LoraMode, shapes: Shapes, zeros: AbstractSe
                 "merge",
                 f"it has {what} (layer {layer.name}), which an adapter cannot carry, so it is merged into the weights",
             )
-    return mode, ""
+    return mode, differences
+
+
+def _is_difference(layer: Layer, shapes: Shapes) -> bool:
+    """Whether a layer adds to its weight or bias, and is no product that can lie beside a linear layer."""
+    is_linear = len(_shape_of(layer.name, shapes) or ()) == 2
+    return layer.kind == "full" and not (is_linear and set(layer.keys) - {"A.scale"} == {"A"})
 
 
 def why_not_on_codes(reading: Reading, coded: Container[str], zeros: AbstractSet[str] = frozenset()) -> str:
     """Why a file cannot be applied to a model that keeps codes in place of the weights of the layers `coded`, or ""."""
     for layer in reading.all_layers:
         parts = {part for part, key in layer.keys.items() if key not in zeros}
-        if layer.kind == "full" and layer.name in coded and parts & {"A", "diff"}:
+        if layer.kind == "full" and layer.name in coded and parts & {"diff"}:
             return f"it has a difference of a weight (layer {layer.name})"
         if parts & {"magnitude", "B.bias"}:
             return f"it has a bias or magnitude beside its factors (layer {layer.name})"
@@ -126,7 +138,7 @@ def split(stack: Stack, shapes: Shapes, zeros_of: Callable[[LoraFile], AbstractS
         factors: dict[str, Layer] = {}
         rest: dict[str, Layer] = {}
         for path, layer in layers.items():
-            if layer.kind == "full" or len(_shape_of(layer.name, shapes) or ()) != 2:
+            if _is_difference(layer, shapes) or len(_shape_of(layer.name, shapes) or ()) != 2:
                 rest[path] = layer
                 continue
             factors[path] = _of_parts(layer, layer.kind, layer.keys.keys() - {"diff_b"})

@@ -194,3 +194,14 @@ def test_default_match_changes_the_default(tiny: Path, lora_dir: Path, tmp_path:
         assert output_of(api, request_("new", None))["settings"]["match"] == "preview"
         documented = output_of(api, request_("new", "documented"))["settings"]
     assert (documented["match"], documented["loras"][0]["applied_by"]) == ("documented", "merge")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("bf16", "; a worker with DTYPE=bfloat16 does the same"), ("fp16", ""), ("fp32", None), (None, None)]
+)
+def test_a_preview_in_another_dtype_than_the_training_is_told(
+    dtype: str | None, remedy: str | None, api: LocalApi, request_: Request
+) -> None:
+    request = request_("new") | {"trained_with": {"low_vram": False, "dtype": dtype}}
+    told = [warning for warning in output_of(api, request)["warnings"] if "this worker computes in" in warning]
+    assert [warning.rpartition("float32")[2] for warning in told] == ([] if remedy is None else [remedy])

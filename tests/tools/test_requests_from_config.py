@@ -18,7 +18,7 @@ from client.request import MAX_PAYLOAD, body_of
 from client.training.requests import model_named_by
 from client.training.samples import resolve
 from pipelines.catalog import MODELS
-from pipelines.trained import NOT_SAID
+from pipelines.trained import NOT_SAID, other_base_model
 from tools.cli import BadInput
 from tools.requests_from_config import main
 from worker.image_decode import decode
@@ -341,12 +341,37 @@ def test_how_the_training_ran_is_in_the_request(tmp_path, capsys):
         ({"quantize": True, "qtype": "nf4"}, {}, "model.qtype: nf4 cannot be rebuilt"),
         ({}, {"save": {"dtype": "bf16"}}, "save.dtype: bf16 rounds the LoRA"),
         ({}, {"train": {"dtype": "bf16"}}, "train.dtype: bf16 without quantization"),
+        ({}, {"train": {"dtype": "fp16"}}, "train.dtype: fp16 is a dtype that no worker computes in"),
+        ({"name_or_path": "me/Wan2.1-1.3B-anime"}, {}, "model.name_or_path: the worker loads Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     ],
 )
 def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others, warned):
     [request], [warning] = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | model, **others))
     assert warning.startswith(warned)
     assert request["trained_with"].get("qtype") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan21_1b"),
+        ("D:\\models\\wan2.1-t2v-1.3b-diffusers\\", "wan21_1b"),
+        ("/root/.cache/huggingface/hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/0fad780", "wan21_1b"),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan22_14b_t2v"),
+        ("/models/Wan2.2-I2V-A14B-Diffusers", "wan22_14b_i2v"),
+        ("ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16", "wan22_14b_i2v"),
+        (None, "wan22_5b"),
+    ],
+)
+def test_the_base_model_has_its_name_anywhere_in_the_path(path, model):
+    assert other_base_model({"name_or_path": path}, MODELS[model]) is None
+
+
+def test_a_format_that_cannot_be_rebuilt_still_keeps_the_lora_beside_the_weights(tmp_path, capsys):
+    section, model = {"prompts": ["a"]}, WAN21_1B | {"quantize": True, "qtype": "orbit4"}
+    [request], [warning] = converted(capsys, config(tmp_path, section, model, train={"dtype": "bf16"}))
+    assert request["trained_with"]["multipliers"] == "mixed" and "quantize" not in request["trained_with"]
+    assert warning.startswith("model.qtype: orbit4 cannot be rebuilt")
 
 
 @pytest.mark.parametrize(
