@@ -96,9 +96,9 @@ def _shot(
     trigger_word = (prompt.trigger_word or request.trigger_word or "").strip()
     text = prompt.prompt.replace("[trigger]", trigger_word) if trigger_word else prompt.prompt
     warnings += [f"prompts[{index}]: {warning}" for warning in _text_warnings(text, prompt.neg, trigger_word)]
-    if recipe.is_draft and (unused := _unused_in_a_draft(prompt)):
-        steps = f"a draft takes its own {made.num_inference_steps} steps, without guidance"
-        warnings.append(f"prompts[{index}]: no effect of {', '.join(f'`{name}`' for name in unused)}: {steps}")
+    for names, why in _without_effect(prompt, recipe, made):
+        if names:
+            warnings.append(f"prompts[{index}]: no effect of {', '.join(f'`{name}`' for name in names)}: {why}")
     for name, image in (("control image", control_image), ("last image", last_image)):
         if image and prompt.image_fit == "stretch" and _is_stretched(image.size, (made.width, made.height)):
             sizes = "the {} has {}x{} pixels and is stretched to {}x{}".format(name, *image.size, made.width, made.height)
@@ -108,10 +108,19 @@ def _shot(
     return Shot(index, recipe, made, prompt.fps, tuple(warnings), index)
 
 
-def _unused_in_a_draft(prompt: Prompt) -> list[str]:
-    """The fields with other values than the defaults that a draft does not look at."""
-    names = ("neg", "sample_steps", "guidance_scale", "guidance_scale_2", "shift", "sampler")
-    return [name for name in names if getattr(prompt, name) != Prompt.model_fields[name].default]
+def _without_effect(prompt: Prompt, recipe: Recipe, made: Sampling) -> Iterator[tuple[list[str], str]]:
+    """The fields with other values than the defaults that this video does not depend on, and why."""
+
+    def changed(*names: str) -> list[str]:
+        return [name for name in names if getattr(prompt, name) != Prompt.model_fields[name].default]
+
+    if recipe.is_draft:
+        unused = changed("neg", "sample_steps", "guidance_scale", "guidance_scale_2", "shift", "sampler")
+        yield unused, f"a draft takes its own {made.num_inference_steps} steps, without guidance"
+    elif made.guidance_scale <= 1:
+        yield changed("neg"), f"with `guidance_scale` {made.guidance_scale:g} there is no guidance"
+    if not (prompt.control_image or prompt.last_image):
+        yield changed("image_fit"), "the prompt has no image"
 
 
 _FLAG = re.compile(r"(?:^|\s)--(n|w|h|d|seed|l|cfg|s|steps|m|network_multiplier|frames|num_frames|fps|ctrl_img)\s")

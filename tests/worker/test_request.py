@@ -854,6 +854,23 @@ def test_more_videos_than_can_be_made_are_refused(prompts: list[dict[str, Any]],
     assert [problem.field for problem in error_of(an_input(prompts=prompts)).problems] == [field]
 
 
+def test_fields_that_change_nothing_are_named() -> None:
+    prompts = [
+        {"guidance_scale": 1, "neg": "blurry"},
+        {"guidance_scale": 1},
+        {"guidance_scale": 2, "neg": "blurry"},
+        {"image_fit": "crop"},
+    ]
+    raw = an_input(MOE, prompts=[{"prompt": "a", **prompt} for prompt in prompts])
+    shots = shots_of(parse(raw, MOE), lambda _: documented(MOE), Identity.of(None, raw).seed, {})
+    assert [shot.warnings for shot in shots] == [
+        ("prompts[0]: no effect of `neg`: with `guidance_scale` 1 there is no guidance",),
+        (),
+        (),
+        ("prompts[3]: no effect of `image_fit`: the prompt has no image",),
+    ]
+
+
 # Drafts
 
 
