@@ -356,7 +356,7 @@ def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others
     [
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan21_1b"),
         ("D:\\models\\wan2.1-t2v-1.3b-diffusers\\", "wan21_1b"),
-        ("/root/.cache/huggingface/hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/0fad780", "wan21_1b"),
+        ("/home/me/.cache/huggingface/hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/0fad780", "wan21_1b"),
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan22_14b_t2v"),
         ("/models/Wan2.2-I2V-A14B-Diffusers", "wan22_14b_i2v"),
         ("ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16", "wan22_14b_i2v"),
