@@ -162,8 +162,8 @@ def _download(result: Result, options: argparse.Namespace, client: Client, displ
         display.say(f"warning: {warning}")
     for failed in result.failed:
         display.say(f"prompts[{failed.prompt_index}] failed: {failed.code}: {failed.message}")
-    if isinstance(full_run := result.timings.get("full_run_estimate"), int | float):
-        display.say(f"a draft: the full run would take about {full_run:.0f} s of the GPU")
+    if result.full_run_seconds is not None:
+        display.say(f"a draft: the full run would take about {result.full_run_seconds:.0f} s of the GPU")
     lost: list[DownloadFailed] = []
 
     def download(file: File, name: str) -> str | None:

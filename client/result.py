@@ -169,6 +169,12 @@ class Result:
     raw: dict[str, Any]
     """The worker's answer, unchanged."""
 
+    @property
+    def full_run_seconds(self) -> float | None:
+        """How long the full run of a draft would take the GPU; None if the answer does not say."""
+        seconds = self.timings.get("full_run_estimate")
+        return seconds if isinstance(seconds, int | float) else None
+
     @classmethod
     def of(cls, job_id: str, raw: Any) -> Result:
         """The result in the `output` of an answer to /status. Raises ValueError if it is not a result of this worker."""

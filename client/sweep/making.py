@@ -123,8 +123,7 @@ class Making:
                 first = result.failed[0] if result.failed else None
                 raise JobFailed(f"{first.code}: {first.message}" if first else "the job made no video")
             output = result.outputs[0]
-            if isinstance(full_run := result.timings.get("full_run_estimate"), int | float):
-                self.full_run_seconds += full_run
+            self.full_run_seconds += result.full_run_seconds or 0.0
             path = self._client.download_file(output, self._record.videos, f"{cell.name}{output.suffix}")
         except (JobFailed, JobStopped, DownloadFailed) as error:
             self._fail(cell, error)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from client.errors import BadInput
-from pipelines.trained import TrainedWith, trained_with
+from pipelines.trained import MULTIPLIER_FLAGS, TrainedWith, trained_with
 
 RANDOM_SEED = -1
 """The trainer draws a random seed."""
@@ -51,8 +51,7 @@ _FLAGS: dict[str, tuple[str, type]] = {
     "cfg": ("guidance_scale", float),
     "s": ("sample_steps", int),
     "steps": ("sample_steps", int),
-    "m": ("network_multiplier", float),
-    "network_multiplier": ("network_multiplier", float),
+    **dict.fromkeys(MULTIPLIER_FLAGS, ("network_multiplier", float)),
     "frames": ("num_frames", int),
     "num_frames": ("num_frames", int),
     "fps": ("fps", int),

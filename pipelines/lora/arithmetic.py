@@ -80,20 +80,21 @@ def change_weight(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale:
 
 
 def add_difference(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
-    """The weight with a difference at `scale`, on `device`, as the trainer has it where it does not merge.
-
-    The difference is rounded to the weight's dtype before it is added, and the sum is rounded again.
-    """
-    delta = part(layer, layer.difference, tensors).to(device, torch.float32) * scale
-    return pristine.to(device) + delta.to(pristine.dtype).view(pristine.shape)
+    """The weight with a difference at `scale`, on `device`, as the trainer has it where it does not merge."""
+    return _add_rounded(part(layer, layer.difference, tensors), pristine, scale, device)
 
 
 def add_difference_of_bias(
     layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device
 ) -> torch.Tensor:
     """The same for the bias."""
-    delta = part(layer, "diff_b", tensors).to(device, torch.float32) * scale
-    return pristine.to(device) + delta.to(pristine.dtype)
+    return _add_rounded(part(layer, "diff_b", tensors), pristine, scale, device)
+
+
+def _add_rounded(difference: torch.Tensor, pristine: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
+    """The sum in the dtype of `pristine`, to which the difference is rounded before it is added."""
+    delta = difference.to(device, torch.float32) * scale
+    return pristine.to(device) + delta.to(pristine.dtype).view(pristine.shape)
 
 
 def change_bias(layer: Layer, tensors: Tensors, pristine: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:

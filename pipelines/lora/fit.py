@@ -120,7 +120,7 @@ def why_not_on_codes(reading: Reading, coded: Container[str], zeros: AbstractSet
     """Why a file cannot be applied to a model that keeps codes in place of the weights of the layers `coded`, or ""."""
     for layer in reading.all_layers:
         parts = {part for part, key in layer.keys.items() if key not in zeros}
-        if layer.kind == "full" and layer.name in coded and parts & {"diff"}:
+        if layer.kind == "full" and layer.name in coded and "diff" in parts:
             return f"it has a difference of a weight (layer {layer.name})"
         if parts & {"magnitude", "B.bias"}:
             return f"it has a bias or magnitude beside its factors (layer {layer.name})"

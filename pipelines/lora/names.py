@@ -19,7 +19,7 @@ _PREFIXES = ("base_model.", "pipe.", "model.", "diffusion_model.", "transformer.
 """They may follow each other, as in `base_model.model.`."""
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Behind these, the layer's name has underscores in place of dots."""
-SIDES: dict[str, Side] = {
+_SIDES: dict[str, Side] = {
     "transformer_1.": "high",
     "transformer_2.": "low",
     "high_noise_model.": "high",
@@ -32,7 +32,7 @@ SIDES: dict[str, Side] = {
 }
 """How both sides of a MoE model are written into one file: by ai-toolkit, with the names of Wan's own folders or of trainers'
 files, and by DiffSynth, whose `dit.` is the high side where there is a `dit2.`."""
-_SIDES_UNDERSCORED = {prefix.replace(".", "_"): side for prefix, side in SIDES.items()}
+_SIDES_UNDERSCORED = {prefix.replace(".", "_"): side for prefix, side in _SIDES.items()}
 _SIDES_UNDERSCORED |= {"1_": "high", "2_": "low"}  # behind `lora_transformer_`
 _COMPONENT = {"transformer_1.": "transformer.", "transformer_2.": "transformer.", "dit2.": "dit."}
 _TEXT_ENCODER = ("text_encoder", "lora_te", "te1.", "te2.")
@@ -114,7 +114,7 @@ def without_side(key: str) -> str:
     """The key as a file of one side has it."""
     underscored = next((prefix for prefix in _UNDERSCORED if key.startswith(prefix)), None)
     before = underscored or re.match(rf"({'|'.join(map(re.escape, _PREFIXES))})*", key)[0]  # type: ignore[index]
-    rest, markers = key.removeprefix(before), _SIDES_UNDERSCORED if underscored else SIDES
+    rest, markers = key.removeprefix(before), _SIDES_UNDERSCORED if underscored else _SIDES
     marker = next((marker for marker in markers if rest.startswith(marker)), "")
     is_name_of_component = not underscored and not before.endswith(("diffusion_model.", "transformer."))
     return before + (_COMPONENT.get(marker, "") if is_name_of_component else "") + rest.removeprefix(marker)
@@ -143,8 +143,8 @@ def parse(key: str) -> Name | None:
             side = _SIDES_UNDERSCORED[prefix]
             layer = layer.removeprefix(prefix)
         return Name(_layer_of_underscored(layer), part, side)
-    while prefix := next((prefix for prefix in (*_PREFIXES, *SIDES) if layer.startswith(prefix)), None):
-        side = SIDES.get(prefix, side)
+    while prefix := next((prefix for prefix in (*_PREFIXES, *_SIDES) if layer.startswith(prefix)), None):
+        side = _SIDES.get(prefix, side)
         layer = layer.removeprefix(prefix)
     return Name(_layer_of(layer), part, side)
 
