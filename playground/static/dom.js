@@ -34,11 +34,23 @@ export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 /** A worker's message as a sentence: they begin in lower case and have no full stop. */
 export const sentence = (text) => (text ? capital(text).replace(/\.?$/, ".") : "");
 
-/** Replace the content. If it had the focus, the nearest focusable parent gets it, so that it does not jump to the top. */
+/**
+ * Replace the content. Children that stay are not touched, so that they keep the focus and what was pressed. If the focus was in
+ * a child that goes, the nearest focusable parent gets it, so that it does not jump to the top.
+ */
 export function refill(element, ...children) {
   const had = element.contains(document.activeElement);
-  element.replaceChildren(...shown(children));
-  if (had) element.closest("[tabindex='-1']")?.focus();
+  const nodes = shown(children).map((child) => (child instanceof Node ? child : document.createTextNode(child)));
+  for (const node of [...element.childNodes]) if (!nodes.includes(node)) node.remove();
+  nodes.forEach((node, place) => node === element.childNodes[place] || element.insertBefore(node, element.childNodes[place] ?? null));
+  if (had && !element.contains(document.activeElement)) element.closest("[tabindex='-1']")?.focus();
+}
+
+/** Put an element in the place of another. The first button has the focus if a part of the other one had it. */
+export function swap(before, now) {
+  const had = before.contains(document.activeElement);
+  before.replaceWith(now);
+  if (had) now.querySelector("button")?.focus();
 }
 
 export function seconds(value) {

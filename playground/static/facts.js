@@ -16,6 +16,7 @@ export class Facts {
   }
 
   clear() {
+    this.hadFocus = this.root.contains(document.activeElement);
     this.root.replaceChildren();
   }
 
@@ -45,6 +46,8 @@ export class Facts {
     choose(this.chosen in panels ? this.chosen : item ? "Details" : "Log", false);
     const word = job.request.draft ? h("span", { class: "draft" }, "draft") : "";
     this.root.replaceChildren(h("h2", {}, item ? outputName(job, item) : `Run ${job.number}`, word), job.title ? h("p", { class: "cell-title" }, job.title) : "", list, ...nodes);
+    if (this.hadFocus) tabs.find((tab) => tab.tabIndex === 0).focus();
+    this.hadFocus = false;
     this.update(job);
   }
 

@@ -1,6 +1,6 @@
 // The strip of earlier runs: open one again, or choose two to compare.
 
-import { h } from "./dom.js";
+import { h, swap } from "./dom.js";
 import { changesBetween } from "./words.js";
 import { outputName } from "./facts.js";
 import { Picks } from "./picks.js";
@@ -42,7 +42,7 @@ export class Strip {
     const tile = h("li", {}, open);
     const after = [...this.groups.keys()].filter((number) => number > sweep.after).sort((one, other) => one - other)[0];
     this.#showHint();
-    if (before) before.tile.replaceWith(tile);
+    if (before) swap(before.tile, tile);
     else if (after) this.groups.get(after).tiles[0].before(tile);
     else this.tiles.append(tile);
     this.sweeps.set(sweep.number, { state, tile });
@@ -69,8 +69,8 @@ export class Strip {
     const group = { status: job.status, percent: h("span", { class: "big" }, "…") };
     group.tiles = items.length ? items.map((item) => this.#tile(job, item)) : [this.#waiting(job, group)];
     if (before) {
-      before.tiles[0].before(...group.tiles);
-      for (const tile of before.tiles) tile.remove();
+      before.tiles[0].after(...group.tiles.slice(1)); // only a run that has not ended is updated, and it has one tile
+      swap(before.tiles[0], group.tiles[0]);
     } else this.tiles.append(...group.tiles);
     this.groups.set(job.number, group);
     this.#showHint();

@@ -23,7 +23,7 @@ export function standing(sweep) {
 export class SweepView {
   /** `actions`: `open` a cell's run, `compare` two outputs, `cancel`, `again` for a cell's place or all, and `remove`. */
   constructor(screen, facts, actions, sweep) {
-    Object.assign(this, { screen, actions, sweep, drawn: "", rests: 0, shown: new Map() });
+    Object.assign(this, { screen, actions, sweep, drawn: "", rests: 0, shown: new Map(), toolsShown: {} });
     this.toggle = playButton(() => this.film);
     this.position = h("input", { type: "range", min: 0, value: 0, "aria-label": "Frame", class: "position" });
     this.position.addEventListener("input", () => this.film.seek(Number(this.position.value)));
@@ -67,16 +67,21 @@ export class SweepView {
   }
 
   #fillTools(cells) {
-    const missing = count(cells, "failed", "cancelled");
-    const state = `${this.sweep.is_open} ${missing} ${this.grid?.url}`;
-    if (this.toolsShown === state) return;
-    this.toolsShown = state;
+    const { is_open, number } = this.sweep;
+    const missing = is_open ? 0 : count(cells, "failed", "cancelled");
+    const url = this.grid?.url;
     refill(
       this.tools,
-      missing && !this.sweep.is_open ? h("button", { type: "button", onclick: () => this.actions.again() }, missing === 1 ? "Make the missing one" : `Make the ${missing} missing`) : null,
-      this.grid?.url ? h("a", { class: "button quiet", href: this.grid.url, download: `sweep-${this.sweep.number}.mp4` }, "Download the grid") : null,
-      this.sweep.is_open ? h("button", { type: "button", onclick: (event) => this.#stop(event.target) }, "Cancel") : twoPresses("Delete", "Really delete", () => this.actions.remove()),
+      this.#tool("again", missing, () => missing > 0 && h("button", { type: "button", onclick: () => this.actions.again() }, missing === 1 ? "Make the missing one" : `Make the ${missing} missing`)),
+      this.#tool("download", url, () => url && h("a", { class: "button quiet", href: url, download: `sweep-${number}.mp4` }, "Download the grid")),
+      this.#tool("end", is_open, () => (is_open ? h("button", { type: "button", onclick: (event) => this.#stop(event.target) }, "Cancel") : twoPresses("Delete", "Really delete", () => this.actions.remove()))),
     );
+  }
+
+  /** The tool that was made last for this state, or else a new one. */
+  #tool(name, state, make) {
+    if (!(name in this.toolsShown) || this.toolsShown[name].state !== state) this.toolsShown[name] = { state, node: make() };
+    return this.toolsShown[name].node;
   }
 
   #stop(button) {
@@ -97,7 +102,9 @@ export class SweepView {
     this.shown.set(cell.place, now);
     node.dataset.status = cell.status;
     const make = { done: () => this.#done(cell, now), failed: () => this.#failed(cell), cancelled: () => this.#cancelled(cell) }[cell.status] ?? (() => this.#open(cell));
+    const had = node.contains(document.activeElement);
     refill(node, make());
+    if (had) node.querySelector("button")?.focus();
   }
 
   #done(cell, now) {

@@ -25,7 +25,7 @@ from worker.request import Lora, Prompt, Request, TrainingSettings
 from worker.video import VIDEO, encode
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Route
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
@@ -111,12 +111,12 @@ def run(page: Page, tap: bool = False, **values: str) -> None:
     """Fill in the form, run it with the keyboard or a tap, and wait for the video."""
     for name, value in values.items():
         field(page, name).fill(value)
-    runs = [int(tile.get_attribute("data-run") or 0) for tile in page.locator("#tiles .open").all()]
-    if tap:
-        page.locator("#run").tap()
-    else:
-        page.keyboard.press("Control+Enter")
-    title = page.locator("#facts h2", has_text=f"Run {max(runs, default=0) + 1}")
+    with page.expect_response(lambda answer: answer.url.endswith("/api/jobs") and answer.request.method == "POST") as started:
+        if tap:
+            page.locator("#run").tap()
+        else:
+            page.keyboard.press("Control+Enter")
+    title = page.locator("#facts h2", has_text=re.compile(rf"^Run {started.value.json()['number']}\b"))
     page.locator("#stage", has=title).locator(".made").wait_for()
 
 
@@ -157,12 +157,17 @@ def test_the_log_grows_with_the_run_and_stays_beside_its_json(open_page: Open, c
         page.keyboard.press("Control+Enter")
         lines = page.locator(".log li")
         lines.filter(has_text="Waiting for a worker.").wait_for()
+        tile, tab = page.get_by_label("Show Run 1"), page.get_by_role("tab", name="Log")
+        tile.focus()
         cloud.answer = {"status": "IN_PROGRESS", "output": update}
         lines.filter(has_text="Denoising, step 2 of 4, about 3 s left.").wait_for()
+        assert tile.evaluate("tile => tile === document.activeElement && tile.classList.contains('running')")
+        tab.focus()
         cloud.answer = {"status": "FAILED", "error": "OUT_OF_MEMORY: the GPU's memory is full"}
         lines.last.filter(has_text="the GPU's memory is full").wait_for()
         assert page.locator(".log .error").count() == 1
-        page.get_by_role("tab", name="Log").press("ArrowLeft")
+        assert tab.evaluate("tab => tab === document.activeElement"), "the focus stays while the run goes on and ends"
+        tab.press("ArrowLeft")
         assert not lines.first.is_visible()
         assert json.loads(page.get_by_label("Request", exact=True).nth(1).inner_text())["input"]["model"] == "wan22_14b_t2v"
 
@@ -768,7 +773,13 @@ def test_a_sweep_plays_in_step_and_its_best_cell_fills_the_form(page: Page, play
     for name in ("seed 7, scale 0", "seed 8, scale 1"):
         page.get_by_label(f"Compare {name}").press("Space")
     page.get_by_role("button", name="Back to the sweep").click()
+    drawing: list[Route] = []
+    page.route("**/grid", lambda route: drawing.append(route))
+    with page.expect_request("**/grid"):
+        page.reload()
     page.get_by_role("button", name="Delete").click()
+    drawing[0].continue_()
+    page.get_by_role("link", name="Download the grid").wait_for()
     page.get_by_role("button", name="Really delete").click()
     page.locator("[data-sweep]").wait_for(state="detached")
 
