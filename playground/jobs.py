@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import threading
 import time
@@ -32,6 +31,7 @@ from client import (
 from client.client import LOCAL_PATIENCE, LOOPBACK, PATIENCE
 from client.result import RUNNING, File, has_ended, result_of
 from playground.check import served_model
+from playground.store import Store
 from tools.frames import read_clip
 from worker.errors import Problem
 from worker.video import VIDEO, encode
@@ -205,12 +205,12 @@ _INDEX = "runs.json"
 class Jobs:
     """All jobs that were not deleted. Its methods may be called from any thread."""
 
-    def __init__(self, client: Client, folder: Path, keep: bool = False) -> None:
-        """`folder`: for downloaded files; with `keep` also for the list of jobs, which then outlives the process."""
+    def __init__(self, client: Client, folder: Path, store: Store | None = None) -> None:
+        """`folder`: for downloaded files. `store`: where the list of jobs outlives the process; None: it ends with it."""
         self._client = client
         self._folder = folder
-        self._keep = keep
-        self._jobs: dict[int, Job] = self._stored() if keep else {}
+        self._store_of_lists = store
+        self._jobs: dict[int, Job] = self._stored(store) if store else {}
         self._lock = threading.Lock()
         self._downloading = threading.Lock()
 
@@ -246,11 +246,12 @@ class Jobs:
 
     # What outlives the process: the list of the jobs, and their files, since the URLs of results expire.
 
-    def _stored(self) -> dict[int, Job]:
+    @staticmethod
+    def _stored(store: Store) -> dict[int, Job]:
         """The jobs of the process before this one; none if their list cannot be read."""
         jobs = {}
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            for stored in json.loads((self._folder / _INDEX).read_text()):
+            for stored in store.read(_INDEX):
                 job = Job(**{name: stored[name] for name in _OF_START if name in stored})
                 if stored["answer"]:
                     job.update(stored["answer"])
@@ -261,14 +262,14 @@ class Jobs:
         return jobs
 
     def _store(self) -> None:
-        if not self._keep:
-            return
-        write_private(self._folder / _INDEX, [{name: getattr(job, name) for name in _STORED} for job in self._jobs.values()])
+        if self._store_of_lists:
+            jobs = [{name: getattr(job, name) for name in _STORED} for job in self._jobs.values()]
+            self._store_of_lists.write(_INDEX, jobs)
 
     def _ended(self, job: Job) -> None:
         with self._lock:
             self._store()
-        if self._keep:
+        if self._store_of_lists:
             threading.Thread(target=self._download_all, args=(job,), daemon=True).start()
 
     def _download_all(self, job: Job) -> None:
@@ -346,14 +347,6 @@ class Jobs:
                 encode([frames], part, VIDEO["mp4"], output.fps, len(frames))
                 part.rename(target)
         return target
-
-
-def write_private(target: Path, values: Any) -> None:
-    """Write JSON that only this user can read, whole or not at all: the URLs of results are secrets."""
-    part = target.with_name(f"{target.name}.part")
-    part.touch(mode=0o600)
-    part.write_text(json.dumps(values))
-    part.replace(target)
 
 
 def _name_of(file: File) -> str:

@@ -24,6 +24,7 @@ from pipelines.catalog import DEFAULT_SEED, MODELS
 from playground.check import check, recipe_of
 from playground.jobs import CONTENT_TYPES, Job, Jobs, NoFile
 from playground.side_by_side import side_by_side
+from playground.store import Store
 from playground.sweeps import Sweeps
 from playground.training import read_dropped
 from tools.cli import BadInput
@@ -88,8 +89,9 @@ class Playground:
         `runs`: a folder where the runs and their files outlive the process; None: they end with it.
         """
         self._client = client
-        self.jobs = Jobs(client, runs or folder, keep=runs is not None)
-        self.sweeps = Sweeps(client, self.jobs, folder, runs)
+        store = Store(runs) if runs else None
+        self.jobs = Jobs(client, runs or folder, store)
+        self.sweeps = Sweeps(client, self.jobs, folder, store)
         self._folder = folder
         self._example = example
         self._loras = loras
@@ -297,6 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _refresh(self, number: str) -> None:
         self._send_job(self._playground.jobs.refresh(int(number)))
 
+    def _progress(self, number: str) -> None:
+        """All but the request, which can be large and does not change."""
+        job = self._playground.jobs.refresh(int(number)).public()
+        self._send_json({name: value for name, value in job.items() if name != "request"})
+
     def _cancel(self, number: str) -> None:
         self._send_job(self._playground.jobs.cancel(int(number)))
 
@@ -458,6 +465,7 @@ _ROUTES: list[tuple[str, str, _Act]] = [
     ("GET", r"/api/jobs", _Handler._jobs),
     ("POST", r"/api/jobs", _Handler._start),
     ("GET", r"/api/jobs/(\d{1,9})", _Handler._refresh),
+    ("GET", r"/api/jobs/(\d{1,9})/progress", _Handler._progress),
     ("POST", r"/api/jobs/(\d{1,9})/cancel", _Handler._cancel),
     ("POST", r"/api/jobs/(\d{1,9})/delete", _Handler._delete),
     ("GET", r"/runs\.zip", _Handler._archive),

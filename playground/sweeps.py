@@ -19,7 +19,8 @@ from client import Client, ClientError, DownloadFailed, InvalidRequest, JobNotFo
 from client.errors import BadInput
 from client.sweep.plan import Plan, TriedLora, sweep_of
 from client.sweep.table import Arranged, arranged, title_of
-from playground.jobs import Job, Jobs, NoFile, write_private
+from playground.jobs import Job, Jobs, NoFile
+from playground.store import Store
 from tools.grid import Table, Tile, write_video
 from worker.errors import Code, Problem
 
@@ -132,9 +133,9 @@ class Sweep:
 class Sweeps:
     """All sweeps that were not deleted, and the thread that sends their jobs. Its methods may be called from any thread."""
 
-    def __init__(self, client: Client, jobs: Jobs, folder: Path, store: Path | None = None) -> None:
+    def __init__(self, client: Client, jobs: Jobs, folder: Path, store: Store | None = None) -> None:
         """`folder`: for temporary files. `store`: where the sweeps outlive the process; None: they end with it."""
-        self._client, self._jobs, self._folder, self._store_folder = client, jobs, folder, store
+        self._client, self._jobs, self._folder, self._store_of_lists = client, jobs, folder, store
         self._lock = threading.RLock()
         self._drawing = threading.Lock()
         self._grids: dict[int, tuple[str, dict[str, Any]]] = {}
@@ -366,7 +367,7 @@ class Sweeps:
         """The sweeps of the process before this one; none if their list cannot be read."""
         sweeps = {}
         with suppress(OSError, ValueError, TypeError, KeyError):
-            for stored in json.loads(self._index.read_text()) if self._store_folder else []:
+            for stored in self._store_of_lists.read(_INDEX) if self._store_of_lists else []:
                 with suppress(ClientError, BadInput):
                     sweeps[stored["number"]] = self._restored(stored)
         return sweeps
@@ -383,15 +384,9 @@ class Sweeps:
                 cell.state, cell.code, cell.error = "settled", "NO_TOKEN", _NOT_KEPT
         return Sweep(number, asked, plan, stored["after"], None, cells)
 
-    @property
-    def _index(self) -> Path:
-        assert self._store_folder
-        return self._store_folder / _INDEX
-
     def _store(self) -> None:
-        if not self._store_folder:
-            return
-        write_private(self._index, [_as_stored(sweep) for sweep in self._sweeps.values()])
+        if self._store_of_lists:
+            self._store_of_lists.write(_INDEX, [_as_stored(sweep) for sweep in self._sweeps.values()])
 
 
 _NOT_KEPT = (

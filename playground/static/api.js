@@ -16,6 +16,8 @@ export const check = (request) => ask("POST", "/api/check", json(request));
 export const allJobs = () => ask("GET", "/api/jobs");
 export const startJob = (request) => ask("POST", "/api/jobs", json(request));
 export const refreshJob = (job) => ask("GET", `/api/jobs/${job}`);
+/** As `refreshJob`, without the request. */
+export const progressOfJob = (job) => ask("GET", `/api/jobs/${job}/progress`);
 export const deleteJob = (job) => ask("POST", `/api/jobs/${job}/delete`);
 export const cancelJob = (job) => ask("POST", `/api/jobs/${job}/cancel`);
 

@@ -10,6 +10,7 @@ import {
   deleteJob,
   deleteSweep,
   getConfig,
+  progressOfJob,
   refreshJob,
   refreshSweep,
   startJob,
@@ -130,7 +131,7 @@ class App {
     const pause = SECONDS_BETWEEN_POLLS[this.config.target.is_local ? "local" : "endpoint"];
     for (;;) {
       try {
-        const job = await refreshJob(number);
+        const job = { ...this.jobs.get(number), ...(await progressOfJob(number)) };
         this.stage.hideTrouble();
         this.#take(job);
         if (!isOpen(job)) return this.#ended(job);

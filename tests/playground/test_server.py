@@ -21,6 +21,7 @@ from client import Client, Unreachable
 from playground.__main__ import main
 from playground.jobs import Job, Jobs, NoFile
 from playground.server import STATIC
+from playground.store import Store
 from tests.playground.conftest import FakeCloud, Page, serving
 from tests.worker_process import ROOT, free_port
 from tools.frames import read_clip
@@ -512,9 +513,31 @@ def test_runs_and_their_files_are_there_after_a_restart(cloud: FakeCloud, tmp_pa
         assert page.get("/api/jobs/2").json()["code"] == "OUT_OF_MEMORY"
 
 
+def test_an_image_of_many_runs_is_stored_once_and_goes_with_the_last(cloud: FakeCloud, tmp_path: Path) -> None:
+    client, runs = Client.local(cloud.base, patience=0), tmp_path / "runs"
+    runs.mkdir()
+    image = "data:image/png;base64," + 10_000 * "A"
+    request = REQUEST | {"model": "wan22_5b", "prompts": [{"prompt": "x", "ctrl_img": image}]}
+    cloud.answer = {"status": "FAILED", "error": "OUT_OF_MEMORY: too large"}
+    with serving(client, tmp_path / "one", runs=runs) as page:
+        for number in (1, 2):
+            page.post("/api/jobs", request)
+            assert "request" not in page.get(f"/api/jobs/{number}/progress").json()
+    (stored,) = runs.glob("text-*")
+    assert stored.read_text() == image and stored.stat().st_mode & 0o077 == 0
+    assert (runs / "runs.json").stat().st_size < 5_000
+    with serving(client, tmp_path / "two", runs=runs) as page:
+        jobs = page.get("/api/jobs").json()["jobs"]
+        assert [job["request"]["prompts"][0]["ctrl_img"] for job in jobs] == [image, image]
+        page.post("/api/jobs/1/delete")
+        assert stored.exists()
+        page.post("/api/jobs/2/delete")
+        assert not stored.exists()
+
+
 def test_a_list_of_runs_that_cannot_be_read_is_no_obstacle(cloud: FakeCloud, tmp_path: Path) -> None:
     (tmp_path / "runs.json").write_text('[{"number": 1}]')
-    assert Jobs(Client.local(cloud.base, patience=0), tmp_path, keep=True).all() == []
+    assert Jobs(Client.local(cloud.base, patience=0), tmp_path, Store(tmp_path)).all() == []
 
 
 def test_a_deleted_run_is_gone_with_its_files(local: Page, cloud: FakeCloud, tmp_path: Path) -> None:
