@@ -112,6 +112,10 @@ class TrainedWith:
         """With low_vram, Wan 2.1 text-to-video runs on another pipeline, which counts frames as Wan 2.2's does."""
         return bool(self.low_vram) and spec.family == "t2v" and not spec.moe
 
+    def draws_noise_in_bf16(self, spec: ModelSpec) -> bool:
+        """With low_vram, Wan 2.1 image-to-video runs on another pipeline. The newest trainer stops at the first sample."""
+        return bool(self.low_vram) and spec.family == "i2v"
+
     def quantization(self, spec: ModelSpec, version: tuple[int, ...] | None) -> Quantization | None:
         """What was quantized; `version` is the trainer's, None for the newest."""
         transformer = self.format if self.is_quantized else None

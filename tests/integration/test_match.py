@@ -197,11 +197,26 @@ def test_default_match_changes_the_default(tiny: Path, lora_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "remedy"), [("bf16", "; a worker with DTYPE=bfloat16 does the same"), ("fp16", ""), ("fp32", None), (None, None)]
+    ("dtype", "says"),
+    [
+        ("bf16", ["as bf16 differs from float32; a worker with DTYPE=bfloat16 does the same"]),
+        ("fp16", ["by 0.2 to 0.4 of 255 on average"]),
+        ("fp32", []),
+        (None, []),
+    ],
 )
 def test_a_preview_in_another_dtype_than_the_training_is_told(
-    dtype: str | None, remedy: str | None, api: LocalApi, request_: Request
+    dtype: str | None, says: list[str], api: LocalApi, request_: Request
 ) -> None:
     request = request_("new") | {"trained_with": {"low_vram": False, "dtype": dtype}}
     told = [warning for warning in output_of(api, request)["warnings"] if "this worker computes in" in warning]
-    assert [warning.rpartition("float32")[2] for warning in told] == ([] if remedy is None else [remedy])
+    assert [warning.partition("the samples ")[2] for warning in told] == says
+
+
+def test_low_vram_of_wan21_image_to_video_is_told(tiny: Path, tmp_path: Path) -> None:
+    env = environment(tiny, "wan21_i2v_14b", OUTPUT_DIR=tmp_path / "out")
+    request = request_for("wan21_i2v_14b", tiny, num_frames=1, sample_steps=1) | {"match": "preview"}
+    with local_api(env, tmp_path) as api:
+        for low_vram in (False, True):
+            warnings = output_of(api, request | {"trained_with": {"low_vram": low_vram}})["warnings"]
+            assert any("draws the noise of this model in bf16" in warning for warning in warnings) is low_vram

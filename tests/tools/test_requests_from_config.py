@@ -341,7 +341,11 @@ def test_how_the_training_ran_is_in_the_request(tmp_path, capsys):
         ({"quantize": True, "qtype": "nf4"}, {}, "model.qtype: nf4 cannot be rebuilt"),
         ({}, {"save": {"dtype": "bf16"}}, "save.dtype: bf16 rounds the LoRA"),
         ({}, {"train": {"dtype": "bf16"}}, "train.dtype: bf16 without quantization"),
-        ({}, {"train": {"dtype": "fp16"}}, "train.dtype: fp16 is a dtype that no worker computes in"),
+        (
+            {},
+            {"train": {"dtype": "fp16"}},
+            "train.dtype: fp16 is a dtype that no worker computes in, so the previews differ by 1.5 to 1.6 of 255",
+        ),
         ({"name_or_path": "me/Wan2.1-1.3B-anime"}, {}, "model.name_or_path: the worker loads Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     ],
 )
@@ -349,6 +353,14 @@ def test_what_cannot_be_met_exactly_is_a_warning(tmp_path, capsys, model, others
     [request], [warning] = converted(capsys, config(tmp_path, {"prompts": ["a"]}, WAN21_1B | model, **others))
     assert warning.startswith(warned)
     assert request["trained_with"].get("qtype") is None
+
+
+def test_low_vram_of_wan21_image_to_video_is_a_warning(tmp_path, capsys):
+    model = {"arch": "wan21_i2v:14b480p", "name_or_path": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "quantize": True}
+    section = {"samples": [{"prompt": "a", "ctrl_img": str(picture(tmp_path / "a.png"))}]}
+    _, warnings = converted(capsys, config(tmp_path, section, model | {"low_vram": True}))
+    assert [warning.partition(":")[0] for warning in warnings] == ["model.low_vram"]
+    assert converted(capsys, config(tmp_path, section, model))[1] == []
 
 
 @pytest.mark.parametrize(
