@@ -151,8 +151,16 @@ class App {
     this.#title();
     if (this.shown === job.number) {
       this.stage.show(job);
-      if (isOpen(job)) say(spoken(job));
+      if (isOpen(job)) this.#tell(job);
     }
+  }
+
+  /** Announce the progress of a run where it has changed. Until then, what else was announced stays. */
+  #tell(job) {
+    const text = spoken(job);
+    const now = `${job.number} ${text}`;
+    if (now !== this.told) say(text);
+    this.told = now;
   }
 
   /** The tab's title tells how far the newest open run is, or else the newest open sweep. */

@@ -502,6 +502,8 @@ def test_several_prompts_give_several_posters(page: Page) -> None:
     before = page.locator("#tiles .pick").count()
     run(page)
     assert page.locator("#tiles .pick").count() == before + 2
+    captions = page.locator("#tiles .caption").all_inner_texts()[-2:]
+    assert [caption[-8:] for caption in captions] == ["prompt 1", "prompt 2"], "their seeds may be the same"
     page.locator("#tiles .open").last.click()
     assert "another boat" in page.locator("#facts .said").inner_text()
     second.get_by_role("button", name="Remove prompt 2").click()
@@ -826,8 +828,9 @@ def test_a_cell_keeps_its_button_while_its_run_goes_on_and_trouble_is_announced_
     with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
         page = open_page(server)
         page.get_by_role("button", name="Sweep", exact=True).press("Enter")
-        page.get_by_label("Scales", exact=True).fill("0, 1")
-        page.get_by_role("button", name="Make 2 videos").press("Enter")
+        page.get_by_label("Scales", exact=True).fill("0, 0.4, 0.8, 1.2")
+        page.get_by_label("Seeds").fill("7 8")
+        page.get_by_role("button", name="Make 8 videos").press("Enter")
         cell = page.locator("button.state", has_text="25%").first
         cell.focus()
         page.evaluate("""() => {
@@ -844,6 +847,12 @@ def test_a_cell_keeps_its_button_while_its_run_goes_on_and_trouble_is_announced_
             with page.expect_response("**/api/sweeps/1"):
                 pass
         assert page.evaluate("[document.activeElement === cell, moved, announced]") == [True, 0, 1]
+        page.set_viewport_size({"width": 820, "height": 900})
+        cloud.status, cloud.answer = 200, {"status": "FAILED", "error": "OUT_OF_MEMORY: the GPU's memory is full " * 3}
+        again = page.get_by_role("button", name="Make again").first
+        again.wait_for()
+        inside = "button => button.getBoundingClientRect().bottom <= button.closest('.cell').getBoundingClientRect().bottom"
+        assert again.evaluate(inside), "also of a small cell, the buttons are seen"
 
 
 def test_a_run_that_fails_does_not_take_the_focus_from_who_types_on(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
@@ -853,6 +862,13 @@ def test_a_run_that_fails_does_not_take_the_focus_from_who_types_on(open_page: O
         field(page, "prompt").focus()
         page.keyboard.press("Control+Enter")
         page.locator(".making").wait_for()
+        page.get_by_role("status").filter(has_text="Run 1 is waiting").wait_for()
+        page.get_by_role("button", name="Keep").press("Enter")
+        for _ in range(2):
+            with page.expect_response("**/progress"):
+                pass
+        assert page.get_by_role("status").inner_text() == "Every run draws another seed", "until the progress is another"
+        field(page, "prompt").focus()
         page.keyboard.type("the next one")
         cloud.answer["status"], cloud.answer["error"] = "FAILED", "LORA_NOT_FOUND: `loras[0].path`: there is no such file"
         page.locator(".failed .big").wait_for()
