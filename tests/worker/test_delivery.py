@@ -388,3 +388,9 @@ def test_halves_of_a_process_that_was_killed_go(tmp_path, recovery, file):
         os.utime(tmp_path / "recovery" / name, (1, 1))
     recovery.upload_all(Fussy(tmp_path / "out", 1000))
     assert sorted(path.suffix for path in (tmp_path / "recovery").iterdir()) == [".bin", ".json"]
+
+
+def test_a_kept_file_that_another_worker_deletes_meanwhile_keeps_no_file_out(tmp_path, recovery, file):
+    (tmp_path / "recovery").mkdir()
+    (tmp_path / "recovery" / "gone.bin").symlink_to(tmp_path / "deleted after it was listed")
+    assert keep(recovery, file)
