@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-
 from pipelines.errors import (
+    DISK_FULL,
     CheckpointNotFound,
     DeviceLost,
     LoraError,
@@ -48,7 +47,7 @@ def worker_error(error: Exception) -> WorkerError | None:
         return error
     if isinstance(error, Stopped):
         return WorkerError(Code.CANCELLED, "the job was stopped")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return WorkerError(
             Code.INTERNAL, "the worker's disk is full; give its container more, or ask for fewer or smaller videos"
         )

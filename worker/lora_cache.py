@@ -28,7 +28,7 @@ from typing import IO, Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipelines.errors import LoraInvalid
+from pipelines.errors import DISK_FULL, LoraInvalid
 from pipelines.lora.file import FileIdentity, LoraFile, identity_of
 from worker.errors import Stopped
 from worker.files import atomic_write, listed
@@ -57,7 +57,6 @@ _WHOLE_CACHE = "cache"
 _TRIES = 3
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class LoraCache:
             _warn("the server of a LoRA does not answer; the copy in the cache is used", copy)
             return copy
         except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
         log.warning("the disk is full; LoRAs that no job uses are deleted from the cache")
         with self._locked(_WHOLE_CACHE):
