@@ -49,7 +49,7 @@ _KEPT = TypeAdapter(Kept)
 class Recovery:
     """The folder. The first kept file creates it."""
 
-    def __init__(self, folder: Path, max_bytes: int = 20 * 1024**3) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         """`max_bytes`: the largest size of the folder; see RECOVERY_MAX_BYTES."""
         self._folder = folder
         self._max_bytes = max_bytes

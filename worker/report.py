@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines.catalog import Draft, LoraMode, Match
 from pipelines.lora.file import Adapter
+from pipelines.lora.fit import transformer_of
 from worker.decide import FIELD_OF, Shot
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
@@ -89,8 +90,8 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
     }
 
 
-_OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha256")
-"""What is said of it as of other LoRAs."""
+_FIELDS_OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha256")
+"""The fields that it shares with other LoRAs."""
 
 Plan = Mapping[str, tuple[LoraMode, Sequence[tuple[Adapter, Any]]]]
 """How each transformer carries its LoRAs, and which; see `AppliedLoras.plan`."""
@@ -114,7 +115,7 @@ def settings_of(
         applied = {
             "transformer": adapter.side,
             "network_multiplier": adapter.scale,
-            "applied_by": modes.get("transformer_2" if adapter.side == "low" else "transformer"),
+            "applied_by": modes.get(transformer_of(adapter.side)),
             "sha256": adapter.file.sha256,
             "trainer_version": adapter.file.trainer_version or None,
             "step": adapter.file.training_step,
@@ -122,7 +123,7 @@ def settings_of(
         if adapter.distilled:
             lora = adapter.distilled
             own = {"repo": lora.repo, "file": lora.path, "commit": lora.commit}
-            distilled.append(own | {name: applied[name] for name in _OF_A_DISTILLED_LORA})
+            distilled.append(own | {name: applied[name] for name in _FIELDS_OF_A_DISTILLED_LORA})
         elif adapter.is_extra:
             number = len({each["extra_lora"] for each in extra})
             for name, how in modes.items():

@@ -558,7 +558,7 @@ def test_a_poster_that_no_place_takes_is_a_warning_and_the_next_worker_stores_it
     assert (video["poster"], video["contact_sheet"]) == (None, None)
     for kind, name in (("poster", "0.poster.jpg"), ("contact_sheet", "0.sheet.jpg")):
         assert f"prompts[0]: no {kind}: no place for `{asked['id']}/{name}`{KEPT}" in result["warnings"]
-    Recovery(tmp_path / "recovery").upload_all(LocalFolder(tmp_path))
+    Recovery(tmp_path / "recovery", 10**9).upload_all(LocalFolder(tmp_path))
     assert Image.open(tmp_path / asked["id"] / "0.sheet.jpg").size == (132, 132)
     assert list((tmp_path / "recovery").iterdir()) == []
 
