@@ -59,10 +59,7 @@ class SequenceParallel:
                 # The transformer flattens the last three dimensions.
                 (transformer.patch_embedding, lambda output: output.flatten(2)[:, :, mine, None, None]),
                 (transformer.rope, lambda tables: tuple(table[:, mine] for table in tables)),
-                (
-                    transformer.condition_embedder,
-                    lambda outputs: (*(_part(time, mine) for time in outputs[:2]), *outputs[2:]),
-                ),
+                (transformer.condition_embedder, lambda outputs: (*(_part(time, mine) for time in outputs[:2]), *outputs[2:])),
                 (transformer.proj_out, self._gathered),
             ):
                 hooks.callback(module.register_forward_hook(_changing(change)).remove)

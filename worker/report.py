@@ -12,7 +12,6 @@ from PIL import Image
 
 from pipelines.catalog import Draft, LoraMode, Match
 from pipelines.lora.file import Adapter
-from pipelines.lora.fit import transformer_of
 from worker.decide import FIELD_OF, Shot
 from worker.errors import WorkerError
 from worker.pictures import Kind, Picture
@@ -115,7 +114,7 @@ def settings_of(
         applied = {
             "transformer": adapter.side,
             "network_multiplier": adapter.scale,
-            "applied_by": modes.get(transformer_of(adapter.side)),
+            "applied_by": modes.get("transformer_2" if adapter.side == "low" else "transformer"),
             "sha256": adapter.file.sha256,
             "trainer_version": adapter.file.trainer_version or None,
             "step": adapter.file.training_step,

@@ -210,7 +210,7 @@ def by_transformer(adapters: Sequence[Adapter]) -> dict[str, Stack]:
         if reading.has_both_sides:
             sides += [side for side in reading.sides if side not in sent]
         for side in sides:
-            wanted[transformer_of(side)] = ((adapter, reading.layers(_one_side(side))),)
+            wanted[_transformer_of(side)] = ((adapter, reading.layers(_one_side(side))),)
     return wanted
 
 
@@ -223,11 +223,10 @@ def products_of(stack: Stack) -> Stack:
 def _sides_of_extra(adapter: Adapter, reading: Reading) -> dict[str, Layers]:
     """What of an extra LoRA is for which transformer."""
     sides: list[Side | None] = ["high", "low"] if adapter.side == "both" else [_one_side(adapter.side)]
-    return {transformer_of(side): layers for side in sides if (layers := reading.layers(side))}
+    return {_transformer_of(side): layers for side in sides if (layers := reading.layers(side))}
 
 
-def transformer_of(side: str | None) -> str:
-    """The transformer that carries a LoRA of this side."""
+def _transformer_of(side: str | None) -> str:
     return "transformer_2" if side == "low" else "transformer"
 
 
