@@ -87,7 +87,7 @@ class Service:
         match = request.match or ("documented" if request.draft else settings.default_match)
         offload_mode = self._gpu.model.facts["offload_mode"]
         if match == "preview" and not OFFLOAD[offload_mode].can_merge:
-            text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; send documented"
+            text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; set `match` to documented"
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
         storage = storage_of_job(s3_config, settings) if s3_config else self._storage
         identity = Identity.of(None if raw_job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, raw_input)

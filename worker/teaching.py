@@ -37,7 +37,7 @@ def extra_warnings(
         return
     if run.match == "preview":
         yield (
-            "match preview: the trainer made its samples without `extra_loras`, so that these frames are not those samples; "
+            "match preview: the trainer made its samples without `extra_loras`, so these frames are not those samples; "
             "all else is as in the preview"
         )
     for how, stack in () if run.request.draft else plan.values():  # it says itself how its LoRAs are applied
@@ -46,7 +46,7 @@ def extra_warnings(
         if also:
             yield (
                 f"{', '.join(fields[id(adapter)] for adapter in also)}: merged into the weights too, since another LoRA of the "
-                "same transformer has to be"
+                "same transformer must be merged"
             )
     yield from _trigger_warnings([adapter.file for adapter in extra], run.shots)
 
@@ -106,7 +106,7 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Qu
             "`save.dtype: float32` in the training removes this"
         )
     if trained.computes_in not in (None, dtype):
-        remedy = "" if trained.computes_in == "float16" else f"; a worker with DTYPE={trained.computes_in} does the same"
+        remedy = "" if trained.computes_in == "float16" else f"; use a worker with DTYPE={trained.computes_in}"
         yield (
             f"the training ran in {trained.computes_in} and this worker computes in {dtype}, so the video differs from the "
             f"samples as bf16 differs from float32{remedy}"

@@ -132,7 +132,7 @@ def how_trained(trained: TrainedWith) -> str:
     if not trained.kinds:
         return f"in {trained.dtype or 'the default dtype'}, not quantized"
     of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
-    return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"
+    return f"with {', '.join(trained.kinds)}{of}; the worker computes in the same way"
 
 
 def limits(trained: TrainedWith) -> list[str]:

@@ -127,7 +127,7 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
         name = parse(key)
         if name is None:
             if _PART_OF_A_LORA.search(key) and not is_of_text_encoder(key):
-                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has; export it without")
+                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has; export the LoRA without it")
             ignored.append(key)
             continue
         if any(part in name.layer for part in without):
@@ -138,7 +138,9 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
             raise LoraInvalid(f"`{keys[name.part]}` and `{key}` are the same part of layer {name.layer}; export it again")
         keys[name.part] = key
     if not parts:
-        raise LoraIncompatible(f"it has no lora_A and lora_B keys, but such as `{next(iter(file.shapes))}`; export a LoRA")
+        raise LoraIncompatible(
+            f"it has no lora_A and lora_B keys, only such as `{next(iter(file.shapes))}`; export it as a LoRA"
+        )
     if parts.keys() == {None, "low"}:
         unnamed = [key for keys in parts[None].values() for key in keys.values()]
         if all(map(is_of_first_transformer, unnamed)):  # diffusers' names for the two
@@ -185,7 +187,7 @@ def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping
             _check_factor(name, factor, shapes)
         return
     if more := parts - _LORA:
-        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has; export it without")
+        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has; export the LoRA without it")
     if "diff" in parts and "A" in parts:
         raise LoraInvalid(f"`{keys['diff']}` and `{keys['A']}` both change the weight of one layer; export it with one of them")
     if parts == {"alpha"}:

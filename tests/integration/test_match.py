@@ -197,7 +197,7 @@ def test_default_match_changes_the_default(tiny: Path, lora_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "remedy"), [("bf16", "; a worker with DTYPE=bfloat16 does the same"), ("fp16", ""), ("fp32", None), (None, None)]
+    ("dtype", "remedy"), [("bf16", "; use a worker with DTYPE=bfloat16"), ("fp16", ""), ("fp32", None), (None, None)]
 )
 def test_a_preview_in_another_dtype_than_the_training_is_told(
     dtype: str | None, remedy: str | None, api: LocalApi, request_: Request

@@ -276,7 +276,7 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
 @pytest.mark.parametrize(
     ("tensors", "error", "says"),
     [
-        ({"model.weight": torch.ones(2)}, LoraIncompatible, "no lora_A and lora_B keys, but such as `model.weight`"),
+        ({"model.weight": torch.ones(2)}, LoraIncompatible, "no lora_A and lora_B keys, only such as `model.weight`"),
         ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w2"),
         (
             lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(2)},
