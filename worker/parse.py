@@ -87,11 +87,11 @@ def _gif_problems(request: Request) -> Iterator[Problem]:
 
 def _raise_if_any(problems: Iterator[Problem]) -> None:
     """Raises WorkerError with the first MAX_PROBLEMS of them."""
-    told = list(islice(problems, MAX_PROBLEMS))
+    listed = list(islice(problems, MAX_PROBLEMS))
     if next(problems, None):
-        told[-1] = Problem(told[-1].code, "", f"there are more than {MAX_PROBLEMS} problems; correct these first")
-    if told:
-        raise WorkerError.of(told)
+        listed[-1] = Problem(listed[-1].code, "", f"there are more than {MAX_PROBLEMS} problems; correct these first")
+    if listed:
+        raise WorkerError.of(listed)
 
 
 def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Problem]:

@@ -78,7 +78,11 @@ class AppliedLoras:
     @property
     def need_eager_code(self) -> bool:
         """Compiled code does not look for hooks that came later: those of LoRAs beside layers and of rounded weights."""
-        return any(part.is_active for part in (*self._beside.values(), *self._recovery.values())) or self._are_rounded
+        return any(part.is_active for part in self._all_beside) or self._are_rounded
+
+    @property
+    def _all_beside(self) -> list[Beside]:
+        return [*self._beside.values(), *self._recovery.values()]
 
     @property
     def _are_rounded(self) -> bool:
@@ -144,6 +148,8 @@ class AppliedLoras:
 
     def drop_all(self) -> None:
         """Make the model plain, whatever state it is in."""
+        for part in self._all_beside:
+            part.drop()
         self._adapters.drop_all()
         self._quantize(None, None, False)
         self._merges.take_out_all()

@@ -13,17 +13,17 @@ from functools import lru_cache
 from typing import Literal
 
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora.file import Adapter, LoraFile
+from pipelines.lora.file import FILES_KEPT, Adapter, LoraFile
 from pipelines.lora.header_config import HeaderConfig
 from pipelines.lora.names import Side, is_of_first_transformer, is_of_text_encoder, parse
 
 BIAS_PARTS = ("diff_b", "B.bias")
 """What changes a layer's bias."""
 _LORA = {"A", "B", "alpha", "diff", "magnitude", *BIAS_PARTS}
-_LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"}
+LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+"""A LoKr's two factors, each whole or as a product."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _PART_OF_A_LORA = re.compile(r"\.(lora|lokr|hada|oft|dora|boft|ia3|glora)_")
-_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def reading_of(adapter: Adapter) -> Reading:
     return read(adapter.file, adapter.without)
 
 
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=FILES_KEPT)
 def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
     """Read the layers of a file. The same file is read once; what is returned must not be changed.
 
@@ -181,7 +181,7 @@ def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping
             f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs; export it again"
         )
     if any(part.startswith("lokr_") for part in parts):
-        if more := parts - _LOKR:
+        if more := parts - {*LOKR_PARTS, "alpha"}:
             raise LoraIncompatible(f"`{keys[min(more)]}` does not go with the LoKr factors of its layer; export it again")
         for factor in ("w1", "w2"):
             _check_factor(name, factor, shapes)
