@@ -151,8 +151,8 @@ def drafts() -> str:
             last = (spec.draft.low_noise_from or 0) if lora.side == "high" else len(spec.draft.timesteps)
             page = f"[`{lora.path}`](https://huggingface.co/{lora.repo}/blob/{lora.commit}/{lora.path})"
             steps = f"{first + 1} to {last}"
-            rows.append((f"`{spec.id}`", f"{lora.side or 'the'} transformer", steps, page, f"{lora.strength:g}"))
-    return table(("model", "of", "steps", "distilled LoRA", "scale"), *rows)
+            rows.append((f"`{spec.id}`", lora.side or "the only one", steps, page, f"{lora.strength:g}"))
+    return table(("model", "transformer", "steps", "distilled LoRA", "scale"), *rows)
 
 
 def environment() -> str:

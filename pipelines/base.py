@@ -87,7 +87,7 @@ class WanModel(ABC):
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the transformers' blocks, before the first LoRA is applied; see `compiled.compile_blocks`."""
         if not OFFLOAD[mode := self.facts["offload_mode"]].can_compile:
-            raise DeviceUnavailable(f"COMPILE=1 does not go with OFFLOAD_MODE={mode}, which fits this GPU; set COMPILE=0")
+            raise DeviceUnavailable(f"COMPILE=1 does not work with OFFLOAD_MODE={mode}, which this GPU needs; set COMPILE=0")
         compile_blocks([getattr(self._pipe, name) for name in self.spec.transformers], self.device, cache_dir, backend)
         self.loras.are_compiled = True
         self.facts["compiled"] = True
@@ -105,7 +105,8 @@ class WanModel(ABC):
         names = sorted(self.facts.keys() - {"offload_mode"})
         if differing := [f"{name} {self.facts[name]} and {facts[name]}" for name in names if self.facts[name] != facts[name]]:
             raise DeviceUnavailable(
-                f"the GPUs of this worker would not compute alike: {', '.join(differing)}; set what is `auto`, or GPUS=1"
+                f"the GPUs of this worker would compute differently: {', '.join(differing)}; set these instead of `auto`, or "
+                "set GPUS=1"
             )
 
     def apply_loras(

@@ -114,8 +114,9 @@ class Checkpoints:
             for path, fault in faults.items()
         }
         raise CheckpointNotFound(
-            f"{self.spec.id} needs files that are not whole below {' or '.join(place.name for place in self.places)}: "
-            f"{', '.join(sorted(files))}; fetch them with `python -m builder.fetch_checkpoints`, or set ALLOW_DOWNLOAD=1"
+            f"{self.spec.id} needs files that are missing or incomplete below "
+            f"{' or '.join(place.name for place in self.places)}: {', '.join(sorted(files))}; download them with "
+            f"`python -m builder.fetch_checkpoints --model-id {self.spec.id} --to DIR`, or set ALLOW_DOWNLOAD=1"
         )
 
     def _find(self, names: Sequence[str]) -> None:

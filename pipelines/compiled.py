@@ -63,7 +63,7 @@ def _clone_all(_module: torch.nn.Module, _inputs: Any, outputs: tuple[torch.Tens
 
 def _why_nothing_compiles(device: torch.device) -> str:
     """Compiles a sum, for which the same tools are needed as for a block."""
-    with torch._dynamo.config.patch(suppress_errors=False):
+    with privates.compiler_settings(suppress_errors=False):
         try:
             torch.compile(lambda numbers: (numbers * 2 + 1).sum())(torch.ones(8, device=device))
         except Exception as error:  # whatever a compiler can raise

@@ -1,7 +1,11 @@
 """What can go wrong in a pipeline, without a word about jobs: the worker gives each its code and the field."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errno of an OSError where a disk is full, or a quota used up."""
 
 
 class PipelineError(Exception):

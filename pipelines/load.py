@@ -125,7 +125,7 @@ def _check_codes(checkpoints: Checkpoints, quantization: Quantization | None, qu
         elif stored == wanted:
             remedy = f"the worker runs in {runs_in}: set DTYPE={stored.dtype}, or fetch the weights again without {option}"
         else:
-            remedy = f"with other layers than this version: fetch it again, with {option}"
+            remedy = f"not for the layers that this version quantizes: fetch it again, with {option}"
         raise CheckpointNotFound(text + remedy)
 
 

@@ -65,9 +65,9 @@ def mode_for(
     each = f" for each of {processes} GPUs" if processes > 1 else ""
     remedy += "set GPUS to fewer, or " if processes > 1 else ""
     raise DeviceUnavailable(
-        f"OFFLOAD_MODE={asked} keeps {needed[asked].host / 1e9:.1f} GB of {spec.id} in main memory, of which this machine or "
-        f"container has {(host or 0) / processes / 1e9:.1f} GB{each}, {BYTES_OF_THE_PROCESS / 1e9:.0f} GB of them for the "
-        f"worker itself: {remedy}use a GPU that holds more of it, or a machine with more memory"
+        f"OFFLOAD_MODE={asked} keeps {needed[asked].host / 1e9:.1f} GB of {spec.id} in main memory, and the worker itself "
+        f"needs {BYTES_OF_THE_PROCESS / 1e9:.0f} GB there; this machine or container has "
+        f"{(host or 0) / processes / 1e9:.1f} GB{each}: {remedy}use a GPU that holds more of it, or a machine with more memory"
     )
 
 

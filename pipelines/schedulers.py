@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -40,17 +41,11 @@ class Schedulers:
         self._spec = spec
         self._checkpoint_scheduler = pipe.scheduler
         self._checkpoint_boundary_ratio = pipe.config.boundary_ratio
-        self._made: dict[tuple[object, ...], Any] = {}
-        """By solver, shift and timesteps; never run."""
+        self._made = lru_cache(_MOST_SCHEDULERS)(self._make)
 
     def of(self, recipe: Recipe) -> Any:
         """A scheduler that was never run; a video gets a copy, so that no solver state outlives it."""
-        key = (recipe.solver, recipe.shift, recipe.timesteps)
-        if key not in self._made:
-            if len(self._made) >= _MOST_SCHEDULERS:
-                self._made.clear()
-            self._made[key] = self._make(recipe)
-        return self._made[key]
+        return self._made(recipe.solver, recipe.shift, recipe.timesteps)
 
     def boundary_ratio_of(self, recipe: Recipe) -> float | None:
         """Where `transformer_2` takes over, as a part of the noise schedule."""
@@ -67,13 +62,13 @@ class Schedulers:
             **({"timesteps": scheduler.timesteps.tolist()} if recipe.is_draft else {}),
         }
 
-    def _make(self, recipe: Recipe) -> Any:
-        if recipe.timesteps is not None:
-            return FewStepEuler(recipe.timesteps, recipe.shift)
-        if recipe.solver == "flowmatch":
-            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=recipe.shift)
-        if recipe.solver == "unipc":
-            return diffusers.UniPCMultistepScheduler(**UNIPC, flow_shift=recipe.shift)
+    def _make(self, solver: str, shift: float | None, timesteps: tuple[int, ...] | None) -> Any:
+        if timesteps is not None:
+            return FewStepEuler(timesteps, shift)
+        if solver == "flowmatch":
+            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+        if solver == "unipc":
+            return diffusers.UniPCMultistepScheduler(**UNIPC, flow_shift=shift)
         config = self._checkpoint_scheduler.config
         name = "flow_shift" if "flow_shift" in config else "shift"
-        return self._checkpoint_scheduler.from_config(config, **({} if recipe.shift is None else {name: recipe.shift}))
+        return self._checkpoint_scheduler.from_config(config, **({} if shift is None else {name: shift}))

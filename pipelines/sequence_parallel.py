@@ -59,7 +59,7 @@ class SequenceParallel:
                 # The transformer flattens the last three dimensions.
                 (transformer.patch_embedding, lambda output: output.flatten(2)[:, :, mine, None, None]),
                 (transformer.rope, lambda tables: tuple(table[:, mine] for table in tables)),
-                (transformer.condition_embedder, lambda outputs: (*(_of(mine, time) for time in outputs[:2]), *outputs[2:])),
+                (transformer.condition_embedder, lambda outputs: (*(_part(time, mine) for time in outputs[:2]), *outputs[2:])),
                 (transformer.proj_out, self._gathered),
             ):
                 hooks.callback(module.register_forward_hook(_changing(change)).remove)
@@ -115,8 +115,8 @@ def _shares(total: int, ranks: int) -> list[int]:
     return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
 
 
-def _of(mine: slice, time: torch.Tensor) -> torch.Tensor:
-    """A time embedding for the whole video [1, n], or those of some of its tokens [1, tokens, n]."""
+def _part(time: torch.Tensor, mine: slice) -> torch.Tensor:
+    """The time embeddings of this rank's tokens [1, tokens, n], or the one for the whole video [1, n]."""
     return time[:, mine] if time.ndim == 3 else time
 
 

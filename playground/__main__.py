@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     to = parser.add_mutually_exclusive_group()
     to.add_argument("--url", default="http://localhost:8000", help="a worker's local API (default: %(default)s)")
     to.add_argument("--endpoint", metavar="ID", help="a RunPod endpoint; needs RUNPOD_API_KEY in the environment")
-    to.add_argument(
-        "--tiny", metavar="DIR", type=Path, help="start a worker with the checkpoints that builder/tiny_checkpoints.py wrote"
-    )
+    to.add_argument("--tiny", metavar="DIR", type=Path, help="start a worker with the tiny checkpoints in this folder")
     parser.add_argument("--port", type=int, default=8080, help="port of the page on 127.0.0.1 (default: %(default)s)")
     parser.add_argument(
         "--runs",

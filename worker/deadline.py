@@ -29,8 +29,8 @@ class Deadline:
     def error(self) -> WorkerError:
         """Return the error of a job whose time is over."""
         text = (
-            f"the job took longer than the {self.limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise it "
-            "and the endpoint's execution timeout"
+            f"the job took longer than the {self.limit:g} s of JOB_TIMEOUT; ask for fewer steps, frames or pixels, or raise "
+            "JOB_TIMEOUT and the endpoint's execution timeout"
         )
         return WorkerError(Code.TIMEOUT, text)
 

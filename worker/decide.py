@@ -98,7 +98,8 @@ def _shot(
     warnings += [f"prompts[{index}]: {warning}" for warning in _text_warnings(text, prompt.neg, trigger_word)]
     for names, why in _without_effect(prompt, recipe, made):
         if names:
-            warnings.append(f"prompts[{index}]: no effect of {', '.join(f'`{name}`' for name in names)}: {why}")
+            named = ", ".join(f"`{name}`" for name in names)
+            warnings.append(f"prompts[{index}]: {named} {'has' if len(names) == 1 else 'have'} no effect: {why}")
     for name, image in (("control image", control_image), ("last image", last_image)):
         if image and prompt.image_fit == "stretch" and _is_stretched(image.size, (made.width, made.height)):
             sizes = "the {} has {}x{} pixels and is stretched to {}x{}".format(name, *image.size, made.width, made.height)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-
 from pipelines.errors import (
+    DISK_FULL,
     CheckpointNotFound,
     DeviceLost,
     LoraError,
@@ -32,8 +31,9 @@ def report(error: Exception, job_id: str) -> WorkerError:
     known = worker_error(error)
     if known is None:
         log.error("internal error", exc_info=error, extra={"fields": {"job": job_id}})
-        lost = isinstance(error, DeviceLost)
-        text = "the GPU failed and this worker is shutting down; send the job again" if lost else _search_log(job_id)
+        text = f"internal error; search the worker's log for job {job_id}"
+        if isinstance(error, DeviceLost):
+            text = "the GPU failed and this worker is shutting down; send the job again"
         known = WorkerError(Code.INTERNAL, text)
     elif not known.is_reported:
         log.warning("%s", known, extra={"fields": {"job": job_id}})
@@ -48,7 +48,7 @@ def worker_error(error: Exception) -> WorkerError | None:
         return error
     if isinstance(error, Stopped):
         return WorkerError(Code.CANCELLED, "the job was stopped")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return WorkerError(
             Code.INTERNAL, "the worker's disk is full; give its container more, or ask for fewer or smaller videos"
         )
@@ -60,7 +60,3 @@ def lora_error(error: LoraError, field: str) -> WorkerError:
     """Return the error of the LoRA that `field` names: `extra_loras[1]` or the like, or `draft`."""
     where = field if field == "draft" else f"{field}.path"
     return WorkerError.of([Problem(_CODE_OF[type(error)], where, str(error))])
-
-
-def _search_log(job_id: str) -> str:
-    return f"internal error; search the worker's log for job {job_id}"

@@ -28,7 +28,8 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
             os.close(lock)
     while True:
         mine = tempfile.TemporaryDirectory(prefix=_SCRATCH)
-        with suppress(OSError):  # another process that starts now found it before it was locked, and deletes it
+        # Another process that starts now may find it before it is locked here, and delete it.
+        with suppress(BlockingIOError, FileNotFoundError):
             _locked(Path(mine.name))  # until the process ends
             if Path(mine.name).exists():
                 return mine
@@ -61,6 +62,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def listed(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files of a folder, without those that another process deletes meanwhile."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            yield path, path.stat()
 
 
 def inside(root: Path, name: str) -> Path:

@@ -150,6 +150,6 @@ def _received(problem: Any) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return f"; got {value}"
     if isinstance(value, str):
-        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,32}", value, re.ASCII) else "; got another text"
+        return f"; got {value!r}" if re.fullmatch(r"[\w. -]{0,32}", value, re.ASCII) else "; got a text"
     kind = f"list of {len(value)}" if isinstance(value, list) else "object"
     return f"; got {f'a filled {kind}' if value else f'an empty {kind}'}"

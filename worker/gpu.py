@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
@@ -36,10 +37,6 @@ class Gpu:
         self._lock = asyncio.Lock()
         self._threads = [ThreadPoolExecutor(1, "gpu") for _ in range(ranks.number)]
         """One thread for all work of a rank: CUDA and compiled code set up state once per thread."""
-
-    @property
-    def is_held(self) -> bool:
-        return self._lock.locked()
 
     @property
     def is_lost(self) -> bool:
@@ -79,19 +76,17 @@ class Gpu:
         if self.is_lost or left_behind.is_set():
             raise DeviceLost("the worker shuts down")  # a job that has waited for the GPU while another lost it
         in_vain = self._ranks.are_waited_for_in_vain
-        try:
-            async with _until(in_vain, self._ranks.reason):
-                await in_thread(
-                    run.stop,
-                    function,
-                    *arguments,
-                    executor=self._threads[rank],
-                    seconds_to_stop=_SECONDS_TO_STOP,
-                    is_in_vain=in_vain,
-                )
-        except DeviceLost:
-            self._is_lost = True
-            raise
+
+        @functools.wraps(function)
+        def work() -> None:
+            try:
+                function(*arguments)
+            except DeviceLost:  # noted here: of a job that is cancelled meanwhile, nobody reads the thread's error
+                self._is_lost = True
+                raise
+
+        async with _until(in_vain, self._ranks.reason):
+            await in_thread(run.stop, work, executor=self._threads[rank], seconds_to_stop=_SECONDS_TO_STOP, is_in_vain=in_vain)
 
     def _apply_loras(self, run: Run, adapters: Sequence[Adapter]) -> None:
         try:

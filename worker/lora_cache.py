@@ -28,10 +28,10 @@ from typing import IO, Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipelines.errors import LoraInvalid
+from pipelines.errors import DISK_FULL, LoraInvalid
 from pipelines.lora.file import FileIdentity, LoraFile, identity_of
 from worker.errors import Stopped
-from worker.files import atomic_write
+from worker.files import atomic_write, listed
 from worker.logs import log
 from worker.net.download import Answer, ServerDown
 
@@ -57,7 +57,6 @@ _WHOLE_CACHE = "cache"
 _TRIES = 3
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class LoraCache:
             _warn("the server of a LoRA does not answer; the copy in the cache is used", copy)
             return copy
         except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
         log.warning("the disk is full; LoRAs that no job uses are deleted from the cache")
         with self._locked(_WHOLE_CACHE):
@@ -240,7 +239,7 @@ class LoraCache:
 
     def _evict(self, max_bytes: int) -> None:
         """Delete the least recently used files until the rest has at most `max_bytes`. Delete abandoned files too."""
-        files = [(stat.st_atime_ns, stat.st_size, path) for path, stat in _listed(self._files, "*.safetensors")]
+        files = [(stat.st_atime_ns, stat.st_size, path) for path, stat in listed(self._files, "*.safetensors")]
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= max_bytes:
@@ -252,7 +251,7 @@ class LoraCache:
             (self._urls, ".*", _ABANDONED_SECONDS),
             (self._locks, "*", _OLD_LOCK_SECONDS),
         ):
-            for path, stat in _listed(folder, pattern):
+            for path, stat in listed(folder, pattern):
                 if now - stat.st_mtime > seconds:
                     _delete_unused(path)
         for path in self._urls.glob("[!.]*.json"):
@@ -323,12 +322,6 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
-
-
-def _listed(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.glob(pattern):
-        with suppress(OSError):
-            yield path, path.stat()
 
 
 def _delete_unused(path: Path) -> bool:

@@ -6,7 +6,6 @@ the LoRA fits the model.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import threading
@@ -19,7 +18,7 @@ from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 from pipelines.catalog import DistilledLora
-from pipelines.errors import LoraInvalid
+from pipelines.errors import DISK_FULL, LoraInvalid
 from pipelines.lora.file import LoraFile, why_unreadable
 from worker.errors import Code, Problem, WorkerError
 from worker.files import below
@@ -168,7 +167,7 @@ def _download(
         text = f"the download failed: {error}; {hint}"
         raise WorkerError.of([Problem(Code.LORA_DOWNLOAD_FAILED, where, text)]) from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DISK_FULL
         remedy = "give it more room, or lower LORA_CACHE_MAX_BYTES" if full else "check that the worker can write there"
         text = f"the file could not be stored in the worker's LORA_CACHE_DIR ({error.strerror}); {remedy}"
         raise WorkerError.of([Problem(Code.LORA_DOWNLOAD_FAILED, where, text)]) from error

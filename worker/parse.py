@@ -87,11 +87,11 @@ def _gif_problems(request: Request) -> Iterator[Problem]:
 
 def _raise_if_any(problems: Iterator[Problem]) -> None:
     """Raises WorkerError with the first MAX_PROBLEMS of them."""
-    told = list(islice(problems, MAX_PROBLEMS))
+    listed = list(islice(problems, MAX_PROBLEMS))
     if next(problems, None):
-        told[-1] = Problem(told[-1].code, "", f"there are more than {MAX_PROBLEMS} problems; correct these first")
-    if told:
-        raise WorkerError.of(told)
+        listed[-1] = Problem(listed[-1].code, "", f"there are more than {MAX_PROBLEMS} problems; correct these first")
+    if listed:
+        raise WorkerError.of(listed)
 
 
 def _model_problems(raw: Mapping[str, Any], served: ModelSpec) -> Iterator[Problem]:
@@ -219,7 +219,8 @@ def _last_image_problems(index: int, prompt: Mapping[str, Any], spec: ModelSpec)
         text = f"{spec.id} was not made to end on a given frame; leave it out, or use {takers}"
         yield Problem(Code.INVALID_INPUT, where, text)
     elif prompt.get("num_frames") in (1, 2, 3, 4):
-        yield Problem(Code.INVALID_INPUT, where, "a video with a first and a last frame has 5 frames or more; ask for them")
+        text = "a video with a first and a last frame has 5 frames or more; set `num_frames` to at least 5"
+        yield Problem(Code.INVALID_INPUT, where, text)
 
 
 def _guidance_problems(index: int, prompt: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
@@ -231,7 +232,7 @@ def _guidance_problems(index: int, prompt: Mapping[str, Any], spec: ModelSpec) -
         text = f"{spec.id} has one transformer; leave it out, and set `guidance_scale`"
         yield Problem(Code.INVALID_INPUT, where, text)
     elif second > 1 and isinstance(first, int | float) and first <= 1:
-        text = "above 1 it needs a `guidance_scale` above 1, by which the pipeline decides whether there is guidance at all"
+        text = "there is no guidance at all with a `guidance_scale` of 1 or less; raise that above 1, or leave this out"
         yield Problem(Code.INVALID_INPUT, where, text)
 
 

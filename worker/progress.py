@@ -136,20 +136,6 @@ class Progress:
 
 
 @asynccontextmanager
-async def cloud_sender(job: dict[str, Any]) -> AsyncIterator[Send]:
-    """Sends updates of a job that came from RunPod's queue."""
-    from runpod.http_client import AsyncClientSession
-    from runpod.serverless.modules.rp_http import send_result
-
-    async with AsyncClientSession() as session:
-
-        async def send(update: Update) -> None:
-            await send_result(session, {"status": "IN_PROGRESS", "output": update}, job)
-
-        yield send
-
-
-@asynccontextmanager
 async def terminal_bar() -> AsyncIterator[Send]:
     """Shows updates as a bar in the terminal, or nothing if stderr is not a terminal."""
     with tqdm(total=100, file=sys.stderr, bar_format="{desc} {bar} {percentage:3.0f}%{postfix}", disable=None) as bar:

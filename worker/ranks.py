@@ -153,7 +153,7 @@ class Ranks:
             self._are_needed = False
 
     def reason(self) -> DeviceLost:
-        """Why the ranks are lost, as far as one of them has told."""
+        """Return why the ranks are lost: the reason that one of them has sent, if one has."""
         for connection in self._connections:
             with suppress(OSError, EOFError):
                 while connection.poll():

@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from worker.errors import Stopped
-from worker.files import atomic_write, inside
+from worker.files import atomic_write, inside, listed
 from worker.logs import log
 from worker.storage.base import Limit, NotStored, Storage
 
@@ -49,7 +49,7 @@ _KEPT = TypeAdapter(Kept)
 class Recovery:
     """The folder. The first kept file creates it."""
 
-    def __init__(self, folder: Path, max_bytes: int = 20 * 1024**3) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         """`max_bytes`: the largest size of the folder; see RECOVERY_MAX_BYTES."""
         self._folder = folder
         self._max_bytes = max_bytes
@@ -105,11 +105,11 @@ class Recovery:
 
     def _make_room(self, size: int) -> bool:
         """Make room for so many bytes: delete files of jobs' own buckets, the oldest first. Returns whether they fit."""
-        there = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.bin")]
+        there = [(stat.st_mtime, stat.st_size, path) for path, stat in listed(self._folder, "*.bin")]
         total = sum(size for _, size, _ in there) + size
-        of_jobs = (
-            {note.with_suffix(".bin") for note, kept in self._notes() if not kept.own} if total > self._max_bytes else set()
-        )
+        if total <= self._max_bytes:
+            return True
+        of_jobs = {note.with_suffix(".bin") for note, kept in self._notes() if not kept.own}
         for _, bytes_of, path in sorted(there):
             if total <= self._max_bytes:
                 break

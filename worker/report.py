@@ -89,8 +89,8 @@ def picture_item(picture: Picture, stored: Stored) -> dict[str, Any]:
     }
 
 
-_OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha256")
-"""What is said of it as of other LoRAs."""
+_FIELDS_OF_A_DISTILLED_LORA = ("transformer", "network_multiplier", "applied_by", "sha256")
+"""The fields that it shares with other LoRAs."""
 
 Plan = Mapping[str, tuple[LoraMode, Sequence[tuple[Adapter, Any]]]]
 """How each transformer carries its LoRAs, and which; see `AppliedLoras.plan`."""
@@ -122,7 +122,7 @@ def settings_of(
         if adapter.distilled:
             lora = adapter.distilled
             own = {"repo": lora.repo, "file": lora.path, "commit": lora.commit}
-            distilled.append(own | {name: applied[name] for name in _OF_A_DISTILLED_LORA})
+            distilled.append(own | {name: applied[name] for name in _FIELDS_OF_A_DISTILLED_LORA})
         elif adapter.is_extra:
             number = len({each["extra_lora"] for each in extra})
             for name, how in modes.items():

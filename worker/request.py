@@ -91,7 +91,9 @@ class ExtraLora(_Strict):
 
     path: str = Lora.model_fields["path"]  # type: ignore[assignment]
     transformer: Literal["high", "low", "both"] | None = Field(
-        default=None, description="Which side of a Wan 2.2 14B model it is for; only these models take it.", examples=["both"]
+        default=None,
+        description="Side of a Wan 2.2 14B model that the LoRA is for; only these models take it.",
+        examples=["both"],
     )
     network_multiplier: float = Lora.model_fields["network_multiplier"]  # type: ignore[assignment]
 
@@ -153,7 +155,7 @@ class Prompt(_Strict):
         examples=[4],
     )
     num_frames: int = Field(
-        default=DEFAULT_NUM_FRAMES, ge=1, le=1000, description="Brought to 4n+1; 1 gives a PNG image.", examples=[41]
+        default=DEFAULT_NUM_FRAMES, ge=1, le=1000, description="Frames; rounded to 4n+1. 1 gives a PNG image.", examples=[41]
     )
     fps: int = Field(default=DEFAULT_FPS, ge=1, le=120, description="Frames per second of the file.", examples=[16])
     ctrl_img: str | None = Field(
@@ -168,8 +170,8 @@ class Prompt(_Strict):
     last_img: str | None = Field(
         default=None,
         repr=False,
-        description="The frame to end on, as `ctrl_img` is the one to start with; for "
-        f"{' and '.join(f'`{spec.id}`' for spec in MODELS.values() if spec.takes_last_image)} alone.",
+        description="Last frame, where `ctrl_img` is the first; only for "
+        f"{' and '.join(f'`{spec.id}`' for spec in MODELS.values() if spec.takes_last_image)}.",
         examples=["https://example.com/last_frame.png"],
     )
     image_fit: ImageFit = Field(
@@ -180,8 +182,8 @@ class Prompt(_Strict):
     )
     sampler: Sampler | None = Field(
         default=None,
-        description="`unipc`: the documented scheduler, and the default there. `flowmatch`: FlowMatch Euler with the trainer's "
-        "shift. In `preview` it replaces the trainer's own.",
+        description="`unipc`: UniPC, the documented scheduler. `flowmatch`: FlowMatch Euler with the trainer's shift. Default: "
+        "as `match` says.",
         examples=["unipc"],
     )
 
@@ -203,9 +205,7 @@ class TrainingSettings(_Strict):
     """How the LoRA's training ran, in the words of its config.yaml."""
 
     quantize: bool | None = Field(default=None, description="`model.quantize`.", examples=[True])
-    quantize_te: bool | None = Field(
-        default=None, description="`model.quantize_te`; as `quantize` where it is not given.", examples=[True]
-    )
+    quantize_te: bool | None = Field(default=None, description="`model.quantize_te`. Default: as `quantize`.", examples=[True])
     qtype: str | None = Field(
         default=None,
         max_length=MAX_PATH,
@@ -265,8 +265,8 @@ class Request(_Strict):
     )
     trained_with: TrainingSettings | None = Field(
         default=None,
-        description="How the training ran, for `match` preview; read from a config.yaml beside a LoRA below LORA_DIR where it "
-        "is not given.",
+        description="How the training ran, for `match` preview. Default: what the config.yaml beside a LoRA below LORA_DIR "
+        "says.",
         examples=[{"quantize": True, "low_vram": True}],
     )
     output_format: OutputFormat = Field(default="mp4", description="`png` gives a zip of lossless frames.", examples=["mp4"])

@@ -25,7 +25,7 @@ from worker.gpu import Gpu
 from worker.job import Job, Result
 from worker.logs import log, stage
 from worker.parse import parse
-from worker.progress import Progress, Send, cloud_sender, terminal_bar
+from worker.progress import Progress, Send, terminal_bar
 from worker.ranks import Ranks
 from worker.recovery import Recovery
 from worker.request import Request
@@ -87,7 +87,7 @@ class Service:
         match = request.match or ("documented" if request.draft else settings.default_match)
         offload_mode = self._gpu.model.facts["offload_mode"]
         if match == "preview" and not OFFLOAD[offload_mode].can_merge:
-            text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; send documented"
+            text = f"this worker runs with OFFLOAD_MODE={offload_mode}, which cannot merge LoRAs; set `match` to documented"
             raise WorkerError.of([Problem(Code.INVALID_INPUT, "match", text)])
         storage = storage_of_job(s3_config, settings) if s3_config else self._storage
         identity = Identity.of(None if raw_job.get("id") in (None, _ID_OF_A_LOCAL_RUN) else job_id, raw_input)
@@ -122,7 +122,9 @@ class Service:
 
     def _sender(self, raw_job: dict[str, Any]) -> AbstractAsyncContextManager[Send]:
         if self._settings.in_cloud:
-            return cloud_sender(raw_job)
+            from worker.runpod.queue import progress_sender  # other modes of the worker do not need the SDK
+
+            return progress_sender(raw_job)
         return nullcontext(raw_job["send"]) if "send" in raw_job else terminal_bar()
 
     def _shut_down_if_lost(self) -> None:

@@ -249,11 +249,13 @@ class Settings(BaseSettings):
     def _possible_offload_mode(self) -> Settings:
         modes = MODELS[self.model_id].offload_modes
         if self.offload_mode not in ("auto", *modes):
-            raise ValueError(f"{self.model_id} runs with OFFLOAD_MODE auto or {' or '.join(modes)}, not {self.offload_mode}")
+            use = f"use one of auto, {', '.join(modes)}"
+            raise ValueError(f"OFFLOAD_MODE={self.offload_mode} does not work with {self.model_id}; {use}")
         offload = OFFLOAD.get(self.offload_mode, Offload(streamed=()))
         if not offload.can_merge and (self.lora_mode == "merge" or self.default_match == "preview"):
             raise ValueError(
-                f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or LORA_MODE=adapter and documented"
+                f"OFFLOAD_MODE={self.offload_mode} cannot merge LoRAs; use auto or model, or set LORA_MODE=adapter and "
+                "DEFAULT_MATCH=documented"
             )
         if self.compiles and not offload.can_compile:
             raise ValueError(f"COMPILE=1 does not work with OFFLOAD_MODE={self.offload_mode}; set COMPILE=0, or another mode")

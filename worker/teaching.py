@@ -37,7 +37,7 @@ def extra_warnings(
         return
     if run.match == "preview":
         yield (
-            "match preview: the trainer made its samples without `extra_loras`, so that these frames are not those samples; "
+            "match preview: the trainer made its samples without `extra_loras`, so these frames are not those samples; "
             "all else is as in the preview"
         )
     for how, stack in () if run.request.draft else plan.values():  # it says itself how its LoRAs are applied
@@ -46,7 +46,7 @@ def extra_warnings(
         if also:
             yield (
                 f"{', '.join(fields[id(adapter)] for adapter in also)}: merged into the weights too, since another LoRA of the "
-                "same transformer has to be"
+                "same transformer must be merged"
             )
     yield from _trigger_warnings([adapter.file for adapter in extra], run.shots)
 
@@ -111,7 +111,7 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Qu
             "from the samples by 0.9 to 1.3 of 255 on average"
         )
     if trained.computes_in == "float16":
-        size = "0.2 to 0.4" if dtype == "float32" else "1.5 to 1.6"
+        size = "0.2 to 1.0" if dtype == "float32" else "1.5 to 2.2"
         remedy = "" if dtype == "float32" else "; a worker with DTYPE=float32 comes nearer"
         yield (
             f"the training ran in float16, and this worker computes in {dtype}, so the video differs from the samples by "
@@ -120,7 +120,7 @@ def _training_warnings(run: Run, files: Sequence[LoraFile], dtype: str, kept: Qu
     elif trained.computes_in not in (None, dtype):
         yield (
             f"the training ran in {trained.computes_in} and this worker computes in {dtype}, so the video differs from the "
-            f"samples as bf16 differs from float32; a worker with DTYPE={trained.computes_in} does the same"
+            f"samples as bf16 differs from float32; use a worker with DTYPE={trained.computes_in}"
         )
     elif trained.merges and dtype != "float32":
         yield (

@@ -17,7 +17,7 @@ export interface Request {
   prompts: Array<Prompt>;
   /** `documented` (default): as the model page says. `preview`: as the trainer made its samples for this LoRA. */
   match?: "documented" | "preview" | null;
-  /** How the training ran, for `match` preview; read from a config.yaml beside a LoRA below LORA_DIR where it is not given. */
+  /** How the training ran, for `match` preview. Default: what the config.yaml beside a LoRA below LORA_DIR says. */
   trained_with?: TrainingSettings | null;
   /** `png` gives a zip of lossless frames. */
   output_format?: "mp4" | "webp" | "gif" | "png";
@@ -28,7 +28,7 @@ export interface Request {
 export interface ExtraLora {
   /** File below LORA_DIR (`job/name.safetensors`), or an http(s) URL; a Hugging Face `/blob/` URL is taken as `/resolve/`. */
   path: string;
-  /** Which side of a Wan 2.2 14B model it is for; only these models take it. */
+  /** Side of a Wan 2.2 14B model that the LoRA is for; only these models take it. */
   transformer?: "high" | "low" | "both" | null;
   /** LoRA scale. */
   network_multiplier?: number;
@@ -66,7 +66,7 @@ export interface Prompt {
   seed?: number | null;
   /** How many videos of this prompt, with the seeds `seed`, `seed` + 1, … */
   num_videos?: number;
-  /** Brought to 4n+1; 1 gives a PNG image. */
+  /** Frames; rounded to 4n+1. 1 gives a PNG image. */
   num_frames?: number;
   /** Frames per second of the file. */
   fps?: number;
@@ -74,18 +74,18 @@ export interface Prompt {
   ctrl_img?: string | null;
   /** The same as `ctrl_img`. */
   ctrl_img_1?: string | null;
-  /** The frame to end on, as `ctrl_img` is the one to start with; for `wan22_14b_i2v` alone. */
+  /** Last frame, where `ctrl_img` is the first; only for `wan22_14b_i2v`. */
   last_img?: string | null;
   /** How `ctrl_img` and `last_img` are brought to the video's size: `stretch` as the model page says, `crop` to the middle, `pad` with black. */
   image_fit?: "stretch" | "crop" | "pad";
-  /** `unipc`: the documented scheduler, and the default there. `flowmatch`: FlowMatch Euler with the trainer's shift. In `preview` it replaces the trainer's own. */
+  /** `unipc`: UniPC, the documented scheduler. `flowmatch`: FlowMatch Euler with the trainer's shift. Default: as `match` says. */
   sampler?: "unipc" | "flowmatch" | null;
 }
 
 export interface TrainingSettings {
   /** `model.quantize`. */
   quantize?: boolean | null;
-  /** `model.quantize_te`; as `quantize` where it is not given. */
+  /** `model.quantize_te`. Default: as `quantize`. */
   quantize_te?: boolean | null;
   /** `model.qtype`: qfloat8, float8, int8, uint2, uint3, uint4, uint5, uint6, uint7, uint8; with an accuracy recovery adapter `uint4|ORG/REPO/FILE`, or a file below LORA_DIR or a URL after the bar. Default: qfloat8. */
   qtype?: string | null;

@@ -137,7 +137,7 @@ def how_trained(trained: TrainedWith) -> str:
     if not trained.kinds:
         return f"in {trained.dtype or 'the default dtype'}, not quantized"
     of = f" as {trained.format}" if trained.is_quantized or trained.quantizes_text_encoder else ""
-    return f"with {', '.join(trained.kinds)}{of}: the worker computes as it did"
+    return f"with {', '.join(trained.kinds)}{of}; the worker computes in the same way"
 
 
 def limits(trained: TrainedWith) -> list[str]:
@@ -154,8 +154,8 @@ def limits(trained: TrainedWith) -> list[str]:
         )
     if trained.computes_in == "float16":
         texts.append(
-            f"train.dtype: {trained.dtype} is a dtype that no worker computes in, so the previews differ by 1.5 to 1.6 of 255 "
-            "on average, and on a worker with DTYPE=float32 by 0.2 to 0.4"
+            f"train.dtype: {trained.dtype} is a dtype that no worker computes in, so the previews differ by 1.5 to 2.2 of 255 "
+            "on average, and on a worker with DTYPE=float32 by 0.2 to 1.0"
         )
     if trained.merges and trained.computes_in == "bfloat16":
         texts.append(

@@ -78,7 +78,11 @@ class AppliedLoras:
     @property
     def need_eager_code(self) -> bool:
         """Compiled code does not look for hooks that came later: those of LoRAs beside layers and of rounded weights."""
-        return any(part.is_active for part in (*self._beside.values(), *self._recovery.values())) or self._are_rounded
+        return any(part.is_active for part in self._all_beside) or self._are_rounded
+
+    @property
+    def _all_beside(self) -> list[Beside]:
+        return [*self._beside.values(), *self._recovery.values()]
 
     @property
     def _are_rounded(self) -> bool:
@@ -95,9 +99,9 @@ class AppliedLoras:
         zeros = zero_keys(adapter.file)
         how, why_merged = fit.mode_for(reading, self._possible(mode), self._shapes, zeros)
         if self.quantization and (why := fit.why_not_on_codes(reading, self._coded, zeros)):
-            raise LoraIncompatible(f"{why}, which cannot be applied with QUANTIZE; use a worker without it")
+            raise LoraIncompatible(f"{why}, which cannot be applied with QUANTIZE; use a worker without QUANTIZE")
         if why_merged and not OFFLOAD[self.offload_mode].can_merge:
-            raise LoraIncompatible(f"{why_merged}, which OFFLOAD_MODE={self.offload_mode} cannot do; use another mode")
+            raise LoraIncompatible(f"{why_merged}; OFFLOAD_MODE={self.offload_mode} cannot do that, so use another mode")
         if how == "merge" and why_merged and not self.quantization:
             warnings.append(why_merged)
         if idle := [key for layer in reading.all_layers if layer.kind == "full" for key in layer.keys.values() if key in zeros]:
@@ -112,7 +116,7 @@ class AppliedLoras:
         """Compare an accuracy recovery adapter with the model. Raises LoraInvalid, LoraIncompatible."""
         reading = fit.check(file, self._spec, self._shapes)
         if fit.mode_for(reading, "beside", self._shapes, zero_keys(file)) != ("beside", ""):
-            raise LoraIncompatible("it has other parts than LoRA or LoKr factors, which lie beneath no LoRA")
+            raise LoraIncompatible("it has parts other than LoRA or LoKr factors; give the adapter that the training used")
 
     def mode_of(self, adapter: Adapter, mode: LoraMode) -> LoraMode:
         """How a LoRA is applied when `mode` is asked for: what an adapter cannot carry is merged."""
@@ -144,6 +148,8 @@ class AppliedLoras:
 
     def drop_all(self) -> None:
         """Make the model plain, whatever state it is in."""
+        for part in self._all_beside:
+            part.drop()
         self._adapters.drop_all()
         self._quantize(None, None, False)
         self._merges.take_out_all()

@@ -113,12 +113,13 @@ def _delta(layer: Layer, tensors: Tensors, device: torch.device) -> torch.Tensor
     if layer.kind == "full":
         return parts[layer.difference].clone()
     if layer.kind == "lokr":
-        return torch.kron(_factor(parts, "w1"), _factor(parts, "w2")) * alpha_scale(layer, tensors)
+        return torch.kron(lokr_factor(parts, "w1"), lokr_factor(parts, "w2")) * alpha_scale(layer, tensors)
     product = parts["B"].flatten(1) @ parts["A"].flatten(1)
     scale = alpha_scale(layer, tensors)
     return product if scale == 1 else product * scale
 
 
-def _factor(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def lokr_factor(parts: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The factor w1 or w2 of a LoKr as a whole."""
     whole = parts.get(f"lokr_{name}")
     return whole if whole is not None else parts[f"lokr_{name}_a"] @ parts[f"lokr_{name}_b"]

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from pipelines.errors import blamed_on
-from pipelines.lora.arithmetic import Tensors, alpha_scale, load_tensors, part
+from pipelines.lora.arithmetic import Tensors, alpha_scale, load_tensors, lokr_factor, part
 from pipelines.lora.file import LoraFile
 from pipelines.lora.fit import Stack
-from pipelines.lora.layers import Layer, Layers
+from pipelines.lora.layers import LOKR_PARTS, Layer, Layers
 
 Hook = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
 
@@ -77,9 +77,8 @@ class Beside:
 
 
 def _lokr(layer: Layer, tensors: Tensors, scale: torch.Tensor, multiplier: float, device: torch.device) -> Hook:
-    names = ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"]
-    parts = {name: part(layer, name, tensors).to(device, torch.float32) for name in names if name in layer.keys}
-    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    parts = {name: part(layer, name, tensors).to(device, torch.float32) for name in LOKR_PARTS if name in layer.keys}
+    first = lokr_factor(parts, "w1")
     # (w1 ⊗ w2) x, with x as a matrix: through the rows by w2, or by its two factors, then through the columns by w1.
     second = [parts["lokr_w2"]] if "lokr_w2" in parts else [parts["lokr_w2_b"], parts["lokr_w2_a"]]
 

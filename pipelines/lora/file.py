@@ -20,7 +20,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from pipelines.catalog import DistilledLora
-from pipelines.errors import LoraInvalid
+from pipelines.errors import DISK_FULL, LoraInvalid
 from pipelines.lora.names import Side
 from pipelines.safetensors_header import SafetensorsError, looks_like_safetensors, read_header
 
@@ -31,6 +31,8 @@ _IMAGE_KEY = re.compile(r"k_img|v_img|add_k_proj|add_v_proj")
 _MAX_ENTRY = 10_000
 """Characters of a metadata entry that is looked into; ai-toolkit writes some hundred."""
 
+FILES_KEPT = 64
+"""How many files are not read again. A header takes MAX_HEADER_BYTES and more of memory."""
 _MAX_NAME = 100
 _REMEDY = {False: "export the LoRA as safetensors", True: "upload or download it again"}
 """By whether the file is cut short."""
@@ -63,7 +65,7 @@ class LoraFile:
     def read(cls, path: Path) -> LoraFile:
         """Read the header of `path`; the same file is read once.
 
-        Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor.
+        Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor; OSError when the disk is full.
         """
         try:
             stat = path.stat()
@@ -71,6 +73,8 @@ class LoraFile:
                 raise LoraInvalid("this is a folder or a device, not a file; name the .safetensors file itself")
             return _read(path, identity_of(stat))
         except OSError as error:
+            if error.errno in DISK_FULL:  # the temp folder's, not the file's
+                raise
             raise LoraInvalid("the file could not be read; send the job again") from error
 
     def check_unchanged(self) -> None:
@@ -160,7 +164,7 @@ class Adapter:
         return self.distilled.without if self.distilled else ()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=FILES_KEPT)
 def _read(path: Path, identity: FileIdentity) -> LoraFile:
     with path.open("rb") as file:
         if why := why_unreadable(file.read(256)):

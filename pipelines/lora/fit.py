@@ -70,8 +70,7 @@ def misfit(layer: Layer, shapes: Shapes) -> str:
             return f"has the shape {list(difference)} in the LoRA and {list(there)} in this model"
     elif layer.changes_weight and (layer.outputs, layer.inputs) != (there[0], math.prod(there[1:])):
         inputs, outputs = math.prod(there[1:]), there[0]
-        theirs = f"({layer.inputs} inputs, {layer.outputs} outputs in the LoRA)"
-        return f"{theirs} has {inputs} inputs and {outputs} outputs in this model"
+        return f"has {layer.inputs} inputs and {layer.outputs} outputs in the LoRA, and {inputs} and {outputs} in this model"
     for part in (*BIAS_PARTS, "magnitude"):
         size = there[:1] if part == "magnitude" else shapes.get(f"{layer.name}.bias")
         if part in layer.shapes and size is None:
@@ -159,7 +158,7 @@ def check_side(adapter: Adapter, reading: Reading) -> None:
     """An extra LoRA goes to the sides that it is sent for alone. Raises LoraIncompatible where it has nothing for them."""
     if adapter.is_extra and not _sides_of_extra(adapter, reading):
         theirs = next(iter(reading.sides))
-        raise LoraIncompatible(f'its keys name the {theirs} side alone; send it with "transformer": "{theirs}" or "both"')
+        raise LoraIncompatible(f'its keys name only the {theirs} side; send it with "transformer": "{theirs}" or "both"')
 
 
 def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
@@ -174,7 +173,7 @@ def hints(adapter: Adapter, spec: ModelSpec, reading: Reading) -> list[str]:
     if reading.has_both_sides:
         both = len(reading.sides) == 2
         if both and adapter.is_extra and adapter.side != "both":
-            said = f"of the file's two sides the {adapter.side} one alone was applied; send it as both for both"
+            said = f'only the {adapter.side} side of the file was applied; to apply both, send it with "transformer": "both"'
         elif both:
             said = "the file holds the high and the low side; each was applied to its own"
         else:

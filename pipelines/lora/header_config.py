@@ -50,9 +50,9 @@ class HeaderConfig:
 
     def scale_of(self, layer: str, rank: int) -> float:
         """alpha / rank of a layer whose tensors have `rank`, or alpha / sqrt(rank); 1 where the header gives no alpha."""
-        told = _lookup(self._ranks, layer, self._rank)
-        if told is not None and told != rank and self.scales:
-            raise LoraInvalid(f"its header gives layer {layer} the rank {told:g}, and its tensors have {rank}; export it again")
+        said = _lookup(self._ranks, layer, self._rank)
+        if said is not None and said != rank and self.scales:
+            raise LoraInvalid(f"its header gives layer {layer} the rank {said:g}, and its tensors have {rank}; export it again")
         alpha = _lookup(self._alphas, layer, self._alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self._rslora else rank)
 

@@ -13,17 +13,17 @@ from functools import lru_cache
 from typing import Literal
 
 from pipelines.errors import LoraIncompatible, LoraInvalid
-from pipelines.lora.file import Adapter, LoraFile
+from pipelines.lora.file import FILES_KEPT, Adapter, LoraFile
 from pipelines.lora.header_config import HeaderConfig
 from pipelines.lora.names import Side, is_of_first_transformer, is_of_text_encoder, parse
 
 BIAS_PARTS = ("diff_b", "B.bias")
 """What changes a layer's bias."""
 _LORA = {"A", "B", "alpha", "diff", "magnitude", *BIAS_PARTS}
-_LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"}
+LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+"""A LoKr's two factors, each whole or as a product."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _PART_OF_A_LORA = re.compile(r"\.(lora|lokr|hada|oft|dora|boft|ia3|glora)_")
-_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def reading_of(adapter: Adapter) -> Reading:
     return read(adapter.file, adapter.without)
 
 
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=FILES_KEPT)
 def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
     """Read the layers of a file. The same file is read once; what is returned must not be changed.
 
@@ -127,7 +127,7 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
         name = parse(key)
         if name is None:
             if _PART_OF_A_LORA.search(key) and not is_of_text_encoder(key):
-                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has; export it without")
+                raise LoraIncompatible(f"`{key}` is a part that no LoRA or LoKr for Wan has; export the LoRA without it")
             ignored.append(key)
             continue
         if any(part in name.layer for part in without):
@@ -138,7 +138,9 @@ def read(file: LoraFile, without: tuple[str, ...] = ()) -> Reading:
             raise LoraInvalid(f"`{keys[name.part]}` and `{key}` are the same part of layer {name.layer}; export it again")
         keys[name.part] = key
     if not parts:
-        raise LoraIncompatible(f"it has no lora_A and lora_B keys, but such as `{next(iter(file.shapes))}`; export a LoRA")
+        raise LoraIncompatible(
+            f"it has no lora_A and lora_B keys, only such as `{next(iter(file.shapes))}`; export it as a LoRA"
+        )
     if parts.keys() == {None, "low"}:
         unnamed = [key for keys in parts[None].values() for key in keys.values()]
         if all(map(is_of_first_transformer, unnamed)):  # diffusers' names for the two
@@ -179,13 +181,13 @@ def _check_parts(name: str, shapes: Mapping[str, tuple[int, ...]], keys: Mapping
             f"layer {name} has an alpha of {math.prod(shapes['alpha'])} numbers, where one belongs; export it again"
         )
     if any(part.startswith("lokr_") for part in parts):
-        if more := parts - _LOKR:
+        if more := parts - {*LOKR_PARTS, "alpha"}:
             raise LoraIncompatible(f"`{keys[min(more)]}` does not go with the LoKr factors of its layer; export it again")
         for factor in ("w1", "w2"):
             _check_factor(name, factor, shapes)
         return
     if more := parts - _LORA:
-        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has; export it without")
+        raise LoraIncompatible(f"`{keys[min(more)]}` is a part that no LoRA for Wan has; export the LoRA without it")
     if "diff" in parts and "A" in parts:
         raise LoraInvalid(f"`{keys['diff']}` and `{keys['A']}` both change the weight of one layer; export it with one of them")
     if parts == {"alpha"}:

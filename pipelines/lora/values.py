@@ -8,14 +8,11 @@ import torch
 
 from pipelines.errors import LoraInvalid
 from pipelines.lora.arithmetic import load_tensors
-from pipelines.lora.file import LoraFile
+from pipelines.lora.file import FILES_KEPT, LoraFile
 from pipelines.lora.layers import BIAS_PARTS, Layer, read
 
-_KEPT = 1000
-"""Files whose values are not read again."""
 
-
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=FILES_KEPT)
 def zero_keys(file: LoraFile) -> frozenset[str]:
     """The keys whose tensors are all 0. Raises LoraInvalid for values that are used and are not finite numbers."""
     tensors, zeros = load_tensors(file), set()

@@ -19,7 +19,7 @@ import {
 } from "./api.js";
 import { Comparison } from "./comparison.js";
 import { copyAs } from "./copy.js";
-import { h, prose, s, say, sentence } from "./dom.js";
+import { h, prose, refill, s, say, sentence } from "./dom.js";
 import { Form } from "./form.js";
 import { Planner } from "./planner.js";
 import { inAWord, spoken } from "./progress.js";
@@ -46,7 +46,7 @@ class App {
       reuse: (job, item) => this.#reuse(job, item),
       sample: (file, place) => this.#compare(file, place),
       correct: (job) => this.#correct(job),
-      sweep: (number) => this.#showSweep(number),
+      sweep: (job) => (this.#showSweep(job.sweep), this.view.focus(job.cell)),
     }, Boolean(config.example));
     this.strip = new Strip(byId("strip"), {
       open: (job, item) => (this.#show(job, item), this.#toStage()),
@@ -63,8 +63,10 @@ class App {
       event.preventDefault();
       this.#run();
     });
+    byId("request").addEventListener("input", () => (this.sentFrom = undefined)); // who types on keeps the focus
     byId("vary").addEventListener("click", () => this.#run(4));
     byId("sweep").addEventListener("click", () => this.#plan());
+    byId("stage").addEventListener("keydown", (event) => event.key === "Escape" && !event.defaultPrevented && this.#back());
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -100,13 +102,11 @@ class App {
       const request = this.form.next(copies);
       const { problems } = await check(request);
       this.form.showProblems(problems);
-      if (problems.length) {
-        say(`Not sent: ${problems.length === 1 ? "one problem" : `${problems.length} problems`} to correct`);
-        return;
-      }
+      if (problems.length) return;
       const sample = this.form.training.ownSample(request);
       const job = await startJob(request);
       if (sample) this.samples.set(job.number, sample);
+      this.sentFrom = document.activeElement;
       this.#take(job);
       this.#show(job);
       this.#toStage();
@@ -151,8 +151,16 @@ class App {
     this.#title();
     if (this.shown === job.number) {
       this.stage.show(job);
-      if (isOpen(job)) say(spoken(job));
+      if (isOpen(job)) this.#tell(job);
     }
+  }
+
+  /** Announce the progress of a run where it has changed. Until then, what else was announced stays. */
+  #tell(job) {
+    const text = spoken(job);
+    const now = `${job.number} ${text}`;
+    if (now !== this.told) say(text);
+    this.told = now;
   }
 
   /** The tab's title tells how far the newest open run is, or else the newest open sweep. */
@@ -177,15 +185,15 @@ class App {
     const text = { done: `Run ${job.number} is ready`, failed: `Run ${job.number} failed`, cancelled: "Cancelled" }[job.status];
     say(text);
     this.#notify(text);
-    if (job.status === "failed" && this.shown === job.number) this.#correct(job);
+    if (job.status === "failed" && this.shown === job.number) this.#correct(job, { focus: document.activeElement === this.sentFrom });
     this.worker.look(); // what it serves may be known only now; the form then takes that model
     const sample = job.status === "done" && this.shown === job.number && this.samples.get(job.number);
     if (sample) await this.#compare(sample, placeOf(itemsOf(job)[0]));
   }
 
-  /** Show the worker's problems at the fields of the form. */
-  #correct(job) {
-    this.form.showProblems(job.problems);
+  /** Show the worker's problems at the fields of the form. Without `focus`, the focus stays where it is. */
+  #correct(job, { focus = true } = {}) {
+    this.form.showProblems(job.problems, { focus });
   }
 
   #show(job, item) {
@@ -208,6 +216,16 @@ class App {
     this.shown = undefined;
     this.strip.mark(undefined, undefined, sweep);
     this.view = make(byId("screen"), byId("facts"));
+  }
+
+  /** Escape: from a plan or a comparison to what was shown before it, and from a cell's run to its sweep. */
+  #back() {
+    const { sweep, cell } = this.jobs.get(this.shown) ?? {};
+    if (this.view?.back) this.view.back();
+    else if (sweep) {
+      this.#showSweep(sweep);
+      this.view.focus(cell);
+    }
   }
 
   /** Scroll to the stage in the one-column layout, where the form fills the screen. */
@@ -397,7 +415,7 @@ class App {
   #showTrouble(error, again) {
     if (!(error instanceof ApiError)) throw error;
     this.stage.showTrouble(error.message, error.again ? again : null);
-    this.#toStage();
+    if (again) this.#toStage(); // not at every try of a poll
   }
 
   async #copy(button) {
@@ -443,19 +461,20 @@ function themes(button) {
   });
 }
 
+let app;
+
 async function start() {
-  themes(byId("theme"));
-  byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   try {
-    const config = await getConfig();
-    const app = new App(config);
+    app ??= new App(await getConfig());
     await Promise.all([app.worker.follow(), app.restore()]);
     document.body.dataset.ready = "";
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     const retry = h("button", { type: "button", onclick: start }, "Try again");
-    byId("screen").replaceChildren(h("div", { class: "trouble", role: "alert" }, h("p", {}, error.message), retry));
+    refill(byId("screen"), h("div", { class: "trouble", role: "alert" }, h("p", {}, prose(sentence(error.message))), retry));
   }
 }
 
+themes(byId("theme"));
+byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
 start();

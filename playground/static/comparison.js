@@ -16,7 +16,7 @@ export class Comparison {
   async open(a, b) {
     this.screen.className = "blank";
     refill(this.screen, h("div", { class: "lead", role: "status" }, h("p", { class: "big" }, "Comparing …")));
-    this.facts.replaceChildren();
+    refill(this.facts);
     try {
       this.found = await compare(a, b);
     } catch (error) {
@@ -31,6 +31,7 @@ export class Comparison {
     this.closed = true;
     this.film?.close();
     this.curve?.close();
+    if (document.activeElement === this.facts) this.facts.closest("[tabindex='-1']").focus();
     this.facts.removeAttribute("tabindex");
   }
 

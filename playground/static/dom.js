@@ -53,6 +53,20 @@ export function swap(before, now) {
   if (had) now.querySelector("button")?.focus();
 }
 
+/** Make a change that can hide or remove what has the focus in `element`. The control that `next` returns has it then. */
+export function keepFocus(element, change, next) {
+  const before = document.activeElement;
+  const had = element.contains(before);
+  change();
+  if (had && (!element.contains(before) || before.disabled || !before.checkVisibility())) next().focus();
+}
+
+/** Replace the content of a live region if its text is another one, so that screen readers announce it once. */
+export function tell(element, ...children) {
+  const now = h("div", {}, ...children);
+  if (now.textContent !== element.textContent) element.replaceChildren(...now.childNodes);
+}
+
 export function seconds(value) {
   if (value < 10) return `${Number(value.toFixed(1))} s`;
   if (value < 60) return `${Math.round(value)} s`;
@@ -65,10 +79,17 @@ export function twoPresses(text, again, act) {
   const ask = () => {
     button.dataset.sure = "";
     button.textContent = again;
+    say(`${again}? Press again, or Escape`);
   };
-  button.addEventListener("blur", () => {
+  const forget = () => {
     delete button.dataset.sure;
     button.textContent = text;
+  };
+  button.addEventListener("blur", forget);
+  button.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !("sure" in button.dataset)) return;
+    event.preventDefault(); // no step back as well
+    forget();
   });
   return button;
 }

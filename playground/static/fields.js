@@ -1,6 +1,6 @@
 // One field of the form: a label, a control chosen by its JSON Schema, and a place for errors.
 
-import { h, prose } from "./dom.js";
+import { h, keepFocus, prose } from "./dom.js";
 
 let count = 0;
 
@@ -277,8 +277,11 @@ export class ImageField extends Described {
     this.data = data;
     this.text.textContent = text;
     this.choose.textContent = choose;
-    for (const element of [this.picture, this.remove]) element.hidden = !data;
-    this.control.hidden = Boolean(data);
+    const show = () => {
+      for (const element of [this.picture, this.remove]) element.hidden = !data;
+      this.control.hidden = Boolean(data);
+    };
+    keepFocus(this.node, show, () => this.choose);
     this.showError([]);
     this.node.dispatchEvent(new Event("input", { bubbles: true }));
   }

@@ -1,7 +1,7 @@
 // The form: the fields of the JSON Schema, arranged for the chosen model. It does not know about jobs.
 
 import { check, toJson } from "./api.js";
-import { h, prose, say } from "./dom.js";
+import { h, keepFocus, prose, say } from "./dom.js";
 import { Choice, Field, Group, ImageField, takesDrops } from "./fields.js";
 import { Loras } from "./loras.js";
 import { Training, droppedFolder } from "./training.js";
@@ -129,10 +129,13 @@ export class Form {
 
   /** The worker serves the model with this id, and no other: choose it. */
   serve(id) {
-    this.served = id;
-    this.modelField.value = id;
-    this.#applyModel();
-    this.showProblems([], { focus: false });
+    const take = () => {
+      this.served = id;
+      this.modelField.value = id;
+      this.#applyModel();
+      this.showProblems([], { focus: false });
+    };
+    keepFocus(this.root, take, () => this.request.find(({ name }) => name === "match").control);
     this.#changed();
   }
 
@@ -303,12 +306,15 @@ export class Form {
   write(request) {
     this.modelField.value = request.model;
     for (const field of this.request) field.value = request[field.name];
-    this.prompts = [];
-    for (const list of [this.promptList, this.morePrompts]) list.replaceChildren();
-    for (const prompt of request.prompts ?? [{}]) this.#addPrompt(prompt);
-    this.#applyModel();
-    this.loras.write(request);
-    this.showProblems([], { focus: false });
+    const fill = () => {
+      this.prompts = [];
+      for (const list of [this.promptList, this.morePrompts]) list.replaceChildren();
+      for (const prompt of request.prompts ?? [{}]) this.#addPrompt(prompt);
+      this.#applyModel();
+      this.loras.write(request);
+      this.showProblems([], { focus: false });
+    };
+    keepFocus(this.root, fill, () => this.prompts[0].fields.prompt.control);
     this.#changed();
   }
 
@@ -323,7 +329,7 @@ export class Form {
       if (field) at.set(field, [...(at.get(field) ?? []), problem.text]);
     }
     for (const [field, texts] of at) field.showError(texts);
-    this.#summarise(problems, places);
+    keepFocus(this.summary, () => this.#summarise(problems, places), () => this.prompts[0].fields.prompt.control);
     const first = [...places.values()].sort(inOrder).find((field) => at.has(field));
     if (!focus || !problems.length) return;
     if (first) first.focus();
@@ -378,7 +384,7 @@ export class Form {
   /** Ask how the training ran only where it matters, or has been said. */
   #showTraining() {
     const { match, trained_with: training } = Object.fromEntries(this.request.map((field) => [field.name, field]));
-    training.shown = match.value === "preview" || training.value !== undefined;
+    training.shown = match.value === "preview" || training.value !== undefined || training.node.contains(document.activeElement);
   }
 
   /** Say beside "More" how many of its fields have been set, so that none works unseen. */

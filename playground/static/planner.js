@@ -1,7 +1,7 @@
 // Plans a sweep: its LoRAs, scales and seeds beside the form, and the table of what would be made. The server decides the cells.
 
 import { ApiError, planSweep } from "./api.js";
-import { h, prose, refill, seconds, sentence } from "./dom.js";
+import { h, prose, refill, seconds, sentence, tell } from "./dom.js";
 import { tableOf } from "./table.js";
 
 const MOST_STEPS = 8; // of a training are chosen at first
@@ -11,7 +11,7 @@ const NAMES = { loras: "LoRAs", scales: "Scales", seeds: "Seeds" };
 export class Planner {
   /** `actions`: `start` a sweep, and `close`. `files`: the LoRAs that the worker has, if they are known. */
   constructor(screen, facts, form, files, actions) {
-    Object.assign(this, { screen, form, files, actions, errors: {} });
+    Object.assign(this, { screen, form, files, actions, back: actions.close, errors: {} });
     const { request } = form.read();
     this.checkpoints = form.training.checkpoints;
     this.inputs = {
@@ -30,7 +30,7 @@ export class Planner {
     this.preview = h("div", { class: "preview" });
     this.button = h("button", { type: "button", class: "primary", onclick: () => this.start() }, "Start");
     screen.className = "sweep planner";
-    facts.replaceChildren();
+    refill(facts);
     refill(
       screen,
       h("div", { class: "section-head" }, h("h2", { tabindex: "-1" }, "Plan a sweep"), h("button", { type: "button", class: "quiet", onclick: () => actions.close() }, "Close")),
@@ -62,7 +62,7 @@ export class Planner {
   #field(name, text) {
     const input = this.inputs[name];
     const note = h("p", { class: "soft note", id: `sweep-${name}-note` }, prose(text));
-    const error = (this.errors[name] = h("p", { class: "error", id: `sweep-${name}-error`, hidden: true }));
+    const error = (this.errors[name] = h("p", { class: "error", id: `sweep-${name}-error`, role: "status", hidden: true }));
     if (input.localName === "div") {
       input.setAttribute("aria-labelledby", `sweep-${name}-label`);
       return h("div", { class: "field" }, h("span", { class: "label", id: `sweep-${name}-label` }, NAMES[name]), input, note, error);
@@ -122,7 +122,7 @@ export class Planner {
     const several = plan.count > 1;
     this.button.ariaDisabled = several ? null : "true";
     this.button.textContent = several ? `Make ${plan.count} videos` : "Make the videos";
-    this.says.replaceChildren(...(several ? prose(howLong(plan)) : [plan.problems.length ? "" : "Name two LoRAs, scales or seeds."]));
+    tell(this.says, several ? prose(howLong(plan)) : plan.problems.length ? "" : "Name two LoRAs, scales or seeds.");
     this.preview.replaceChildren(...(several ? [tableOf(plan, () => h("div", { class: "cell" }))] : []));
   }
 
@@ -132,12 +132,12 @@ export class Planner {
     for (const [name, error] of Object.entries(this.errors)) {
       const texts = problems.filter((problem) => axisOf(problem) === name).map(({ text }) => sentence(text));
       error.hidden = !texts.length;
-      error.replaceChildren(...prose(texts.join(" ")));
+      tell(error, prose(texts.join(" ")));
       if (this.inputs[name].localName !== "div") this.inputs[name].ariaInvalid = texts.length ? "true" : null;
     }
     const rest = problems.filter((problem) => !axisOf(problem));
     const item = ({ field, text }) => h("li", {}, field ? h("code", {}, field) : "", field ? " " : "", prose(field ? text : sentence(text)));
-    this.problems.replaceChildren(rest.length ? h("div", { class: "summary" }, h("ul", {}, rest.map(item))) : "");
+    tell(this.problems, rest.length ? h("div", { class: "summary" }, h("ul", {}, rest.map(item))) : "");
   }
 
   start() {

@@ -40,11 +40,13 @@ export class Stage {
   /** The screen shows something else now; the next `show` draws everything. */
   leave() {
     this.state = undefined;
-    this.banner = undefined;
+    this.banner = this.trouble = undefined;
   }
 
   showTrouble(text, again) {
+    if (this.trouble === text && !again) return; // it is announced once, not at every try
     this.hideTrouble();
+    this.trouble = text;
     const retry = again && h("button", { type: "button", onclick: () => (this.hideTrouble(), again()) }, "Try again");
     this.banner = h("div", { class: "trouble", role: "alert" }, h("p", {}, prose(sentence(text))), retry);
     this.screen.prepend(this.banner);
@@ -53,14 +55,14 @@ export class Stage {
   hideTrouble() {
     if (this.banner?.contains(document.activeElement)) this.screen.parentElement.focus();
     this.banner?.remove();
-    this.banner = undefined;
+    this.banner = this.trouble = undefined;
   }
 
   #fill(kind, ...children) {
     this.screen.className = kind;
     refill(this.screen, ...children);
     this.facts.clear();
-    this.banner = undefined;
+    this.banner = this.trouble = undefined;
   }
 
   #empty(ready) {
@@ -131,6 +133,7 @@ export class Stage {
   #done(job, item) {
     if (!item) {
       this.#fill("blank", h("div", { class: "lead" }, h("p", { class: "big" }, "The result has no files.")));
+      this.facts.show(job);
       return;
     }
     const what = outputName(job, item);
@@ -187,7 +190,7 @@ export class Stage {
 
   /** The way back, from a run that is a cell of a sweep. */
   #toSweep(job) {
-    return job.sweep ? h("button", { type: "button", onclick: () => this.actions.sweep(job.sweep) }, `Back to sweep ${job.sweep}`) : "";
+    return job.sweep ? h("button", { type: "button", onclick: () => this.actions.sweep(job) }, `Back to sweep ${job.sweep}`) : "";
   }
 
   /** Nothing is shown any more. */

@@ -117,10 +117,11 @@ export class Strip {
     return h("li", {}, open, this.picks.box(name, placeOf(item)));
   }
 
-  /** What tells this run from the one before it; of several videos of one run, their seeds. */
+  /** What tells this run from the one before it; of several videos of one run, their prompts and seeds. */
   #whatChanged(job, item) {
     const before = [...this.requests.keys()].filter((number) => number < job.number).sort((one, other) => other - one)[0];
     const several = itemsOf(job).length > 1;
+    if (job.request.prompts.length > 1) return `prompt ${item.prompt_index + 1}${item.video_index === undefined ? "" : `, seed ${item.seed}`}`;
     const rest = ({ draft, ...request }) => request; // the tile says by itself whether it is a draft
     const changes = before && !several ? changesBetween(rest(this.requests.get(before)), rest(job.request)) : "";
     return changes || `seed ${item.seed}`;

@@ -1,7 +1,7 @@
 // A sweep on the screen: its cells play in step, and fill as they finish. All are cut from one video; see film.js.
 
 import { ApiError, gridOf } from "./api.js";
-import { h, prose, refill, seconds, sentence, twoPresses } from "./dom.js";
+import { h, prose, refill, seconds, sentence, tell, twoPresses } from "./dom.js";
 import { Film, playButton } from "./film.js";
 import { Picks } from "./picks.js";
 import { inAWord } from "./progress.js";
@@ -40,7 +40,7 @@ export class SweepView {
     if (width && height) this.table.style.setProperty("--shape", `${width} / ${height}`);
     this.table.addEventListener("keydown", (event) => this.#move(event));
     screen.className = "sweep";
-    facts.replaceChildren();
+    refill(facts);
     refill(screen, h("div", { class: "sweep-head" }, h("h2", {}, `Sweep ${sweep.number}`), h("p", { class: "soft one-line", title: sweep.title }, sweep.title), this.standing, this.progress), this.trouble, this.table, this.player, h("div", { class: "sweep-foot" }, this.picks.hint, this.tools));
     this.update(sweep);
   }
@@ -59,8 +59,9 @@ export class SweepView {
     this.progress.value = cells.length - count(cells, ...OPEN);
     this.progress.hidden = !sweep.is_open;
     this.picks.hint.hidden = count(cells, "done") < 2;
-    this.trouble.hidden = !sweep.trouble;
-    this.trouble.replaceChildren(h("p", {}, prose(sentence(sweep.trouble)), " The sweep goes on when a worker answers."));
+    const trouble = sweep.trouble || cells.map((cell) => cell.trouble).find(Boolean);
+    this.trouble.hidden = !trouble;
+    tell(this.trouble, trouble ? h("p", {}, prose(sentence(trouble)), " The sweep goes on when a worker answers.") : "");
     for (const cell of cells) this.#fill(cell);
     this.#fillTools(cells);
     this.#drawGrid(cells);
@@ -98,10 +99,15 @@ export class SweepView {
     const before = this.shown.get(cell.place);
     if (before?.state === state) return;
     const node = this.screen.querySelector(`[data-place="${cell.place}"]`);
-    const now = { state };
-    this.shown.set(cell.place, now);
     node.dataset.status = cell.status;
-    const make = { done: () => this.#done(cell, now), failed: () => this.#failed(cell), cancelled: () => this.#cancelled(cell) }[cell.status] ?? (() => this.#open(cell));
+    if (before?.button && before.job === cell.job && OPEN.includes(cell.status)) {
+      before.state = state;
+      this.#goesOn(cell, before); // the button stays, with the focus and what was pressed
+      return;
+    }
+    const now = { state, job: cell.job };
+    this.shown.set(cell.place, now);
+    const make = { done: () => this.#done(cell, now), failed: () => this.#failed(cell), cancelled: () => this.#cancelled(cell) }[cell.status] ?? (() => this.#open(cell, now));
     const had = node.contains(document.activeElement);
     refill(node, make());
     if (had) node.querySelector("button")?.focus();
@@ -116,12 +122,20 @@ export class SweepView {
     return [open, this.picks.box(cell.title, cell.file.replace("/files/", ""))];
   }
 
-  #open(cell) {
-    const job = { ...cell, number: cell.job };
-    const word = cell.status === "waiting" ? "Waiting" : cell.status === "queued" ? "Queued" : inAWord(job);
-    const text = h("span", { class: word.endsWith("%") ? "big" : "soft" }, word);
-    if (!cell.job) return h("span", { class: "state" }, text);
-    return h("button", { type: "button", class: "state", "aria-label": `Open ${cell.title}: ${word}`, onclick: () => this.actions.open(cell) }, text);
+  #open(cell, now) {
+    if (!cell.job) return h("span", { class: "state soft" }, "Waiting");
+    now.word = h("span");
+    now.button = h("button", { type: "button", class: "state", onclick: () => this.actions.open(cell) }, now.word);
+    this.#goesOn(cell, now);
+    return now.button;
+  }
+
+  #goesOn(cell, { word, button }) {
+    word.textContent = cell.status === "queued" ? "Queued" : inAWord({ ...cell, number: cell.job });
+    const isPercent = word.textContent.endsWith("%");
+    word.className = isPercent ? "big" : "soft";
+    // Without the percentage, which a screen reader would read out at each step.
+    button.ariaLabel = `Open ${cell.title}: ${isPercent ? "Denoising" : word.textContent}`;
   }
 
   #failed(cell) {
@@ -140,6 +154,11 @@ export class SweepView {
 
   #again(cell, text = "Make again") {
     return h("button", { type: "button", class: "link", "aria-label": `${text}: ${cell.title}`, onclick: () => this.actions.again(cell.place) }, text);
+  }
+
+  /** Put the focus on the cell with this place, or on the screen if it has nothing to open. */
+  focus(place) {
+    (this.screen.querySelector(`[data-place="${place}"] button`) ?? this.screen.closest("[tabindex='-1']")).focus();
   }
 
   /** Arrow keys go from cell to cell. */

@@ -1,7 +1,7 @@
 // A training's folder, dropped or chosen: the form takes its samples, and the trainer's own videos wait to be compared.
 
 import { ApiError, readTraining } from "./api.js";
-import { h, prose, say, sentence } from "./dom.js";
+import { h, keepFocus, prose, say, sentence } from "./dom.js";
 
 const CONFIGS = ["config.yaml", "config.yml", ".job_config.json", "config.json"];
 const MAX_IMAGES = 64 * 1024 ** 2; // bytes of control images
@@ -17,19 +17,22 @@ export class Training {
 
   #offer(error) {
     this.root.className = "training";
-    this.root.replaceChildren(
-      this.input,
-      h("button", { type: "button", class: "choose", onclick: () => this.input.click() }, "Open a training folder"),
-      h("p", { class: "soft", title: "config.yaml, the LoRAs and samples, as ai\u2011toolkit leaves them" }, "or drop it; it stays local"),
-      error ? h("p", { class: "error", role: "alert" }, prose(sentence(error))) : "",
-    );
+    const choose = h("button", { type: "button", class: "choose", onclick: () => this.input.click() }, "Open a training folder");
+    this.hint = h("p", { class: "soft", title: "config.yaml, the LoRAs and samples, as ai\u2011toolkit leaves them" }, "or drop it; it stays local");
+    this.#fillRoot(choose, [this.input, choose, this.hint, error ? h("p", { class: "error", role: "alert" }, prose(sentence(error))) : ""]);
+  }
+
+  /** If the focus was in the section, `next` gets it. */
+  #fillRoot(next, nodes) {
+    keepFocus(this.root, () => this.root.replaceChildren(...nodes), () => next);
   }
 
   /** `files`: [path in the folder, File]. */
   async take(files) {
     const config = CONFIGS.map((name) => files.find(([path]) => path === name)).find(Boolean);
     if (!config) return this.#offer("this folder has no config.yaml; choose the folder that ai-toolkit wrote, usually output/NAME");
-    this.root.replaceChildren(h("p", { class: "soft", role: "status" }, "Reading the folder …"));
+    this.hint.textContent = "Reading the folder …";
+    say(this.hint.textContent);
     this.files = new Map(files);
     try {
       const text = await config[1].text();
@@ -54,7 +57,7 @@ export class Training {
     for (const control of [this.step, this.sample]) control.addEventListener("input", () => this.#fill());
     this.own = h("p", { class: "readout" });
     this.root.className = "training found";
-    this.root.replaceChildren(
+    this.#fillRoot(this.step, [
       this.input,
       h("div", { class: "section-head" }, h("h2", {}, found.name), h("button", { type: "button", class: "quiet", onclick: () => this.#close() }, "Close")),
       h("p", { class: "readout" }, sentence(`${found.trigger_word ? `trigger word ${found.trigger_word}, ` : ""}trained ${found.how_trained}`)),
@@ -62,14 +65,13 @@ export class Training {
       h("div", { class: "field" }, h("label", { for: "training-sample" }, "Sample"), this.sample),
       this.own,
       found.warnings.length ? h("details", { class: "fold" }, h("summary", {}, found.warnings.length === 1 ? "One note" : `${found.warnings.length} notes`), h("ul", { class: "warnings" }, found.warnings.map((text) => h("li", {}, prose(sentence(text)))))) : "",
-    );
+    ]);
   }
 
   #close() {
     this.found = undefined;
     this.input.value = "";
     this.#offer();
-    this.root.querySelector("button").focus();
   }
 
   /** Fill the form with the chosen sample, from the LoRA of the chosen step. */

@@ -19,7 +19,7 @@ export class WorkerLine {
 
   async follow() {
     await this.look();
-    setInterval(() => document.hidden || this.look(), this.pause);
+    this.interval ??= setInterval(() => document.hidden || this.look(), this.pause);
   }
 
   /** Ask for the worker's state now. */

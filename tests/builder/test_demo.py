@@ -23,8 +23,8 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.lora.file import LoraFile
 from tests.conftest import REAL_TOOLKIT, STAND_IN
 from tests.worker_process import environment, local_api
-from tools.cli import DIFFERS, FITS
-from tools.compare import main as compare
+from tools.compare import as_json, compare
+from tools.frames import read_clip
 from worker.parse import parse
 
 
@@ -188,9 +188,14 @@ def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_the_film_of_
         assert client(["from-training", str(trained), *options]) == 0
         output = api.run(run.job_of(model_id)["input"] | {"draft": trained == STRIPED_SAIL})["output"]
     [made] = json.loads(capsys.readouterr().out)["files"]
-    assert compare([made["sample"], made["path"]]) == FITS
     folder = read_folder(trained)
-    assert compare([str(trained / folder.samples[folder.checkpoints[0].step or 0, 2]), made["path"]]) == DIFFERS
+    earlier = trained / folder.samples[folder.checkpoints[0].step or 0, 2]
+    own, other = (
+        as_json(compare(read_clip(Path(sample)), read_clip(Path(made["path"])))) for sample in (made["sample"], earlier)
+    )
+    own, other = own["mean_difference"], other["mean_difference"]
+    assert own < 4, "2.1 and 2.8 of 255 were measured, on another kind of CPU than the trainer's, with the noise of WebP"
+    assert other > 2 * own, "the sample of another step"
     [video] = output["outputs"]["videos"]
     seen = judge(run.frames_of(Path(urlsplit(video["url"]).path)))
     assert (seen.object, seen.colour, seen.direction, seen.ground) == ("boat", "red", "left", "sea"), "a draft keeps them"

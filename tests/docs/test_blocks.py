@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     written(folder, "webp", FRAMES, "preview")
     written(folder, "png", FRAMES, "result")
     config(folder, {"prompts": ["a boat"]})
-    for name in ("my_lora", "boat"):
+    (folder / "output/harbour").mkdir(parents=True)
+    for name in ("my_lora", "boat", "output/harbour/harbour_high_noise"):
         (folder / f"{name}.safetensors").write_bytes((tiny / "loras/wan21_1b/rank4.safetensors").read_bytes())
     sides = {
         f"diffusion_model.transformer_{number}.blocks.0.self_attn.q.lora_{half}.weight" for number in (1, 2) for half in "AB"

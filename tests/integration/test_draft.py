@@ -88,7 +88,7 @@ def test_a_draft_says_that_it_is_one_and_how_long_the_full_run_takes(runner: Run
     with av.open(str(file_of(result["outputs"]["videos"][0]))) as video:
         assert json.loads(video.metadata["comment"])["draft"] == settings["draft"]
     warnings = result["warnings"]
-    assert any("prompts[0]: no effect of `neg`, `sample_steps`, `shift`: a draft" in text for text in warnings)
+    assert any("prompts[0]: `neg`, `sample_steps`, `shift` have no effect: a draft" in text for text in warnings)
     assert sum("is not the one that its authors published" in text for text in warnings) == 2
     assert not any("set `match` to preview" in text for text in warnings)
     # 2 videos of 150 steps with guidance have 600 passes, and the drafts had 8.

@@ -155,13 +155,13 @@ def test_a_cancelled_job_has_left_the_gpu_when_its_task_ends(runner: Runner, tin
     async def cancel_and_go_on() -> dict[str, Any]:
         worker = runner()
         task = asyncio.create_task(worker.run(job(tiny, {"width": 256, "height": 256, "num_frames": 33, "sample_steps": 150})))
-        while not worker._gpu.is_held:
+        while not worker._gpu._lock.locked():
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not worker._gpu.is_held
+        assert not worker._gpu._lock.locked()
         return await worker.run(job(tiny, {}))
 
     assert "outputs" in asyncio.run(cancel_and_go_on())
@@ -487,7 +487,7 @@ def test_a_job_that_is_cancelled_while_its_encoder_hangs_leaves_the_gpu(
         assert not is_busy(worker)
         go_on.set()
         await asyncio.wait([task])
-        assert not worker._gpu.is_held
+        assert not worker._gpu._lock.locked()
 
     asyncio.run(cancel())
 
@@ -558,7 +558,7 @@ def test_a_poster_that_no_place_takes_is_a_warning_and_the_next_worker_stores_it
     assert (video["poster"], video["contact_sheet"]) == (None, None)
     for kind, name in (("poster", "0.poster.jpg"), ("contact_sheet", "0.sheet.jpg")):
         assert f"prompts[0]: no {kind}: no place for `{asked['id']}/{name}`{KEPT}" in result["warnings"]
-    Recovery(tmp_path / "recovery").upload_all(LocalFolder(tmp_path))
+    Recovery(tmp_path / "recovery", 10**9).upload_all(LocalFolder(tmp_path))
     assert Image.open(tmp_path / asked["id"] / "0.sheet.jpg").size == (132, 132)
     assert list((tmp_path / "recovery").iterdir()) == []
 

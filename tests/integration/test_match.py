@@ -199,8 +199,8 @@ def test_default_match_changes_the_default(tiny: Path, lora_dir: Path, tmp_path:
 @pytest.mark.parametrize(
     ("dtype", "says"),
     [
-        ("bf16", ["as bf16 differs from float32; a worker with DTYPE=bfloat16 does the same"]),
-        ("fp16", ["by 0.2 to 0.4 of 255 on average"]),
+        ("bf16", ["as bf16 differs from float32; use a worker with DTYPE=bfloat16"]),
+        ("fp16", ["by 0.2 to 1.0 of 255 on average"]),
         ("fp32", []),
         (None, []),
     ],

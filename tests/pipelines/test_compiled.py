@@ -178,5 +178,5 @@ def test_without_a_compiler_the_start_says_so(tiny: Path, tmp_path: Path, monkey
 def test_a_transformer_that_is_streamed_is_not_compiled(tiny: Path) -> None:
     model = load_pipeline("wan21_1b", tiny, "cpu")
     model.facts["offload_mode"] = "group"
-    with pytest.raises(DeviceUnavailable, match="COMPILE=1 does not go with OFFLOAD_MODE=group"):
+    with pytest.raises(DeviceUnavailable, match="COMPILE=1 does not work with OFFLOAD_MODE=group"):
         model.compile_blocks()

@@ -100,7 +100,7 @@ def test_several_gpus_share_the_main_memory(one_billion: Checkpoints, sizes: dic
     enough = 4 * (BYTES_OF_THE_PROCESS + sizes["text_encoder"])
     needed = bytes_by_mode(one_billion, 2)
     assert mode_of_sizes("auto", one_billion.spec, needed, free, enough, processes=4) == "text_encoder"
-    with pytest.raises(DeviceUnavailable, match=r"has 6.0 GB for each of 4 GPUs, .*set GPUS to fewer"):
+    with pytest.raises(DeviceUnavailable, match=r"has 6.0 GB for each of 4 GPUs: .*set GPUS to fewer"):
         mode_of_sizes("auto", one_billion.spec, needed, free, enough - 1, processes=4)
 
 

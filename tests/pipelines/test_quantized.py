@@ -311,7 +311,7 @@ def test_codes_take_the_memory_that_the_table_says(tiny: Path) -> None:
 def test_a_lora_that_would_change_a_coded_weight_is_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     coded = load_pipeline("wan21_1b", tiny, "cpu", dtype=BF16, quantize="qfloat8")
     save_file(lora_zoo.merged()[name][0], tmp_path / "lora.safetensors")
-    with pytest.raises(LoraIncompatible, match="which cannot be applied with QUANTIZE; use a worker without it"):
+    with pytest.raises(LoraIncompatible, match="which cannot be applied with QUANTIZE; use a worker without QUANTIZE"):
         coded.loras.check(Adapter(LoraFile.read(tmp_path / "lora.safetensors")))
 
 

@@ -267,6 +267,16 @@ def test_a_sample_of_the_trainer_is_dropped_on_a_video(page: Page, playground: S
     page.get_by_text("notes.txt: neither a video nor an image").wait_for()
 
 
+def focused(page: Page) -> str:
+    """The name, text or id of the element with the focus; empty where it was lost."""
+    found = page.evaluate("""() => {
+        const element = document.activeElement;
+        if (element === document.body) return "";
+        return element.name || element.id || element.getAttribute("aria-label") || element.innerText;
+    }""")
+    return str(found)
+
+
 def drop(page: Page, selector: str, file: Path, kind: str) -> None:
     """Drop a file, as from the file manager."""
     code = """([bytes, name, type]) => {
@@ -294,8 +304,14 @@ def test_every_problem_is_shown_at_its_field_and_the_first_has_the_focus(page: P
     assert page.locator("#tiles li").count() == runs, "nothing was sent"
     field(page, "width").fill("96")
     assert field(page, "width").get_attribute("aria-invalid") is None
-    page.get_by_role("button", name="prompts[0].seed").click()
-    assert page.evaluate("document.activeElement.name") == "seed"
+    problem = page.get_by_role("button", name="prompts[0].seed")
+    problem.click()
+    assert focused(page) == "seed"
+    problem.focus()
+    field(page, "seed").evaluate("field => (field.value = 1)")
+    page.keyboard.press("Control+Enter")
+    problem.wait_for(state="detached")
+    assert focused(page) == "prompt", "the summary is gone"
 
 
 def test_problems_that_only_the_worker_finds_are_shown_at_the_fields_too(page: Page) -> None:
@@ -332,8 +348,9 @@ def test_the_form_takes_the_model_of_an_endpoint_when_an_answer_tells_it(
         assert (field(page, "model").input_value(), field(page, "model").is_disabled()) == ("wan22_14b_t2v", True)
         page.get_by_role("button", name="Correct the request").click()
         assert field(page, "model").input_value() == "wan21_1b"
-        page.get_by_role("button", name="Use wan22_14b_t2v").click()
+        page.get_by_role("button", name="Use wan22_14b_t2v").press("Enter")
         assert field(page, "model").input_value() == "wan22_14b_t2v"
+        assert focused(page) == "match", "the button is gone, and the model cannot be changed now"
 
 
 def test_the_model_is_that_of_the_worker_and_cannot_be_changed(page: Page, playground: Server) -> None:
@@ -425,8 +442,8 @@ def test_the_form_takes_the_shape_of_the_model(free: Page, tmp_path: Path) -> No
     drop(page, ".field.image .zone", picture, "image/png")
     page.wait_for_selector(".zone img[src^='data:image/png']")
     assert json.loads(copied(page, "JSON"))["input"]["prompts"][0]["ctrl_img"].startswith("data:image/png;base64,")
-    page.get_by_role("button", name="Remove the first image").click()
-    assert field(page, "ctrl_img").input_value() == ""
+    page.get_by_role("button", name="Remove the first image").press("Enter")
+    assert (field(page, "ctrl_img").input_value(), focused(page)) == ("", "Choose an image")
     page.evaluate(
         """bytes => {
             const clipboardData = new DataTransfer();
@@ -485,6 +502,8 @@ def test_several_prompts_give_several_posters(page: Page) -> None:
     before = page.locator("#tiles .pick").count()
     run(page)
     assert page.locator("#tiles .pick").count() == before + 2
+    captions = page.locator("#tiles .caption").all_inner_texts()[-2:]
+    assert [caption[-8:] for caption in captions] == ["prompt 1", "prompt 2"], "their seeds may be the same"
     page.locator("#tiles .open").last.click()
     assert "another boat" in page.locator("#facts .said").inner_text()
     second.get_by_role("button", name="Remove prompt 2").click()
@@ -675,8 +694,11 @@ def test_a_tile_says_what_changed_and_a_run_can_be_deleted(page: Page) -> None:
     run(page, sample_steps="3")
     assert "steps 3" in page.locator("#tiles .caption").last.inner_text()
     count = page.locator("#tiles li").count()
-    page.get_by_role("button", name="Delete").click()
-    page.get_by_role("button", name="Really delete").click()
+    page.get_by_role("button", name="Delete").press("Enter")
+    assert page.get_by_role("status").inner_text() == "Really delete? Press again, or Escape"
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Delete", exact=True).press("Enter")
+    page.keyboard.press("Enter")
     page.wait_for_function("count => document.querySelectorAll('#tiles li').length === count", arg=count - 1)
     page.wait_for_selector("#facts h2")
 
@@ -718,11 +740,18 @@ def test_a_trainings_folder_fills_the_form_and_its_sample_is_compared(
     (folder / "config.yaml").write_text(json.dumps({"config": {"name": "wan22_14b_t2v", "process": [process]}}))
     frames = read_clip(media(page, playground, tmp_path)).frames
     encode([frames], folder / "samples/1764000000__000000020_0.webp", VIDEO["webp"], 5, len(frames))
+    page.get_by_role("button", name="Open a training folder").focus()
+    page.locator(".training input[type=file]").set_input_files(folder / "samples")
+    page.locator(".training .error", has_text="has no config.yaml").wait_for()
+    assert focused(page) == "Open a training folder"
     page.locator(".training input[type=file]").set_input_files(folder)
     page.locator(".training.found", has_text="Trigger word sks").wait_for()
+    assert focused(page) == "training-step"
     assert (field(page, "match").input_value(), field(page, "prompt").input_value()) == ("preview", "sks a boat")
+    page.get_by_role("tab", name="JSON").focus()
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".comparison .curve .dot")
+    assert focused(page) == "stage", "the tabs are gone"
     assert page.locator("figcaption").first.inner_text() == "1764000000__000000020_0.webp"
     divider = page.get_by_label("Divider")
     divider.focus()
@@ -766,13 +795,20 @@ def test_a_sweep_plays_in_step_and_its_best_cell_fills_the_form(page: Page, play
     page.locator("#facts", has_text="seed 8, scale 1").wait_for()
     page.get_by_role("button", name="Use its settings").click()
     assert (field(page, "seed").input_value(), field(page, "network_multiplier").input_value()) == ("8", "1")
-    page.get_by_role("button", name="Back to sweep 1").click()
+    page.get_by_role("button", name="Back to sweep 1").press("Enter")
+    assert focused(page) == "Open seed 8, scale 1", "the cell that was opened"
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Back to sweep 1").focus()
+    page.keyboard.press("Escape")
+    assert focused(page) == "Open seed 8, scale 1"
     page.set_viewport_size({"width": 360, "height": 740})
     page.get_by_label("Compare seed 8, scale 0").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     for name in ("seed 7, scale 0", "seed 8, scale 1"):
         page.get_by_label(f"Compare {name}").press("Space")
-    page.get_by_role("button", name="Back to the sweep").click()
+    page.get_by_role("button", name="Back to the sweep").focus()
+    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="Sweep 1").wait_for()
     drawing: list[Route] = []
     page.route("**/grid", lambda route: drawing.append(route))
     with page.expect_request("**/grid"):
@@ -782,6 +818,99 @@ def test_a_sweep_plays_in_step_and_its_best_cell_fills_the_form(page: Page, play
     page.get_by_role("link", name="Download the grid").wait_for()
     page.get_by_role("button", name="Really delete").click()
     page.locator("[data-sweep]").wait_for(state="detached")
+
+
+def test_a_cell_keeps_its_button_while_its_run_goes_on_and_trouble_is_announced_once(
+    open_page: Open, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    update = {"stage": "denoise", "prompt_index": 0, "prompts": 1, "step": 1, "steps": 4, "percent": 25, "seconds_left": 3.0}
+    cloud.answer = {"status": "IN_PROGRESS", "output": update, "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.get_by_role("button", name="Sweep", exact=True).press("Enter")
+        page.get_by_label("Scales", exact=True).fill("0, 0.4, 0.8, 1.2")
+        page.get_by_label("Seeds").fill("7 8")
+        page.get_by_role("button", name="Make 8 videos").press("Enter")
+        cell = page.locator("button.state", has_text="25%").first
+        cell.focus()
+        page.evaluate("""() => {
+            Object.assign(window, {cell: document.activeElement, announced: 0, moved: 0});
+            document.addEventListener("focusin", () => moved++);
+            new MutationObserver(() => announced++).observe(document.querySelector("#screen .trouble"), {childList: true});
+        }""")
+        cloud.answer["output"] = update | {"step": 2, "percent": 50}
+        page.locator("button.state", has_text="50%").first.wait_for()
+        assert page.evaluate("document.activeElement === cell && !moved")
+        cloud.status = 503
+        page.locator("#screen .trouble", has_text="The sweep goes on when a worker answers.").wait_for()
+        for _ in range(2):
+            with page.expect_response("**/api/sweeps/1"):
+                pass
+        assert page.evaluate("[document.activeElement === cell, moved, announced]") == [True, 0, 1]
+        page.set_viewport_size({"width": 820, "height": 900})
+        cloud.status, cloud.answer = 200, {"status": "FAILED", "error": "OUT_OF_MEMORY: the GPU's memory is full " * 3}
+        again = page.get_by_role("button", name="Make again").first
+        again.wait_for()
+        inside = "button => button.getBoundingClientRect().bottom <= button.closest('.cell').getBoundingClientRect().bottom"
+        assert again.evaluate(inside), "also of a small cell, the buttons are seen"
+
+
+def test_a_run_that_fails_does_not_take_the_focus_from_who_types_on(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    cloud.answer = {"status": "IN_PROGRESS", "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        field(page, "prompt").focus()
+        page.keyboard.press("Control+Enter")
+        page.locator(".making").wait_for()
+        page.get_by_role("status").filter(has_text="Run 1 is waiting").wait_for()
+        page.get_by_role("button", name="Keep").press("Enter")
+        for _ in range(2):
+            with page.expect_response("**/progress"):
+                pass
+        assert page.get_by_role("status").inner_text() == "Every run draws another seed", "until the progress is another"
+        field(page, "prompt").focus()
+        page.keyboard.type("the next one")
+        cloud.answer["status"], cloud.answer["error"] = "FAILED", "LORA_NOT_FOUND: `loras[0].path`: there is no such file"
+        page.locator(".failed .big").wait_for()
+        page.locator("[name=path][aria-invalid]").wait_for()
+        assert focused(page) == "prompt"
+        page.get_by_role("button", name="Correct the request").press("Enter")
+        assert focused(page) == "path"
+
+
+def test_escape_closes_the_plan_of_a_sweep(free: Page) -> None:
+    free.get_by_role("button", name="Sweep", exact=True).press("Enter")
+    free.get_by_label("Seeds").focus()
+    free.keyboard.press("Escape")
+    free.get_by_text("Your video plays here").wait_for()
+    assert focused(free) == "sweep"
+
+
+def test_without_its_process_the_page_says_so_once_and_goes_on_later(open_page: Open, cloud: FakeCloud, tmp_path: Path) -> None:
+    gone = {"error": "the playground's process does not answer", "again": True}
+    cloud.answer = {"status": "IN_PROGRESS", "workers": {"running": 1}}
+    with serving(Client.local(cloud.base, patience=0), tmp_path, example=EXAMPLE) as server:
+        page = open_page(server)
+        page.keyboard.press("Control+Enter")
+        page.locator(".making").wait_for()
+        page.route("**/api/jobs/1/progress", lambda route: route.fulfill(status=502, json=gone))
+        page.locator("#screen .trouble").evaluate("banner => (window.banner = banner)")
+        with page.expect_response("**/api/jobs/1/progress"):
+            pass
+        with page.expect_request("**/api/worker"):  # after the answer was taken
+            pass
+        assert page.locator("#screen .trouble").evaluate("banner => banner === window.banner")
+        page.route("**/api/config", lambda route: route.fulfill(status=502, json=gone))
+        page.reload()
+        retry = page.get_by_role("button", name="Try again")
+        retry.press("Enter")
+        page.unroute("**/api/config")
+        page.unroute("**/api/jobs/1/progress")
+        page.get_by_role("button", name="Try again").press("Enter")
+        page.wait_for_selector("body[data-ready]")
+        assert focused(page) == "stage"
+        page.get_by_role("button", name="Colours: auto").press("Enter")
+        assert page.get_by_role("button", name="Colours: light").count() == 1, "one step at a press, also after a second start"
 
 
 def media(page: Page, playground: Server, folder: Path) -> Path:
@@ -896,3 +1025,22 @@ def test_everything_can_be_reached_with_the_keyboard(page: Page) -> None:
     }
     assert wanted <= reached
     assert page.locator("#run").evaluate("run => { run.focus(); return getComputedStyle(run).outlineStyle }") == "solid"
+
+
+@pytest.mark.parametrize("width", [820, 1440])
+def test_no_edge_cuts_the_outline_of_the_focus_off(page: Page, width: int) -> None:
+    run(page)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.get_by_role("tab", name="JSON").click()
+    cut = """() => [...document.querySelectorAll("#stage :is(button, a, pre)")].filter((element) => {
+        if (element.tabIndex < 0 || !element.checkVisibility()) return false;
+        element.focus({focusVisible: true});
+        const style = getComputedStyle(element);
+        const out = parseFloat(style.outlineWidth) + parseFloat(style.outlineOffset);
+        const [{left, right}, around] = [element, element.closest("#screen, #facts")].map((one) => one.getBoundingClientRect());
+        return left - out < around.left || right + out > around.right;
+    }).map((element) => element.innerText)"""
+    assert page.evaluate(cut) == []
+    page.get_by_role("button", name="Sweep", exact=True).press("Enter")
+    page.get_by_role("button", name="Close").wait_for()
+    assert page.evaluate(cut) == []

@@ -101,7 +101,7 @@ def test_why_a_lora_does_not_fit_is_said_in_the_workers_words(tmp_path, capsys):
     status, facts = report(capsys, str(lora(tmp_path / "a.safetensors", 5120, "wan_2.1")), "--model", "wan21_1b")
     (reason,) = facts["why_not"]
     assert status == 1
-    assert "(5120 inputs, 5120 outputs in the LoRA) has 1536 inputs and 1536 outputs in this model" in reason
+    assert "has 5120 inputs and 5120 outputs in the LoRA, and 1536 and 1536 in this model" in reason
     assert "It looks trained for wan21_14b" in reason
 
 

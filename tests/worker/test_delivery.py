@@ -41,7 +41,7 @@ def short_pauses(monkeypatch):
 
 @pytest.fixture
 def recovery(tmp_path):
-    return Recovery(tmp_path / "recovery")
+    return Recovery(tmp_path / "recovery", 10**9)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_half_written_file_in_recovery_does_not_count(tmp_path, recovery):
 def test_a_recovery_folder_that_takes_nothing_either_leaves_the_plain_error(tmp_path, file):
     (tmp_path / "recovery").write_bytes(b"a file in the way")
     with pytest.raises(WorkerError, match=r"^UPLOAD_FAILED: no place for `job/0.mp4`$"):
-        put(Delivery(Fussy(tmp_path / "out", 9, refused=True), True, Recovery(tmp_path / "recovery"), "job", JOB), file)
+        put(Delivery(Fussy(tmp_path / "out", 9, refused=True), True, Recovery(tmp_path / "recovery", 10**9), "job", JOB), file)
     assert file.exists()
 
 
@@ -388,3 +388,9 @@ def test_halves_of_a_process_that_was_killed_go(tmp_path, recovery, file):
         os.utime(tmp_path / "recovery" / name, (1, 1))
     recovery.upload_all(Fussy(tmp_path / "out", 1000))
     assert sorted(path.suffix for path in (tmp_path / "recovery").iterdir()) == [".bin", ".json"]
+
+
+def test_a_kept_file_that_another_worker_deletes_meanwhile_keeps_no_file_out(tmp_path, recovery, file):
+    (tmp_path / "recovery").mkdir()
+    (tmp_path / "recovery" / "gone.bin").symlink_to(tmp_path / "deleted after it was listed")
+    assert keep(recovery, file)

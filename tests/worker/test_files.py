@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from worker import files
 from worker.files import atomic_write, inside
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +74,17 @@ def test_a_name_from_elsewhere_that_leads_elsewhere_makes_no_path(tmp_path, name
 @pytest.mark.parametrize("name", ["a", "a/b.c", ".hidden", "ein Boot/ü.safetensors", "a..b"])
 def test_any_other_name_from_elsewhere_makes_one(tmp_path, name):
     assert inside(tmp_path, name) == tmp_path / name
+
+
+def test_a_temp_folder_whose_file_system_has_no_locks_is_an_error_and_not_an_endless_search(tmp_path, monkeypatch):
+    tries = []
+
+    def flock(*_):
+        tries.append(1)
+        assert len(tries) < 10
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks available"):
+        files.scratch.__wrapped__()

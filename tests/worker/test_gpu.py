@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -27,3 +28,22 @@ def test_a_job_that_waited_while_another_lost_the_gpu_is_not_begun() -> None:
     asyncio.run(two_jobs())
     assert gpu.is_lost
     assert not begun
+
+
+def test_a_gpu_that_is_lost_while_its_job_is_being_cancelled_takes_no_other_job() -> None:
+    gpu, run, begun = Gpu(None, Ranks()), SimpleNamespace(stop=threading.Event()), threading.Event()  # type: ignore[arg-type]
+
+    def lose() -> None:
+        begun.set()
+        run.stop.wait(5)
+        raise DeviceLost
+
+    async def cancelled_job() -> None:
+        job = asyncio.create_task(gpu._run(run, lose))  # type: ignore[arg-type]
+        await asyncio.to_thread(begun.wait, 5)
+        job.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await job
+
+    asyncio.run(cancelled_job())
+    assert gpu.is_lost

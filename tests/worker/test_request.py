@@ -815,7 +815,7 @@ def test_extra_loras_are_checked_as_loras_are(model: ModelSpec, extra: list[Any]
     ("model", "prompt", "says"),
     [
         (SINGLE, {"guidance_scale_2": 3.0}, "`prompts[0].guidance_scale_2`: wan21_1b has one transformer"),
-        (I2V_14B, {"guidance_scale": 1, "guidance_scale_2": 3.0}, "`prompts[0].guidance_scale_2`: above 1 it needs"),
+        (I2V_14B, {"guidance_scale": 1, "guidance_scale_2": 3.0}, "`prompts[0].guidance_scale_2`: there is no guidance at all"),
         (MODELS["wan21_i2v_14b"], {"last_img": "aGk="}, "`prompts[0].last_img`: wan21_i2v_14b was not made to end on a given"),
         (I2V_14B, {"last_img": "aGk=", "num_frames": 4}, "`prompts[0].last_img`: a video with a first and a last frame has 5"),
         (SINGLE, {"shift": 0}, "`prompts[0].shift`: must be a number from 0.1 to 100, such as 5.0; got 0"),
@@ -864,10 +864,10 @@ def test_fields_that_change_nothing_are_named() -> None:
     raw = an_input(MOE, prompts=[{"prompt": "a", **prompt} for prompt in prompts])
     shots = shots_of(parse(raw, MOE), lambda _: documented(MOE), Identity.of(None, raw).seed, {})
     assert [shot.warnings for shot in shots] == [
-        ("prompts[0]: no effect of `neg`: with `guidance_scale` 1 there is no guidance",),
+        ("prompts[0]: `neg` has no effect: with `guidance_scale` 1 there is no guidance",),
         (),
         (),
-        ("prompts[3]: no effect of `image_fit`: the prompt has no image",),
+        ("prompts[3]: `image_fit` has no effect: the prompt has no image",),
     ]
 
 
@@ -903,5 +903,5 @@ def test_a_draft_takes_its_own_steps_and_says_which_fields_it_does_not_look_at()
         assert (shot.recipe.shift, shot.recipe.timesteps) == (5.0, (1000, 750, 500, 250))
     assert (first.sampling.seed, first.sampling.width, second.sampling.seed) == (42, 64, 5)
     named = "`neg`, `sample_steps`, `guidance_scale_2`, `shift`, `sampler`"
-    assert first.warnings[1:] == (f"prompts[0]: no effect of {named}: a draft takes its own 4 steps, without guidance",)
+    assert first.warnings[1:] == (f"prompts[0]: {named} have no effect: a draft takes its own 4 steps, without guidance",)
     assert second.warnings == ()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from worker.logs import log, redact
 from worker.net.statuses import is_refusal
+from worker.progress import Send, Update
 from worker.runpod.bodies import Job, bodies_of, parse_jobs
 from worker.settings import SettingsError, is_in_cloud
 
@@ -191,6 +193,17 @@ async def get_job(session: aiohttp.ClientSession) -> list[Job]:
     for job_id, text in unreadable:
         await _post(session, {"error": text}, job_id)
     return jobs
+
+
+@asynccontextmanager
+async def progress_sender(job: Job) -> AsyncIterator[Send]:
+    """Sends the progress updates of a job that came from the queue."""
+    async with AsyncClientSession() as session:
+
+        async def send(update: Update) -> None:
+            await rp_http.send_result(session, {"status": "IN_PROGRESS", "output": update}, job)
+
+        yield send
 
 
 async def _post(session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:

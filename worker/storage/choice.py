@@ -60,17 +60,14 @@ MAX_S3_FIELDS = 20
 """How many fields a job's `s3Config` may have; more are refused before one is looked at."""
 
 
-def _s3_fields() -> list[str]:
-    return [info.alias or name for name, info in S3Config.model_fields.items()]
-
-
 def storage_of_job(s3_config: Any, settings: Settings) -> Storage:
     """Return the job's own bucket. It must be at a public address, or in the worker's own store.
 
     Raises WorkerError with INVALID_INPUT.
     """
     if isinstance(s3_config, dict) and len(s3_config) > MAX_S3_FIELDS:
-        text = f"has {len(s3_config)} fields; it takes {', '.join(_s3_fields())}"
+        fields = [info.alias or name for name, info in S3Config.model_fields.items()]
+        text = f"has {len(s3_config)} fields; it takes {', '.join(fields)}"
         raise WorkerError.of([Problem(Code.INVALID_INPUT, "s3Config", text)])
     try:
         config = S3Config.model_validate(s3_config)

@@ -276,7 +276,7 @@ def test_some_blocks_only_is_fine(small: WanModel, write: Callable[..., LoraFile
 @pytest.mark.parametrize(
     ("tensors", "error", "says"),
     [
-        ({"model.weight": torch.ones(2)}, LoraIncompatible, "no lora_A and lora_B keys, but such as `model.weight`"),
+        ({"model.weight": torch.ones(2)}, LoraIncompatible, "no lora_A and lora_B keys, only such as `model.weight`"),
         ({"diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(2, 2)}, LoraInvalid, "lacks its lokr_w2"),
         (
             lora_tensors(SIZE_1B, 4, 1) | {"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(2)},
@@ -487,3 +487,17 @@ def test_high_sent_as_low_is_noticed_by_the_name_that_the_user_gave(moe: WanMode
     file = side(tiny, "low", "wan22_14b_t2v").file
     warnings = moe.loras.check(Adapter(file, 1.0, "low", name))
     assert any(f"the file is named `{name}`, but was sent as the low side" in text for text in warnings) == told
+
+
+def test_a_lora_that_fails_on_one_side_leaves_the_other_side_plain_too(
+    moe: WanModel, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise LoraInvalid("the file was replaced")
+
+    plain = frames(moe)
+    with monkeypatch.context() as patch:
+        patch.setattr(moe.loras._beside["transformer_2"], "apply", fail)
+        with pytest.raises(LoraInvalid):
+            moe.apply_loras([side(tiny, "high"), side(tiny, "low")], "beside")
+    assert (frames(moe) == plain).all()

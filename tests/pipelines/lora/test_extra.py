@@ -211,5 +211,5 @@ def test_an_extra_lora_goes_to_its_sides_alone(
 def test_an_extra_lora_with_nothing_for_its_side_is_refused(moe: WanModel, tiny: Path, write: Write) -> None:
     tensors = load_file(tiny / "loras/wan22_14b_t2v/wan22_14b_t2v_low_noise.safetensors")
     low = write({key.replace("diffusion_model.", "diffusion_model.transformer_2."): value for key, value in tensors.items()})
-    with pytest.raises(LoraIncompatible, match='its keys name the low side alone; send it with "transformer": "low" or "both"'):
+    with pytest.raises(LoraIncompatible, match='its keys name only the low side; send it with "transformer": "low" or "both"'):
         moe.loras.check(Adapter(low, 1.0, "high", is_extra=True))
