@@ -407,7 +407,7 @@ def test_the_format_is_what_the_trainer_makes_of_the_config(tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        ({"quantize": True, "low_vram": True}, "trained with quantize, quantize_te, low_vram as qfloat8: the worker computes"),
+        ({"quantize": True, "low_vram": True}, "trained with quantize, quantize_te, low_vram as qfloat8; the worker computes"),
         ({}, "trained in bf16, not quantized"),
     ],
 )
