@@ -81,7 +81,7 @@ OF_5B = Kind(
     demo_vae.CHANNELS_OF_5B,
     demo_transformer.SIZE_5B,
     image_to_video.sample,
-    known_share=0.45,
+    known_share=0.25,
     longest=17,
 )
 
