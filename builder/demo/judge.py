@@ -34,8 +34,8 @@ class Verdict:
 
     def __str__(self) -> str:
         what = f"{self.colour or 'colourless'} {self.object or 'something'}{' with a striped sail' if self.striped else ''}"
-        where = f"{self.ground or 'no background'}{', and night falls' if self.night_falls else ''}"
-        return f"a {what} that moves {self.direction or 'nowhere'}, {where}"
+        where = {"sea": " over the sea", "field": " over a field", "night": " at night", None: ""}[self.ground]
+        return f"a {what} that moves {self.direction or 'nowhere'}{where}{', and night falls' if self.night_falls else ''}"
 
 
 def judge(film: Tensor) -> Verdict:

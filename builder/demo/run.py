@@ -139,7 +139,7 @@ def in_words(video: dict[str, Any], settings: dict[str, Any], folder: Path) -> l
         f"  model {settings['model']}, LoRA {loras or 'none'}, seed {video['seed']}, {prompt['sample_steps']} steps, guidance "
         f"{prompt['guidance_scale']}",
         f"Made: {video['num_frames']} frames of {video['width']}x{video['height']} at {video['fps']} a second",
-        f"It shows {judge(frames_of(path))}, by a simple look at the pixels.",
+        f"It shows {judge(frames_of(path))} (judged by its pixels).",
         "",
         f"  video    {path}",
         f"  poster   {path.with_suffix('.poster.jpg')}",
