@@ -64,7 +64,7 @@ def measure(rows: report.Rows, root: Path, cache: Path, size: dict[str, int]) ->
         return load_pipeline("wan21_1b", root, device, "none", attention=attention)
 
     model = load("native")
-    loras = [write_lora(root / f"rank{rank}.safetensors", model._pipe.transformer, rank, seed=rank) for rank in RANKS]
+    loras = [write_lora(root / f"rank{rank}.safetensors", model, rank, seed=rank) for rank in RANKS]
     del model
     gc.collect()
     plain_first, plain_step, plain_frames = plain(root, loras[0], size)

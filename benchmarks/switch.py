@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from benchmarks import real_size, report
 from benchmarks.report import median
 from builder import tiny_checkpoints
-from pipelines import Adapter, load_pipeline
+from pipelines import Adapter, WanModel, load_pipeline
 from pipelines.lora.file import LoraFile
 
 SIZES = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}
@@ -76,7 +75,7 @@ def measure(root: Path, size: str, blocks: int | None, ranks: list[int], repeat:
     size = f"{size}-{shape.blocks}-blocks"
     rows = report.Rows(f"switch-{size}", size=size, transformer_gigabytes=gigabytes, fresh_pipeline_seconds=round(fresh, 3))
     for rank in ranks:
-        pair = [write_lora(root / f"{rank}-{seed}.safetensors", model._pipe.transformer, rank, seed) for seed in (1, 2)]
+        pair = [write_lora(root / f"{rank}-{seed}.safetensors", model, rank, seed) for seed in (1, 2)]
         row: dict[str, object] = {"rank": rank}
         for mode in ("adapter", "merge"):
             model.apply_loras([pair[1]], mode)
@@ -119,12 +118,13 @@ def write_vae(folder: Path, model_id: str) -> None:
     vae.to("cpu", torch.bfloat16).save_pretrained(folder)
 
 
-def write_lora(path: Path, model: Any, rank: int, seed: int) -> Adapter:
-    """A LoRA on every linear layer of every block of a transformer, in ai-toolkit's format."""
+def write_lora(path: Path, model: WanModel | torch.nn.Module, rank: int, seed: int) -> Adapter:
+    """A LoRA on every linear layer of every block of a transformer, or of a model's first one, in ai-toolkit's format."""
+    transformer = model._pipe.transformer if isinstance(model, WanModel) else model
     generator = torch.Generator(device := report.device()).manual_seed(seed)
     names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "net.0.proj": "0", "net.2": "2"}
     tensors = {}
-    for name, module in model.named_modules():
+    for name, module in transformer.named_modules():
         _, _, layer = name.partition("blocks.")
         block, _, layer = layer.partition(".")
         group, _, part = layer.partition(".")
