@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -37,8 +38,11 @@ def run_handler(env: dict[str, str], *arguments: str, cwd: Path = ROOT) -> subpr
 
 
 def free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port on which nothing listens, below those that systems give away by themselves: no other test's server gets it."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextmanager
