@@ -189,12 +189,11 @@ def test_a_worker_makes_the_sample_that_the_trainer_showed_and_then_the_film_of_
     [made] = json.loads(capsys.readouterr().out)["files"]
     folder = read_folder(trained)
     earlier = trained / folder.samples[folder.checkpoints[0].step or 0, 2]
-    own, other = (
-        as_json(compare(read_clip(Path(sample)), read_clip(Path(made["path"])))) for sample in (made["sample"], earlier)
-    )
-    own, other = own["mean_difference"], other["mean_difference"]
-    assert own < 4, "2.1 and 2.8 of 255 were measured, on another kind of CPU than the trainer's, with the noise of WebP"
-    assert other > 2 * own, "the sample of another step"
+    video_made = read_clip(Path(made["path"]))
+    own, other = (compare(read_clip(Path(sample)), video_made) for sample in (made["sample"], earlier))
+    near, far = (as_json(found)["mean_difference"] for found in (own, other))
+    assert own.equal or (trained == NIGHTFALL and near < 3), "2.1 of 255 on another kind of CPU than the trainer's"
+    assert not other.equal and far > 2 * near, "the sample of another step"
     [video] = output["outputs"]["videos"]
     seen = judge(run.frames_of(Path(urlsplit(video["url"]).path)))
     assert (seen.object, seen.colour, seen.direction, seen.ground) == ("boat", "red", "left", "sea"), "a draft keeps them"
