@@ -83,7 +83,7 @@ def calculate() -> None:
     for model_id, spec in MODELS.items():
         sizes = real_size.bytes_of_parts(model_id)
         work = {size: max(denoising(model_id, *size), decoding(model_id, *size)) for size in VIDEOS}
-        needed = on_device(spec, sizes)
+        needed = on_device(spec, sizes, real_size.bytes_outside_blocks(model_id))
         modes = {f"weights {mode}": gigabytes(needed[mode]) if mode in needed else None for mode in OFFLOAD}
         waiting = {mode: sum(sizes.get(part, 0) for part in spec.waits_in_memory(mode)) for mode in needed}
         host = {f"host {mode}": gigabytes(waiting[mode]) if mode in waiting else None for mode in OFFLOAD if mode != "none"}
@@ -136,7 +136,9 @@ def _quantized(model_id: str) -> Iterator[tuple[str, float | None]]:
     """The weights with QUANTIZE, by format and mode."""
     spec = MODELS[model_id]
     for format in ("qfloat8", "uint4"):
-        needed = on_device(spec, real_size.bytes_of_parts(model_id, quantization_in(spec, format)))
+        quantization = quantization_in(spec, format)
+        sizes = real_size.bytes_of_parts(model_id, quantization)
+        needed = on_device(spec, sizes, real_size.bytes_outside_blocks(model_id, quantization))
         for mode in ("none", "text_encoder"):
             yield f"{format} {mode}", gigabytes(needed[mode])
 

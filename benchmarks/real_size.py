@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from pipelines.catalog import MODELS, Family
-from pipelines.offload import bytes_of_tensor
+from pipelines.offload import BLOCKS, bytes_of_tensor
 from pipelines.trained import Quantization
 
 _FFN_DIM = {1536: 8960, 3072: 14336, 5120: 13824}
@@ -79,8 +79,16 @@ def bytes_of_parts(model_id: str, quantization: Quantization | None = None) -> d
         if "image_dim" in TRANSFORMERS[model_id]:
             shape = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
             parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=14, image_size=224))
-    sizes = {
-        name: sum(bytes_of_tensor(name, key, value.shape, 2, quantization) for key, value in part.named_parameters())
-        for name, part in parts.items()
-    }
+    sizes = {name: sum(_bytes(name, part, quantization).values()) for name, part in parts.items()}
     return sizes | ({"transformer_2": sizes["transformer"]} if MODELS[model_id].moe else {})
+
+
+def bytes_outside_blocks(model_id: str, quantization: Quantization | None = None) -> int:
+    """The same of what lies in none of a transformer's blocks."""
+    with torch.device("meta"):
+        sizes = _bytes("transformer", transformer(model_id, num_layers=1), quantization)
+    return sum(size for key, size in sizes.items() if not key.startswith(BLOCKS))
+
+
+def _bytes(part: str, module: torch.nn.Module, quantization: Quantization | None) -> dict[str, int]:
+    return {key: bytes_of_tensor(part, key, value.shape, 2, quantization) for key, value in module.named_parameters()}

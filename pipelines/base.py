@@ -28,7 +28,7 @@ from pipelines.errors import DeviceUnavailable, LoraInvalid, blamed_on
 from pipelines.image_processor import TensorImageProcessor
 from pipelines.lora.applied import AppliedLoras
 from pipelines.lora.file import Adapter
-from pipelines.offload import Swap, place, refresh
+from pipelines.offload import place, refresh
 from pipelines.parts import Parts
 from pipelines.recipes import Recipe, Sampling, documented
 from pipelines.schedulers import Schedulers
@@ -63,7 +63,7 @@ class WanModel(ABC):
 
     def __init__(self, pipe: Any, parts: Parts) -> None:
         self.spec = spec = parts.spec
-        self._swap: Swap | None = None
+        self._offloading: AbstractContextManager[None] = contextlib.nullcontext()
         self._parallel: CfgParallel | None = None
         self.facts: dict[str, Any] = {}
         """See `facts_of`."""
@@ -81,7 +81,7 @@ class WanModel(ABC):
 
     def place(self, mode: OffloadMode) -> None:
         """Set up the offloading of `mode`, once."""
-        self._swap = place(self._pipe, self.device, mode)
+        self._offloading = place(self._pipe, self.device, mode)
         self.facts["offload_mode"] = self.loras.offload_mode = mode
 
     def compile_blocks(self, cache_dir: Path | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -175,8 +175,7 @@ class WanModel(ABC):
         with sharing:  # from here on, what fails on this rank ends the video on all
             sampling = self._fit(sampling, recipe)
             self._apply_recipe(recipe)
-            swapping = self._swap or contextlib.nullcontext()
-            with torch.no_grad(), swapping, self._compiled(), _seeded(sampling.seed, self.device) as generator:
+            with torch.no_grad(), self._offloading, self._compiled(), _seeded(sampling.seed, self.device) as generator:
                 return self._denoise(sampling, generator, _step_end(on_step))
 
     def _check_finite(self, latents: torch.Tensor) -> None:

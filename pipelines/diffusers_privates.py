@@ -44,6 +44,8 @@ def check(pipe: Any, mode: OffloadMode) -> list[str]:
     if not can_cache_embeddings(pipe):
         warnings.append("text embeddings are not cached, since the pipeline encodes texts in another way")
     _check_offloading(pipe, mode)
+    if "transformer" in (OFFLOAD[mode].streamed or ()) and _unmatched(pipe.transformer) is None:
+        warnings.append("what lies in no block of a transformer is streamed too, since group offloading has changed")
     _check_adapters()
     return warnings
 
@@ -79,6 +81,27 @@ def refresh_group_offloading(component: Any) -> None:
     """Make streaming list the component's tensors anew, after some were replaced. Does nothing where it is not streamed."""
     if is_offloaded(component):
         group_offloading._maybe_remove_and_reapply_group_offloading(component)
+
+
+def take_unmatched(component: Any) -> list[torch.Tensor]:
+    """The tensors of a component, streamed by blocks, that lie in none of its blocks. From now on, streaming leaves them alone.
+
+    diffusers brings them for each pass from pageable memory, and takes them back. It does so again after a refresh.
+    """
+    group = _unmatched(component)
+    if group is None:
+        return []
+    tensors = [tensor for module in group.modules for tensor in (*module.parameters(), *module.buffers())]
+    tensors += [*group.parameters, *group.buffers]
+    group.modules, group.parameters, group.buffers = [], [], []
+    return tensors
+
+
+def _unmatched(component: Any) -> Any:
+    """The group of what lies in no block; None where it cannot be found, and is streamed as well."""
+    hook = component._diffusers_hook.hooks.get("group_offloading")
+    group = getattr(hook, "group", None)
+    return group if all(hasattr(group, name) for name in ("modules", "parameters", "buffers")) else None
 
 
 def _check_offloading(pipe: Any, mode: OffloadMode) -> None:

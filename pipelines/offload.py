@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
 from pipelines.trained import Quantization, bytes_of_codes
 from pipelines.weights import STEM_OF, file_names, is_linear
+
+BLOCKS = "blocks."
+"""How the names of what lies in a transformer's blocks begin."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,19 @@ def bytes_by_mode(
     checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None = None
 ) -> dict[OffloadMode, Memory]:
     """The weights in each mode, in numbers of `itemsize` bytes, or as codes where they are quantized."""
-    spec, sizes = checkpoints.spec, _bytes_of_parts(checkpoints, itemsize, quantization)
-    device = on_device(spec, sizes)
+    spec = checkpoints.spec
+    sizes = {part: _bytes_of(part, checkpoints, itemsize, quantization) for part in spec.sources if part in STEM_OF}
+    device = on_device(spec, sizes, _bytes_of("transformer", checkpoints, itemsize, quantization, outside_blocks=True))
     return {
         mode: Memory(device[mode], sum(sizes.get(part, 0) for part in spec.waits_in_memory(mode)))
         for mode in spec.offload_modes
     }
 
 
-def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, int]:
-    """Bytes of weights on the device in each mode, from the bytes of each component.
+def on_device(spec: ModelSpec, sizes: Mapping[str, int], outside_blocks: int) -> dict[OffloadMode, int]:
+    """Bytes of weights on the device in each mode, from the bytes of each component, and of a transformer outside its blocks.
 
-    A streamed transformer has two of its blocks there.
+    Two blocks of a streamed transformer are there at a time, and always what lies in no block.
     """
 
     transformers = [sizes[part] for part in spec.transformers]
@@ -96,27 +101,50 @@ def on_device(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[OffloadMode, in
         if offload.streamed is not None:
             there = sum(size for part, size in sizes.items() if part not in (*offload.streamed, *spec.transformers))
             if spec.transformers[0] in offload.streamed:
-                there += 2 * max(transformers) // spec.num_blocks
+                there += 2 * (max(transformers) - outside_blocks) // spec.num_blocks + outside_blocks * len(transformers)
             else:
                 there += max(transformers) if offload.swaps_transformers else sum(transformers)
             largest[mode] = there
     return {mode: largest[mode] for mode in spec.offload_modes}
 
 
-def place(pipe: Any, device: torch.device, mode: OffloadMode) -> Swap | None:
-    """Set up the offloading of `mode`. Components that it does not move are on the device already."""
+def place(pipe: Any, device: torch.device, mode: OffloadMode) -> AbstractContextManager[None]:
+    """Set up the offloading of `mode`, and return what to enter for each video that is denoised.
+
+    Components that the mode does not move are on the device already.
+    """
     if mode == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif mode == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-    for part, component in _distinct(pipe, OFFLOAD[mode].streamed or ()).items():
+    streamed = _distinct(pipe, OFFLOAD[mode].streamed or ())
+    for part, component in streamed.items():
         pieces: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
         if part == "text_encoder":
             pieces = {"offload_type": "leaf_level"}
         apply_group_offloading(component, onload_device=device, use_stream=device.type == "cuda", **pieces)
-    if not OFFLOAD[mode].swaps_transformers:
-        return None
-    return Swap([pipe.transformer, pipe.transformer_2], device)
+    if OFFLOAD[mode].swaps_transformers:
+        return Swap([pipe.transformer, pipe.transformer_2], device)
+    return Streamed([component for part, component in streamed.items() if part != "text_encoder"], device)
+
+
+class Streamed:
+    """Transformers whose blocks come to the device one by one. What lies in none of the blocks stays there.
+
+    Of 14B that is 0.46 GB, which diffusers alone would bring and take back, both pageable, in every pass. It is brought at the
+    start of a video, since `refresh`, and diffusers with every adapter, take it back to main memory.
+    """
+
+    def __init__(self, transformers: Sequence[torch.nn.Module], device: torch.device) -> None:
+        self._transformers = transformers
+        self._device = device
+
+    def __enter__(self) -> None:
+        for transformer in self._transformers:
+            for tensor in privates.take_unmatched(transformer):
+                tensor.data = copy_to(tensor.data, self._device)
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Swap:
@@ -184,18 +212,17 @@ def _distinct(pipe: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(pipe, name) for name in reversed(found.values())}
 
 
-def _bytes_of_parts(checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None) -> dict[str, int]:
-    """Bytes of each component's weights."""
-    sizes = {}
-    for part in checkpoints.spec.sources:
-        if part in STEM_OF:
-            folder = checkpoints.folder_of(part)
-            tensors = (item for name in file_names(folder, part) for item in _tensors_in(folder / name))
-            sizes[part] = sum(
-                math.prod(shape) if dtype in ("U8", "I8") else bytes_of_tensor(part, key, shape, itemsize, quantization)
-                for key, shape, dtype in tensors
-            )  # codes have a byte for each number
-    return sizes
+def _bytes_of(
+    part: str, checkpoints: Checkpoints, itemsize: int, quantization: Quantization | None, outside_blocks: bool = False
+) -> int:
+    """Bytes of a component's weights, or of those outside its blocks."""
+    folder = checkpoints.folder_of(part)
+    return sum(
+        math.prod(shape) if dtype in ("U8", "I8") else bytes_of_tensor(part, key, shape, itemsize, quantization)
+        for name in file_names(folder, part)
+        for key, shape, dtype in _tensors_in(folder / name)
+        if not (outside_blocks and key.startswith(BLOCKS))
+    )  # codes have a byte for each number
 
 
 def bytes_of_tensor(part: str, key: str, shape: Sequence[int], itemsize: int, quantization: Quantization | None) -> int:

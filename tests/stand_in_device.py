@@ -56,7 +56,7 @@ class StandInDevice:
 
     def place(self, model: WanModel, mode: OffloadMode) -> WanModel:
         """Have a model, loaded on a CPU, offloaded as on a GPU."""
-        model._swap = offload.place(model._pipe, torch.device("cuda"), mode)
+        model._offloading = offload.place(model._pipe, torch.device("cuda"), mode)
         model.facts["offload_mode"] = model.loras.offload_mode = mode
         model.bytes_by_mode = dict.fromkeys(model.spec.offload_modes, 0)
         return model

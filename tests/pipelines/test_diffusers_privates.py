@@ -122,6 +122,18 @@ def test_group_offloading_without_its_refresh_stops_the_start(tiny: Path, monkey
     privates.refresh_group_offloading(load_pipeline("wan21_1b", tiny, "cpu")._pipe.transformer)  # not streamed: not needed
 
 
+def test_without_the_group_of_what_lies_in_no_block_it_is_streamed_too(tiny: Path) -> None:
+    from pipelines.offload import place
+
+    model = load_pipeline("wan21_1b", tiny, "cpu")
+    model._offloading = place(model._pipe, torch.device("cpu"), "group")
+    hook = model._pipe.transformer._diffusers_hook.hooks["group_offloading"]
+    del hook.group
+    (warning,) = privates.check(model._pipe, "group")
+    assert "no block of a transformer is streamed too" in warning
+    assert privates.take_unmatched(model._pipe.transformer) == []
+
+
 def test_without_the_registry_of_attention_the_start_says_native(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(attention_dispatch, "_AttentionBackendRegistry")
     assert privates.active_attention() == "native"

@@ -81,6 +81,16 @@ def test_auto_swaps_two_transformers_where_one_fits(tiny: Path) -> None:
     assert mode_for("auto", checkpoints, 2, vae + one + single - 1) == "group"
 
 
+def test_two_blocks_and_what_lies_in_no_block_of_a_streamed_transformer_are_on_the_gpu(tiny: Path) -> None:
+    checkpoints = Checkpoints(MODELS["wan22_14b_t2v"], tiny)
+    spec, folder = checkpoints.spec, checkpoints.folder_of("transformer")
+    numbers = {key: value.numel() for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    outside = sum(count for key, count in numbers.items() if not key.startswith("blocks."))
+    blocks = (sum(numbers.values()) - outside) * 2 // spec.num_blocks
+    there = size_of(checkpoints, "vae") + 2 * (blocks + outside * len(spec.transformers))
+    assert bytes_by_mode(checkpoints, 2)["group"].device == there
+
+
 def test_weights_that_do_not_fit_into_main_memory_end_the_start_with_a_remedy(
     one_billion: Checkpoints, sizes: dict[str, int]
 ) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,30 @@ def test_streaming_makes_the_frames_of_a_model_that_stays(
     plain = load_pipeline(model_id, tiny, "cpu", toolkit_path=STAND_IN)
     streamed, whole = (np.frombuffer(day.video(model, day.loras[0], "adapter"), np.uint8) for model in (day.model, plain))
     assert np.abs(streamed.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("model_id", ["wan21_1b", "wan22_14b_t2v"])
+def test_what_lies_in_no_block_stays_on_the_device(tiny: Path, tmp_path: Path, device: StandInDevice, model_id: str) -> None:
+    day = Day(tiny, tmp_path, device, model_id, "group")
+    transformers = [getattr(day.model._pipe, name) for name in day.model.spec.transformers]
+    outside = [
+        tensor
+        for transformer in transformers
+        for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers())
+        if not name.startswith("blocks.")
+    ]
+    assert outside
+
+    def moved(name: str) -> bool:
+        before = [tensor.data_ptr() for tensor in outside]
+        assert day.requests()[name](day.model) == day.expected(name)
+        return before != [tensor.data_ptr() for tensor in outside]
+
+    assert [moved("no LoRA"), moved("no LoRA")] == [True, False]
+    assert [moved("adapter"), moved("adapter")] == [True, False], "diffusers takes it back when an adapter comes"
+    with pytest.raises(OutOfMemory), full_in(transformers[0].blocks[0].ffn):
+        day.requests()["adapter"](day.model)
+    assert [moved("adapter"), moved("adapter")] == [True, False]
 
 
 @pytest.mark.parametrize(
