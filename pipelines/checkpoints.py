@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.catalog import ModelSpec
 from pipelines.errors import CheckpointNotFound
 from pipelines.manifest import NAME, Manifest
-from pipelines.safetensors_header import SafetensorsError, read_header
+from pipelines.safetensors_header import SafetensorsError, header_of
 from pipelines.weights import STEM_OF, Stored, file_names, stored_in
 
 INDEX = "model_index.json"
@@ -189,8 +189,7 @@ def _faults_of_part(part: str, folder: Path) -> Faults:
 def _is_whole(file: Path) -> bool:
     """Whether a safetensors file is as long as its header says."""
     try:
-        with file.open("rb") as opened:
-            read_header(opened)
+        header_of(file)
     except SafetensorsError:
         return False
     return True

@@ -14,8 +14,19 @@ import torch
 from safetensors import safe_open
 
 from pipelines.reading import read_into
-from pipelines.safetensors_header import Header, read_header
+from pipelines.safetensors_header import Header, header_of
 from pipelines.weights import file_names, index_of
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""By their names in a file, those that weights and their codes have."""
 
 _CPU = torch.device("cpu")
 Component = TypeVar("Component", bound=torch.nn.Module)
@@ -28,14 +39,18 @@ class CheckpointFile:
         self._folder = folder
         self._shard_of = index_of(folder, component)
         self._names = file_names(folder, component)
-        self._open: dict[str, tuple[Any, Header]] = {}
+        self._open: dict[str, Any] = {}
+        self._headers: dict[str, Header] = {}
 
     def read(self, key: str, device: torch.device = _CPU) -> torch.Tensor:
         """The tensor in the file's dtype; on a CPU it is in memory only while it is used.
 
         Raises OSError where there is no such file.
         """
-        mapped: torch.Tensor = self._file_with(key)[0].get_tensor(key)
+        name = self._name_of(key)
+        if name not in self._open:
+            self._open[name] = safe_open(self._folder / name, framework="pt")
+        mapped: torch.Tensor = self._open[name].get_tensor(key)
         if device.type == "cpu":
             return mapped
         value = torch.empty_like(mapped, device=device)
@@ -65,14 +80,12 @@ class CheckpointFile:
 
     def _has(self, key: str, value: torch.Tensor) -> bool:
         """Whether the file has the bytes of this tensor, as they are in memory."""
-        file, header = self._file_with(key)
-        if key not in header.places or not value.is_contiguous():
-            return False
-        mapped: torch.Tensor = file.get_tensor(key)
-        return mapped.dtype == value.dtype and mapped.shape == value.shape
+        header = self._header_with(key)
+        dtype = DTYPES.get(header.dtypes.get(key, ""))
+        return dtype == value.dtype and header.shapes[key] == value.shape and value.is_contiguous()
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
-        headers = {key: self._file_with(key)[1] for key in values}
+        headers = {key: self._header_with(key) for key in values}
         read_into(
             (self._folder / self._name_of(key), headers[key].bytes + headers[key].places[key][0], value)
             for key, value in values.items()
@@ -81,12 +94,9 @@ class CheckpointFile:
     def _name_of(self, key: str) -> str:
         return self._shard_of.get(key, self._names[0])
 
-    def _file_with(self, key: str) -> tuple[Any, Header]:
-        """The file that has this tensor, if one has it, and its header."""
+    def _header_with(self, key: str) -> Header:
+        """The header of the file that has this tensor, if one has it."""
         name = self._name_of(key)
-        if name not in self._open:
-            path = self._folder / name
-            with path.open("rb") as file:
-                header = read_header(file)
-            self._open[name] = safe_open(path, framework="pt"), header
-        return self._open[name]
+        if name not in self._headers:
+            self._headers[name] = header_of(self._folder / name)
+        return self._headers[name]

@@ -11,6 +11,8 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_HEADER_BYTES = 8_000_000
@@ -60,6 +62,18 @@ class Header:
 def looks_like_safetensors(head: bytes) -> bool:
     """Whether the first bytes of a file are a header's length, within bounds, and the beginning of a JSON object."""
     return len(head) > 8 and _length(head) <= MAX_HEADER_BYTES and head[8:9] == b"{"
+
+
+def header_of(path: Path) -> Header:
+    """The header of a file of weights, parsed once as long as the file stays the same. Raises SafetensorsError, OSError."""
+    status = path.stat()
+    return _header_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _header_of(path: Path, _size: int, _changed: int) -> Header:
+    with path.open("rb") as file:
+        return read_header(file)
 
 
 def read_header(file: BinaryIO) -> Header:

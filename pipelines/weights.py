@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.safetensors_header import SafetensorsError, read_header
+from pipelines.safetensors_header import SafetensorsError, header_of
 
 STEM_OF = {
     "transformer": "diffusion_pytorch_model",
@@ -56,13 +56,12 @@ def stored_in(folder: Path, component: str) -> Stored | None:
     """What the component's weights are stored as; None for plain weights. Raises ValueError where its files differ, OSError."""
     found: set[Stored | None] = set()
     for name in file_names(folder, component):
-        with (folder / name).open("rb") as file:
-            try:
-                text = read_header(file).metadata.get(CODES)
-                content = json.loads(text) if text else None
-                found.add(Stored(content["format"], tuple(content["excluded"]), content["dtype"]) if content else None)
-            except (SafetensorsError, ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{name} is damaged") from error
+        try:
+            text = header_of(folder / name).metadata.get(CODES)
+            content = json.loads(text) if text else None
+            found.add(Stored(content["format"], tuple(content["excluded"]), content["dtype"]) if content else None)
+        except (SafetensorsError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{name} is damaged") from error
     if len(found) > 1:
         raise ValueError(f"only some files of the {component} are quantized; run fetch_checkpoints again, to its end")
     return found.pop()
