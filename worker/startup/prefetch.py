@@ -15,8 +15,8 @@ from pipelines.host_memory import available
 from pipelines.weights import STEM_OF, file_names
 
 _READERS = 4
-"""Files to read at a time: a network volume serves several streams faster than one."""
-_BYTES_PER_CALL = 64 * 1024**2
+"""Pieces to read at a time: disks and network volumes serve several readers faster than one."""
+_BYTES_PER_PIECE = 64 * 1024**2
 
 
 def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
@@ -24,15 +24,17 @@ def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
 
     Read only what fits into half of the memory: more would evict what was read before.
     """
-    files: SimpleQueue[Path] = SimpleQueue()
+    pieces: SimpleQueue[tuple[Path, int]] = SimpleQueue()
     room = available() // 2
     for file in _weights(Checkpoints.of(spec, checkpoints)):
-        room -= file.stat().st_size
+        size = file.stat().st_size
+        room -= size
         if room < 0:
             break
-        files.put(file)
-    for _ in range(min(_READERS, files.qsize())):
-        threading.Thread(target=_read, args=(files,), daemon=True).start()
+        for begin in range(0, size, _BYTES_PER_PIECE):
+            pieces.put((file, begin))
+    for _ in range(min(_READERS, pieces.qsize())):
+        threading.Thread(target=_read, args=(pieces,), daemon=True).start()
 
 
 def _weights(checkpoints: Checkpoints) -> Iterator[Path]:
@@ -43,11 +45,12 @@ def _weights(checkpoints: Checkpoints) -> Iterator[Path]:
                 yield from (folder / name for name in file_names(folder, part) if (folder / name).is_file())
 
 
-def _read(files: SimpleQueue[Path]) -> None:
-    """Send files to /dev/null: this reads their pages into memory without a copy."""
+def _read(pieces: SimpleQueue[tuple[Path, int]]) -> None:
+    """Send pieces of files to /dev/null: this reads their pages into memory without a copy."""
     with suppress(Empty, OSError), Path(os.devnull).open("wb") as nowhere:
         while True:
-            with files.get_nowait().open("rb") as file:
-                position = 0
-                while sent := os.sendfile(nowhere.fileno(), file.fileno(), position, _BYTES_PER_CALL):
+            path, position = pieces.get_nowait()
+            end = position + _BYTES_PER_PIECE
+            with path.open("rb") as file:
+                while position < end and (sent := os.sendfile(nowhere.fileno(), file.fileno(), position, end - position)):
                     position += sent

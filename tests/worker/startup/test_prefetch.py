@@ -44,6 +44,25 @@ def test_all_weights_of_the_model_are_read_and_nothing_else(tiny: Path, read: li
     assert (set(read), len(read)) == (parts, len(parts))
 
 
+def test_a_file_is_read_in_pieces_each_byte_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges: list[tuple[str, int, int]] = []
+    send = os.sendfile
+
+    def sendfile(target: int, source: int, position: int, count: int) -> int:
+        sent = send(target, source, position, count)
+        ranges.extend([(str(Path(f"/proc/self/fd/{source}").readlink()), position, sent)] if sent else [])
+        return sent
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(prefetch, "_BYTES_PER_PIECE", 10_000)
+    read_weights(tiny)
+    for file in prefetch._weights(Checkpoints(MODELS["wan21_1b"], tiny)):
+        of_this = sorted((begin, count) for name, begin, count in ranges if name == str(file.resolve()))
+        ends = [0, *(begin + count for begin, count in of_this)]
+        assert [begin for begin, _ in of_this] == ends[:-1] and ends[-1] == file.stat().st_size
+        assert len(of_this) >= file.stat().st_size / 10_000 > 0
+
+
 def test_no_more_is_read_than_fits_into_half_of_the_memory(
     tiny: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
