@@ -13,20 +13,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
-from pipelines.reading import read_into
+from pipelines.reading import DTYPES, read_into
 from pipelines.safetensors_header import Header, header_of
 from pipelines.weights import file_names, index_of
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-"""By their names in a file, those that weights and their codes have."""
 
 _CPU = torch.device("cpu")
 Component = TypeVar("Component", bound=torch.nn.Module)

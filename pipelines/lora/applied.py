@@ -226,13 +226,14 @@ class AppliedLoras:
             self._beside[name].apply(factors)
         else:
             self._merges.apply(name, ())
-            # What is not a product of factors is zero here.
-            self._adapters.apply(name, fit.products_of(wanted))
+            products = fit.products_of(wanted)  # what is not a product of factors is zero here
+            with _blamed_on_its_place(products, [adapter for adapter, _ in wanted]):
+                self._adapters.apply(name, products)
 
 
 @contextmanager
 def _blamed_on_its_place(stack: Stack, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Turn the place in `stack` of a LoRA at fault into its place in `adapters`."""
+    """Turn the place in `stack` of a LoRA at fault into its place in `adapters`, which are more, or in another order."""
     try:
         yield
     except LoraError as error:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from pipelines.errors import LoraInvalid
 from pipelines.lora.file import REPLACED, LoraFile, identity_of
 from pipelines.lora.layers import Layer
+from pipelines.reading import DTYPES, read_into
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -21,14 +19,17 @@ def load_tensors(file: LoraFile) -> Tensors:
 
     The file is read and not mapped: a mapped file that its trainer saves anew kills the process.
     """
-    with file.path.open("rb") as opened:
-        data = opened.read()
-        if identity_of(os.fstat(opened.fileno())) != file.identity:
-            raise LoraInvalid(REPLACED)
+    header = file.header
+    tensors = {
+        key: torch.empty(shape, dtype=DTYPES[dtype])
+        for key, shape in header.shapes.items()
+        if (dtype := header.dtypes[key]) in DTYPES
+    }
     try:
-        tensors: Tensors = load(data)
-    except SafetensorError as error:
-        raise LoraInvalid(REPLACED) from error
+        read_into((file.path, header.bytes + header.places[key][0], tensor) for key, tensor in tensors.items())
+    finally:  # a file that is cut short ends too soon
+        if identity_of(file.path.stat()) != file.identity:
+            raise LoraInvalid(REPLACED)
     return tensors
 
 

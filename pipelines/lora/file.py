@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -17,12 +16,10 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from pipelines.catalog import DistilledLora
-from pipelines.errors import DISK_FULL, LoraInvalid
+from pipelines.errors import LoraInvalid
 from pipelines.lora.names import Side
-from pipelines.safetensors_header import SafetensorsError, looks_like_safetensors, read_header
+from pipelines.safetensors_header import Header, SafetensorsError, looks_like_safetensors, read_header
 
 _BLOCK = re.compile(r"blocks[._](\d{1,9})[._]")
 _TEXT_KEY = re.compile(r"(cross_attn[._]|attn2\.to_)[kv]\.")
@@ -54,10 +51,7 @@ class LoraFile:
     """A local LoRA file and its header."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]] = field(compare=False)
-    dtypes: Mapping[str, str] = field(compare=False)
-    """Key to dtype as safetensors writes it (`F32`, `BF16`, …)."""
-    metadata: Mapping[str, str] = field(compare=False)
+    header: Header = field(compare=False)
     identity: FileIdentity
     """A file that is replaced under the same name is another LoRA."""
 
@@ -65,7 +59,7 @@ class LoraFile:
     def read(cls, path: Path) -> LoraFile:
         """Read the header of `path`; the same file is read once.
 
-        Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor; OSError when the disk is full.
+        Raises LoraInvalid when the file is not safetensors, is cut short, or holds no tensor.
         """
         try:
             stat = path.stat()
@@ -73,9 +67,20 @@ class LoraFile:
                 raise LoraInvalid("this is a folder or a device, not a file; name the .safetensors file itself")
             return _read(path, identity_of(stat))
         except OSError as error:
-            if error.errno in DISK_FULL:  # the temp folder's, not the file's
-                raise
             raise LoraInvalid("the file could not be read; send the job again") from error
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.header.shapes
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Key to dtype as safetensors writes it (`F32`, `BF16`, …)."""
+        return self.header.dtypes
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
 
     def check_unchanged(self) -> None:
         """Raises LoraInvalid when the file is no longer the one whose header was read."""
@@ -176,25 +181,7 @@ def _read(path: Path, identity: FileIdentity) -> LoraFile:
             raise LoraInvalid(f"{error}; {_REMEDY[error.is_cut_short]}") from error
     if not header.shapes:
         raise LoraInvalid("the file is safetensors but holds no tensor; export the LoRA again")
-    try:
-        _check_with_library(path, header.bytes)
-    except SafetensorError as error:
-        raise LoraInvalid("the file is not in safetensors format; export the LoRA as safetensors") from error
-    return LoraFile(path, header.shapes, header.dtypes, header.metadata, identity)
-
-
-def _check_with_library(path: Path, header_bytes: int) -> None:
-    """What loads the weights must take the header too. Raises SafetensorError, OSError.
-
-    The library maps the file, which kills the process when somebody cuts it short meanwhile. So it is given a file of our own,
-    with the same header and a hole for the tensors.
-    """
-    with tempfile.NamedTemporaryFile() as copy, path.open("rb") as file:
-        copy.write(file.read(header_bytes))
-        copy.truncate(os.fstat(file.fileno()).st_size)
-        copy.flush()
-        with safe_open(copy.name, framework="numpy"):
-            pass
+    return LoraFile(path, header, identity)
 
 
 def why_unreadable(head: bytes) -> str | None:

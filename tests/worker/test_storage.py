@@ -455,6 +455,22 @@ def test_a_folder_that_can_no_longer_be_written_is_an_upload_that_failed(file, t
     assert "OUTPUT_DIR" in text and str(tmp_path) not in text
 
 
+def test_a_result_that_vanishes_while_it_is_looked_at_is_none(file, tmp_path, monkeypatch):
+    """Someone cleans the folder up."""
+    storage, stored = LocalFolder(tmp_path / "output"), LocalFolder._stored
+
+    def vanish(target, key):
+        target.unlink()
+        return stored(target, key)
+
+    storage.put(file, "job/0.mp4", "video/mp4", "sum", LIMIT)
+    monkeypatch.setattr(LocalFolder, "_stored", staticmethod(vanish))
+    assert storage.find("job/0.mp4", "sum", LIMIT) is None
+    assert "OUTPUT_DIR" in upload_failure(storage, file)
+    monkeypatch.setattr(storage, "find", lambda *_: "it was there")
+    assert storage.read("job/0.mp4", "sum", LIMIT) is None
+
+
 # Addresses that a job may not reach
 
 

@@ -33,20 +33,23 @@ class LocalFolder:
                 shutil.copyfile(file, temporary)
             if made_from:
                 note.write_text(made_from)
+            return self._stored(target, key)
         except OSError as error:
             raise NotStored(f"`{key}` could not be written to OUTPUT_DIR; check its free space", refused=True) from error
-        return self._stored(target, key)
 
     def find(self, key: str, made_from: str, limit: Limit) -> Stored | None:
         target = self._path(key)
         try:
             same = target.is_file() and self._note(target).read_text() == made_from
-        except OSError:
+            return self._stored(target, key) if same else None
+        except OSError:  # it may also vanish meanwhile
             return None
-        return self._stored(target, key) if same else None
 
     def read(self, key: str, made_from: str, limit: Limit) -> bytes | None:
-        return self._path(key).read_bytes() if self.find(key, made_from, limit) else None
+        try:
+            return self._path(key).read_bytes() if self.find(key, made_from, limit) else None
+        except OSError:
+            return None
 
     def address(self, key: str, size: int) -> Stored:
         return Stored(self._path(key).as_uri(), key, None, size)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from builder.tiny_checkpoints import SIZE_14B, lora_tensors
 from pipelines import Adapter, Sampling, WanModel, load_pipeline
-from pipelines.errors import LoraIncompatible
+from pipelines.errors import LoraIncompatible, LoraInvalid
+from pipelines.lora import adapters
 from pipelines.lora.file import LoraFile
 from pipelines.lora.layers import read
 from tests import lora_zoo
@@ -213,3 +214,22 @@ def test_an_extra_lora_with_nothing_for_its_side_is_refused(moe: WanModel, tiny:
     low = write({key.replace("diffusion_model.", "diffusion_model.transformer_2."): value for key, value in tensors.items()})
     with pytest.raises(LoraIncompatible, match='its keys name only the low side; send it with "transformer": "low" or "both"'):
         moe.loras.check(Adapter(low, 1.0, "high", is_extra=True))
+
+
+def test_a_file_at_fault_is_named_behind_one_without_effect(
+    model: WanModel, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter does not carry the first one, whose only difference is 0."""
+    idle = Adapter(write({"diffusion_model.blocks.0.norm3.diff": torch.zeros(lora_zoo.WIDTH)}), 1.0)
+    broken = Adapter(write(lora_zoo.plain(1, 4)), 1.0, is_extra=True)
+    load = adapters.load_tensors
+
+    def fail(file: LoraFile) -> Any:
+        if file is broken.file:
+            raise LoraInvalid("it cannot be read")
+        return load(file)
+
+    monkeypatch.setattr(adapters, "load_tensors", fail)
+    with pytest.raises(LoraInvalid) as error:
+        frames(model, [idle, broken])
+    assert error.value.position == 1
