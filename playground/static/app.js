@@ -461,9 +461,12 @@ function themes(button) {
   });
 }
 
-let app;
+let app, starting;
 
-async function start() {
+/** A press on "Try again" while the page still tries changes nothing. */
+const start = () => (starting ??= begin().finally(() => (starting = undefined)));
+
+async function begin() {
   try {
     app ??= new App(await getConfig());
     await Promise.all([app.worker.follow(), app.restore()]);

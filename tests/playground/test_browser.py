@@ -903,14 +903,30 @@ def test_without_its_process_the_page_says_so_once_and_goes_on_later(open_page: 
         page.route("**/api/config", lambda route: route.fulfill(status=502, json=gone))
         page.reload()
         retry = page.get_by_role("button", name="Try again")
+        retry.evaluate("button => (button.id = 'first')")
         retry.press("Enter")
+        page.locator("#first").wait_for(state="detached")  # it has failed again
         page.unroute("**/api/config")
         page.unroute("**/api/jobs/1/progress")
-        page.get_by_role("button", name="Try again").press("Enter")
+        retry.press("Enter")
         page.wait_for_selector("body[data-ready]")
         assert focused(page) == "stage"
         page.get_by_role("button", name="Colours: auto").press("Enter")
         assert page.get_by_role("button", name="Colours: light").count() == 1, "one step at a press, also after a second start"
+
+
+def test_a_start_that_is_under_way_is_not_made_twice(open_page: Open, playground: Server) -> None:
+    page = open_page(playground)
+    page.route("**/api/config", lambda route: route.fulfill(status=502, json={"error": "it is gone", "again": True}))
+    page.reload()
+    retry = page.get_by_role("button", name="Try again")
+    retry.wait_for()
+    page.unroute("**/api/config")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    retry.evaluate("button => (button.click(), button.click())")
+    page.wait_for_selector("body[data-ready]")
+    assert sum(url.endswith("/api/config") for url in asked) == 1
 
 
 def media(page: Page, playground: Server, folder: Path) -> Path:
