@@ -131,8 +131,8 @@ def place(pipe: Any, device: torch.device, mode: OffloadMode) -> AbstractContext
 class Streamed:
     """Transformers whose blocks come to the device one by one. What lies in none of the blocks stays there.
 
-    Of 14B that is 0.46 GB, which diffusers alone would bring and take back, both pageable, in every pass. It is brought at the
-    start of a video, since `refresh`, and diffusers with every adapter, take it back to main memory.
+    A transformer of 14B has 0.46 GB there, which diffusers alone would bring and take back, both pageable, in every pass. It is
+    brought at the start of a video, since `refresh`, and diffusers with every adapter, take it back to main memory.
     """
 
     def __init__(self, transformers: Sequence[torch.nn.Module], device: torch.device) -> None:
