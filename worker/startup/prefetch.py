@@ -26,15 +26,21 @@ def read_weights(spec: ModelSpec, checkpoints: Path | Checkpoints) -> None:
     """
     pieces: SimpleQueue[tuple[Path, int]] = SimpleQueue()
     room = available() // 2
-    for file in _weights(Checkpoints.of(spec, checkpoints)):
-        size = file.stat().st_size
-        room -= size
+    for file, begin, count in _pieces(Checkpoints.of(spec, checkpoints)):
+        room -= count
         if room < 0:
             break
-        for begin in range(0, size, _BYTES_PER_PIECE):
-            pieces.put((file, begin))
+        pieces.put((file, begin))
     for _ in range(min(_READERS, pieces.qsize())):
         threading.Thread(target=_read, args=(pieces,), daemon=True).start()
+
+
+def _pieces(checkpoints: Checkpoints) -> Iterator[tuple[Path, int, int]]:
+    """(file, position of the piece, its bytes)."""
+    for file in _weights(checkpoints):
+        size = file.stat().st_size
+        for begin in range(0, size, _BYTES_PER_PIECE):
+            yield file, begin, min(_BYTES_PER_PIECE, size - begin)
 
 
 def _weights(checkpoints: Checkpoints) -> Iterator[Path]:

@@ -72,6 +72,22 @@ def test_no_more_is_read_than_fits_into_half_of_the_memory(
     assert read == ["/".join(first.parts[-2:])]
 
 
+def test_of_a_file_that_is_larger_than_that_the_first_pieces_are_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions: set[int] = set()
+    send = os.sendfile
+
+    def sendfile(target: int, source: int, position: int, count: int) -> int:
+        positions.add(position)
+        return send(target, source, position, count)
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(prefetch, "_BYTES_PER_PIECE", 10_000)
+    monkeypatch.setattr(prefetch, "available", lambda: 50_000)
+    assert next(prefetch._weights(Checkpoints(MODELS["wan21_1b"], tiny))).stat().st_size > 25_000
+    read_weights(tiny)
+    assert positions == {0, 10_000}
+
+
 def test_checkpoints_that_are_missing_or_damaged_are_left_to_the_load(tmp_path: Path, read: list[str]) -> None:
     index = tmp_path / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer/diffusion_pytorch_model.safetensors.index.json"
     index.parent.mkdir(parents=True)
