@@ -9,17 +9,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
-from safetensors import safe_open
 
 from pipelines import diffusers_privates as privates
 from pipelines.catalog import BYTES_OF_THE_PROCESS, OFFLOAD, ModelSpec, OffloadMode
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import DeviceUnavailable
+from pipelines.safetensors_header import header_of
 from pipelines.trained import Quantization, bytes_of_codes
 from pipelines.weights import STEM_OF, file_names, is_linear
 
@@ -217,10 +216,11 @@ def _bytes_of(
 ) -> int:
     """Bytes of a component's weights, or of those outside its blocks."""
     folder = checkpoints.folder_of(part)
+    headers = [header_of(folder / name) for name in file_names(folder, part)]
     return sum(
-        math.prod(shape) if dtype in ("U8", "I8") else bytes_of_tensor(part, key, shape, itemsize, quantization)
-        for name in file_names(folder, part)
-        for key, shape, dtype in _tensors_in(folder / name)
+        math.prod(shape) if header.dtypes[key] in ("U8", "I8") else bytes_of_tensor(part, key, shape, itemsize, quantization)
+        for header in headers
+        for key, shape in header.shapes.items()
         if not (outside_blocks and key.startswith(BLOCKS))
     )  # codes have a byte for each number
 
@@ -231,10 +231,3 @@ def bytes_of_tensor(part: str, key: str, shape: Sequence[int], itemsize: int, qu
     if format and is_linear(key, shape):
         return bytes_of_codes(format, shape[0], shape[1], itemsize)
     return math.prod(shape) * itemsize
-
-
-def _tensors_in(file: Path) -> list[tuple[str, list[int], str]]:
-    """Name, shape and dtype of each tensor."""
-    with safe_open(file, framework="pt") as tensors:
-        slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-        return [(key, part.get_shape(), part.get_dtype()) for key, part in slices.items()]

@@ -28,6 +28,7 @@ from pipelines.errors import LoraIncompatible, LoraInvalid, blamed_on
 from pipelines.lora.arithmetic import factors, load_tensors
 from pipelines.lora.fit import Stack
 from pipelines.lora.layers import Layer
+from pipelines.reading import DTYPES
 
 COMPILED_RANK = 128
 """The rank to which LoRAs are padded in compiled blocks. For a larger LoRA the blocks are compiled once more."""
@@ -206,13 +207,11 @@ def _factors_of(stack: Stack, dtype: torch.dtype) -> dict[str, tuple[torch.Tenso
     return made
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _dtype_of(stack: Stack, dtype: torch.dtype) -> torch.dtype:
     """The narrowest dtype that holds the numbers of every file and of the model. fp8 numbers come as float32."""
-    used = {adapter.file.dtypes[layer.keys[half]] for adapter, layers in stack for layer in layers.values() for half in "AB"}
-    return reduce(torch.promote_types, (_DTYPES.get(name, torch.float32) for name in sorted(used)), dtype)
+    names = {adapter.file.dtypes[layer.keys[half]] for adapter, layers in stack for layer in layers.values() for half in "AB"}
+    used = (DTYPES[name] for name in sorted(names))
+    return reduce(torch.promote_types, (torch.float32 if one.itemsize == 1 else one for one in used), dtype)
 
 
 def _config(stack: Stack) -> Mapping[str, Any] | None:
